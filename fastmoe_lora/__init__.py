@@ -1,0 +1,19 @@
+"""LoRA mixture-of-experts with adaptive shared experts for multi-task vision transformers."""
+
+import kernels
+
+if not getattr(kernels, "FASTMOE_LORA", False):
+    raise ImportError(
+        f"the package 'kernels' at {kernels.__path__[0]} is not fastmoe_lora's (Hugging Face has one of that name): "
+        "uninstall it, then reinstall fastmoe_lora"
+    )
+
+from fastmoe_lora.adapt import LORA_TARGETS, SITES, adapt, add_lora, add_moe
+from fastmoe_lora.config import MoEConfig
+from fastmoe_lora.layers import LoRALinear, LoRAMoE
+from fastmoe_lora.routing import Routing, RoutingStatistics, mutual_information_loss
+
+__all__ = [
+    "LORA_TARGETS", "SITES", "LoRALinear", "LoRAMoE", "MoEConfig", "Routing", "RoutingStatistics",
+    "adapt", "add_lora", "add_moe", "mutual_information_loss",
+]

@@ -1,0 +1,85 @@
+"""What the routers of one model did: the mutual-information loss and the statistics people look at."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import TaskRows
+
+
+def mutual_information_loss(mean_probs: Tensor) -> Tensor:
+    """Mod-Squad's loss, minus the mutual information of task and expert, one value per layer.
+
+    ``mean_probs`` (..., tasks, C) is p(expert given task) of the tasks present; each task has probability
+    1/tasks. The loss lies in [-log(tasks), 0] and is lowest where every task keeps experts of its own:
+
+        L = -sum_te p(t,e) log(p(t,e) / (p(t) p(e)))
+    """
+    tiny = torch.finfo(mean_probs.dtype).tiny
+    log_expert_given_task = mean_probs.clamp_min(tiny).log()
+    log_expert = mean_probs.mean(-2, keepdim=True).clamp_min(tiny).log()
+    return -(mean_probs * (log_expert_given_task - log_expert)).sum(-1).mean(-1)
+
+
+class RoutingStatistics:
+    """Gate mass and selection frequency per layer, task and expert, accumulated over batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._tokens = torch.zeros(())
+
+    def add(self, layer: int, gates: Tensor, rows: TaskRows) -> None:
+        """Add the gates (T, N) of one layer's forward pass."""
+        gates = gates.detach()
+        both = torch.stack([gates, (gates > 0).to(gates.dtype)])
+        sums = torch.stack([run.sum(1) for run in both.split(rows.counts, dim=1)], dim=1).double().cpu()
+        self._sums[layer] = self._sums.get(layer, 0) + sums
+        if layer == 0:
+            self._tokens = self._tokens + torch.tensor(rows.counts, dtype=torch.float64)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(gate mass, selection frequency), both (layers, tasks, N): means over a task's tokens, NaN for a task
+        without tokens. An always-on expert has frequency 1; its gate mass tells how much it is used."""
+        sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)])
+        mass, frequency = (sums / self._tokens[:, None]).unbind(1)
+        return mass, frequency
+
+
+class Routing:
+    """Shared by the adapted layers of one model: how a batch divides among the tasks, and what the routers chose.
+
+    The ViT between them need not know: its blocks pass tokens and nothing else.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+        self.statistics: RoutingStatistics | None = None
+        self._images: tuple[int, ...] = ()
+        self._mean_probs: dict[int, Tensor] = {}
+
+    def assign(self, images: Sequence[int]) -> None:
+        """Say how many images of the coming batches belong to each task; the batch is task-major."""
+        if len(images) != self.tasks:
+            raise ValueError(f"{len(images)} counts for {self.tasks} tasks")
+        self._images = tuple(images)
+
+    def rows(self, tokens: int, device: torch.device) -> TaskRows:
+        """The tasks' rows of a matrix of ``tokens`` tokens, every image having equally many."""
+        images = sum(self._images)
+        if images == 0 or tokens % images:
+            raise ValueError(f"{tokens} tokens do not divide among the assigned {images} images: call assign() first")
+        return TaskRows.of(tuple(n * (tokens // images) for n in self._images), device)
+
+    def record(self, layer: int, gates: Tensor, mean_probs: Tensor, rows: TaskRows) -> None:
+        """Called by the adapted layers in their forward pass."""
+        self._mean_probs[layer] = mean_probs
+        if self.statistics is not None:
+            self.statistics.add(layer, gates, rows)
+
+    def mi_loss(self) -> Tensor:
+        """The mutual-information loss of the last forward pass, summed over layers; call it once per pass."""
+        present = [t for t, n in enumerate(self._images) if n]
+        layers = torch.stack([self._mean_probs[layer] for layer in sorted(self._mean_probs)])
+        self._mean_probs.clear()
+        return mutual_information_loss(layers[:, present]).sum()

@@ -1,0 +1,26 @@
+"""Which rows of a token matrix belong to which task."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRows:
+    """Tokens are task-major: task t owns ``counts[t]`` consecutive rows, 0 where it has none in this step.
+
+    ``counts`` lives on the host, so shapes are static and nothing waits for the device; ``offsets``
+    (tasks + 1, int32) holds the same boundaries on the device, where the kernels read them.
+    """
+
+    counts: tuple[int, ...]
+    offsets: Tensor
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(counts: tuple[int, ...], device: torch.device) -> "TaskRows":
+        """The rows of one batch composition; cached, since a training run has only a few compositions."""
+        boundaries = [sum(counts[:t]) for t in range(len(counts) + 1)]
+        return TaskRows(counts, torch.tensor(boundaries, dtype=torch.int32, device=device))

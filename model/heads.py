@@ -1,0 +1,62 @@
+"""Task heads: patch tokens of one task -> a prediction at image resolution."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(n, 1 + h*w, d) -> (n, d, h, w): the class token is dropped."""
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+
+class UpHead(nn.Module):
+    """The paper's head: LayerNorm, four 3x3 conv + BN + ReLU of 256 channels with x2 bilinear between, 1x1 conv,
+    last x2 bilinear: x16 in all.
+
+    The 1x1 conv stands before the last resize: the two commute, and there it has a quarter of the pixels.
+    """
+
+    def __init__(self, width: int, channels: int, patch: int) -> None:
+        super().__init__()
+        widths = (width, 256, 256, 256, 256)
+        self.norm = nn.LayerNorm(width)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in pairwise(widths)
+        )
+        self.predict = nn.Conv2d(256, channels, 1)
+        self.patch = patch
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(n, 1 + h*w, width) -> (n, channels, h*patch, w*patch)."""
+        x = _to_grid(self.norm(tokens), grid)
+        for i, conv in enumerate(self.convs):
+            if i > 0:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear")
+            x = conv(x)
+        return F.interpolate(self.predict(x), [side * self.patch for side in grid], mode="bilinear")
+
+
+class LightHead(nn.Module):
+    """For CPUs: LayerNorm, a linear map of each token to its patch at half resolution (pixel shuffle), one 3x3
+    conv across the patch borders, 1x1 conv, x2 bilinear."""
+
+    HIDDEN = 24
+
+    def __init__(self, width: int, channels: int, patch: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.unfold = nn.Linear(width, self.HIDDEN * (patch // 2) ** 2)
+        self.mix = nn.Conv2d(self.HIDDEN, self.HIDDEN, 3, padding=1)
+        self.predict = nn.Conv2d(self.HIDDEN, channels, 1)
+        self.patch = patch
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(n, 1 + h*w, width) -> (n, channels, h*patch, w*patch)."""
+        x = F.gelu(_to_grid(self.unfold(self.norm(tokens)), grid))
+        x = F.gelu(self.mix(F.pixel_shuffle(x, self.patch // 2)))
+        return F.interpolate(self.predict(x), scale_factor=2, mode="bilinear")
+
+
+HEADS = {"up": UpHead, "light": LightHead}

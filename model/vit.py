@@ -1,0 +1,121 @@
+"""A plain vision transformer with timm's parameter names, and its sizes by name."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels import UserError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    width: int
+    depth: int
+    heads: int
+    patch: int = 16
+
+
+VITS = {
+    "vit_micro": ViTConfig(width=96, depth=4, heads=3, patch=8),
+    "vit_tiny": ViTConfig(width=192, depth=12, heads=3),
+    "vit_small": ViTConfig(width=384, depth=12, heads=6),
+    "vit_base": ViTConfig(width=768, depth=12, heads=12),
+    "vit_large": ViTConfig(width=1024, depth=24, heads=16),
+}
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(1, 1 + h*w, d) of a square grid -> (1, 1 + grid[0]*grid[1], d), bicubic; the class token's is kept."""
+    class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    if (side, side) == grid:
+        return pos_embed
+    image = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, grid, mode="bicubic", antialias=True)
+    return torch.cat([class_token, image.flatten(2).transpose(1, 2)], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> patch tokens (B, H/patch * W/patch, width)."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """``embed`` makes tokens of images, ``encode`` runs the blocks over tokens; what happens between (a task
+    embedding, one copy per task) is the caller's."""
+
+    def __init__(self, config: ViTConfig, image_size: int) -> None:
+        super().__init__()
+        if image_size % config.patch:
+            raise UserError(f"image size {image_size} is not a multiple of the patch size {config.patch}")
+        self.patch, self.width = config.patch, config.width
+        side = image_size // config.patch
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, config.width))
+        self.patch_embed = PatchEmbed(config.patch, config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W), normalised -> (B, 1 + H*W/patch^2, width): class token, then patches row by row."""
+        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)
+        return tokens + resize_pos_embed(self.pos_embed, grid)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """(B, L, width) -> (B, L, width)."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)

@@ -1,0 +1,96 @@
+"""The multi-task model: parameter counts of the paper, one pass for all tasks, labelled pairs only."""
+
+import pytest
+import torch
+
+from fastmoe_lora import MoEConfig, add_lora, add_moe
+from model import HEADS, VITS, MultiTaskViT, ViT, ViTConfig
+
+CHANNELS = {"seg": 21, "parts": 7, "sal": 2, "normals": 3, "edge": 1}
+CONFIG = ViTConfig(width=24, depth=2, heads=3, patch=8)
+
+
+def vit_base_parameters(*lora_targets: str, moe: str = "") -> float:
+    """Millions of parameters of ViT-B with five up-heads."""
+    with torch.device("meta"):
+        vit = ViT(VITS["vit_base"], 224)
+        add_lora(vit, 4, lora_targets)
+        routing = add_moe(vit, MoEConfig.parse(moe), 5) if moe else None
+        model = MultiTaskViT(vit, CHANNELS, "up", routing)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def test_parameter_counts_of_vit_base():
+    assert vit_base_parameters() == pytest.approx(103.5, abs=0.05)
+    assert vit_base_parameters("qkv", "proj", moe="16/3/1/4") == pytest.approx(105.7, abs=0.05)
+    # The 106.0 and 106.8 M computed for the paper's tuples have LoRA on all four linear layers of a block.
+    assert vit_base_parameters("qkv", "proj", "fc1", "fc2", moe="16/3/1/4") == pytest.approx(106.0, abs=0.05)
+    assert vit_base_parameters("qkv", "proj", "fc1", "fc2", moe="32/6/2/2") == pytest.approx(106.8, abs=0.05)
+
+
+@pytest.fixture
+def model() -> MultiTaskViT:
+    torch.manual_seed(0)
+    vit = ViT(CONFIG, 32)
+    routing = add_moe(vit, MoEConfig.parse("8/2/1/4"), len(CHANNELS))
+    model = MultiTaskViT(vit, CHANNELS, "light", routing)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.double().eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("patch", [8, 14, 16])
+def test_heads_predict_at_image_resolution(head, patch):
+    head = HEADS[head](24, 5, patch)
+    assert head(torch.randn(2, 1 + 3 * 2, 24), (3, 2)).shape == (2, 5, 3 * patch, 2 * patch)
+
+
+def test_moving_the_1x1_conv_before_the_last_resize_changes_nothing():
+    x, conv = torch.randn(2, 8, 5, 6, dtype=torch.float64), torch.nn.Conv2d(8, 3, 1).double()
+    up = torch.nn.Upsample(scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(up(conv(x)), conv(up(x)), rtol=1e-12, atol=1e-12)
+
+
+def test_all_tasks_cross_the_backbone_once(model, images):
+    passes = []
+    model.vit.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    predictions = model(images)
+    assert len(passes) == 1
+    assert {task: p.shape for task, p in predictions.items()} == {task: (3, n, 32, 32) for task, n in CHANNELS.items()}
+
+
+def test_one_pass_equals_a_pass_per_task(model, images):
+    """Equation (11): each task's features depend on its embedding, its router and the image alone."""
+    together = model(images)
+    every = torch.arange(3)
+    for task in CHANNELS:
+        alone = model(images, {task: every})[task]
+        torch.testing.assert_close(together[task], alone, rtol=1e-11, atol=1e-11)
+
+
+def test_only_labelled_pairs_are_computed(model, images):
+    lengths = []
+    model.vit.blocks[0].register_forward_hook(lambda _, args, __: lengths.append(len(args[0])))
+    index = {"seg": torch.tensor([0, 2]), "edge": torch.tensor([1])}
+    some = model(images, index)
+    assert lengths == [3]
+    assert set(some) == {"seg", "edge"}
+    whole = model(images)
+    torch.testing.assert_close(some["seg"], whole["seg"][[0, 2]], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(some["edge"], whole["edge"][[1]], rtol=1e-11, atol=1e-11)
+
+
+def test_normalisation_is_what_the_weights_want_and_travels_with_them(model, images):
+    seen = []
+    model.vit.patch_embed.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model.set_normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    model(images)
+    expected = (images[0, 1, 0, 0].item() / 255 - 0.456) / 0.224
+    assert seen[0][0, 1, 0, 0].item() == pytest.approx(expected, rel=1e-6)
+    assert "image_mean" in model.state_dict()
