@@ -20,6 +20,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         sparse = self.experts - self.shared
+        if self.experts < 1:
+            raise UserError(f"moe {self}: the experts N must be at least 1")
         if self.rank < 1:
             raise UserError(f"moe {self}: the rank r must be at least 1")
         if not 0 <= self.shared < self.experts:

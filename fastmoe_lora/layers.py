@@ -11,11 +11,13 @@ from fastmoe_lora.routing import Routing
 from kernels import lora_moe
 
 
-def _lora(rank: int, d_in: int, d_out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, d_in) kaiming-uniform and B (d_out, rank) zero, so that an adapted layer starts as the frozen one."""
-    a = nn.Parameter(torch.empty(rank, d_in))
+def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, d_in) kaiming-uniform and B (d_out, rank) zero, so that an adapted layer starts as the frozen one;
+    fp32, whatever the type of the frozen weights."""
+    d_in, d_out = shape
+    a = nn.Parameter(torch.empty(rank, d_in, device=device))
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return a, nn.Parameter(torch.zeros(d_out, rank))
+    return a, nn.Parameter(torch.zeros(d_out, rank, device=device))
 
 
 class LoRALinear(nn.Linear):
@@ -24,10 +26,11 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A, self.lora_B = _lora(rank, linear.in_features, linear.out_features)
+        shape = linear.in_features, linear.out_features
+        self.lora_A, self.lora_B = _lora(rank, shape, linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
 class LoRAMoE(nn.Module):
@@ -37,13 +40,15 @@ class LoRAMoE(nn.Module):
     the tasks; ``routing`` says which rows of x are whose.
     """
 
-    def __init__(self, base: nn.Module, shape: tuple[int, int], config: MoEConfig, routing: Routing, layer: int) -> None:
+    def __init__(
+        self, base: nn.Module, shape: tuple[int, int], config: MoEConfig, routing: Routing, layer: int
+    ) -> None:
         super().__init__()
-        d_in, d_out = shape
         self.base, self.config, self.routing, self.layer = base, config, routing, layer
+        device = next(base.parameters()).device
         columns = config.gating.router_columns(config.experts)
-        self.routers = nn.Parameter(torch.empty(routing.tasks, columns, d_in).normal_(std=0.01))
-        self.lora_A, self.lora_B = _lora(config.experts * config.rank, d_in, d_out)
+        self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
+        self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base(x)

@@ -77,8 +77,14 @@ class Routing:
         if self.statistics is not None:
             self.statistics.add(layer, gates, rows)
 
+    def __getstate__(self) -> dict:
+        """What a copy of the model takes along: not the tensors of a pass whose graph belongs to the original."""
+        return self.__dict__ | {"_mean_probs": {}}
+
     def mi_loss(self) -> Tensor:
         """The mutual-information loss of the last forward pass, summed over layers; call it once per pass."""
+        if not self._mean_probs:
+            raise ValueError("no forward pass since the last mi_loss()")
         present = [t for t, n in enumerate(self._images) if n]
         layers = torch.stack([self._mean_probs[layer] for layer in sorted(self._mean_probs)])
         self._mean_probs.clear()

@@ -26,7 +26,9 @@ class Gating:
         if self.name in ("ase", "naive-shared") and self.shared == 0:
             raise UserError(f"gating {self.name!r} needs shared experts but S = 0: use 'topk' or 'topk-renorm'")
         if self.name in ("topk", "topk-renorm") and self.shared > 0:
-            raise UserError(f"gating {self.name!r} knows no shared experts but S = {self.shared}: use 'ase' or 'naive-shared'")
+            raise UserError(
+                f"gating {self.name!r} knows no shared experts but S = {self.shared}: use 'ase' or 'naive-shared'"
+            )
 
     def router_columns(self, experts: int) -> int:
         """Logits per token for a pool of ``experts``: a shared expert whose gate is fixed has none."""

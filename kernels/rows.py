@@ -23,4 +23,5 @@ class TaskRows:
     def of(counts: tuple[int, ...], device: torch.device) -> "TaskRows":
         """The rows of one batch composition; cached, since a training run has only a few compositions."""
         boundaries = [sum(counts[:t]) for t in range(len(counts) + 1)]
-        return TaskRows(counts, torch.tensor(boundaries, dtype=torch.int32, device=device))
+        with torch.inference_mode(False):  # an evaluation may come first, and training must be able to save them
+            return TaskRows(counts, torch.tensor(boundaries, dtype=torch.int32, device=device))

@@ -20,8 +20,8 @@ class LoadReport:
     unexpected: tuple[str, ...]
 
     def __str__(self) -> str:
-        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("missing", self.missing), ("unused", self.unexpected)) if keys]
-        return "; ".join(parts) or "every key matched"
+        named = {"missing": self.missing, "unused": self.unexpected}
+        return "; ".join(f"{what}: {', '.join(keys)}" for what, keys in named.items() if keys) or "every key matched"
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,367 @@
+"""LoRALinear, LoRAMoE and adapt() on a small ViT with timm's names."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastmoe_lora import (
+    LORA_TARGETS, SITES, LoRALinear, LoRAMoE, MoEConfig, Routing, RoutingStatistics, adapt, add_lora, add_moe,
+)
+from kernels import GATINGS, TaskRows, UserError, lora_moe
+
+WIDTH, BLOCKS, TOKENS = 8, 2, 5
+IMAGES = [2, 1, 1]  # (image, task) pairs of each task: four, task-major
+CONFIGS = {
+    "ase": MoEConfig(6, 2, 1, 2, "ase"), "naive-shared": MoEConfig(6, 2, 1, 2, "naive-shared"),
+    "topk": MoEConfig(6, 2, 0, 2, "topk"), "topk-renorm": MoEConfig(6, 2, 0, 2, "topk-renorm"),
+}
+EVERY_SITE = pytest.mark.parametrize("site", SITES)
+EVERY_GATING = pytest.mark.parametrize("gating", GATINGS)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.norm2, self.mlp = nn.LayerNorm(WIDTH), Mlp()
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Of a ViT only what adapting needs: its blocks, here on tokens (pairs, L, d)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block() for _ in range(BLOCKS)])
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class Recorder(Routing):
+    """Keeps the gates of the last forward pass."""
+
+    def record(self, layer, gates, mean_probs, rows):
+        super().record(layer, gates, mean_probs, rows)
+        self.gates, self.mean_probs = gates, mean_probs
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vit():
+    return ViT()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(sum(IMAGES), TOKENS, WIDTH)
+
+
+def spread(module):
+    """Give the adapters the values of a trained model: B nonzero, routers that tell experts apart."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith(("lora_B", "routers")):
+                parameter.normal_()
+    return module
+
+
+def adapted(vit, gating="ase", site="ffn"):
+    routing = adapt(vit, CONFIGS[gating], len(IMAGES), site)
+    routing.assign(IMAGES)
+    return routing
+
+
+def values(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+class TestLoRALinear:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_is_w_x_plus_b_plus_b_a_x(self, bias):
+        linear = nn.Linear(7, 5, bias).double()
+        layer = spread(LoRALinear(linear, 3).double())
+        x = torch.randn(4, 6, 7, dtype=torch.float64)
+        weight = linear.weight + layer.lora_B @ layer.lora_A
+        expected = torch.einsum("...i,oi->...o", x, weight) + (linear.bias if bias else 0)
+        # Sums of 7 products in another order.
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-14)
+
+    def test_starts_as_the_frozen_layer(self):
+        linear, x = nn.Linear(7, 5), torch.randn(4, 7)
+        layer = LoRALinear(linear, 3)
+        assert torch.equal(layer(x), linear(x))
+        assert layer.lora_B.eq(0).all()
+        assert layer.lora_A.ne(0).any()
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_keeps_the_very_parameters_and_their_names(self, bias):
+        linear = nn.Linear(7, 5, bias)
+        layer = LoRALinear(linear, 3)
+        kept = dict(layer.named_parameters())
+        added = {name: tuple(kept.pop(name).shape) for name in ("lora_A", "lora_B")}
+        assert added == {"lora_A": (3, 7), "lora_B": (5, 3)}
+        assert list(kept) == list(dict(linear.named_parameters()))
+        assert all(kept[name] is parameter for name, parameter in linear.named_parameters())
+
+    def test_loads_the_state_of_the_layer_it_replaces(self):
+        linear, x = nn.Linear(7, 5), torch.randn(4, 7)
+        layer = LoRALinear(nn.Linear(7, 5), 3)
+        missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
+        assert (missing, unexpected) == (["lora_A", "lora_B"], [])
+        assert torch.equal(layer(x), linear(x))
+
+
+class TestLoRAMoE:
+    @EVERY_GATING
+    def test_starts_equal_to_its_base(self, gating, x):
+        base, routing = Mlp(), Routing(len(IMAGES))
+        routing.assign(IMAGES)
+        assert torch.equal(LoRAMoE(base, (WIDTH, WIDTH), CONFIGS[gating], routing, 0)(x), base(x))
+
+    @EVERY_GATING
+    def test_is_the_operation_on_the_tokens_in_task_major_order(self, gating, x):
+        base, routing = Mlp(), Routing(len(IMAGES))
+        routing.assign(IMAGES)
+        layer = spread(LoRAMoE(base, (WIDTH, WIDTH), CONFIGS[gating], routing, 0))
+        tokens = torch.cat(list(x))
+        rows = TaskRows.of(tuple(n * TOKENS for n in IMAGES), x.device)
+        lora = layer.lora_A, layer.lora_B
+        expected = lora_moe(tokens, base(tokens), lora, layer.routers, rows, CONFIGS[gating].gating)[0]
+        torch.testing.assert_close(layer(x), expected.view(len(x), TOKENS, WIDTH))
+
+    def test_passes_the_gradient_of_its_base_on(self, x):
+        base, routing = Mlp(), Routing(len(IMAGES))
+        routing.assign(IMAGES)
+        layer = LoRAMoE(base, (WIDTH, WIDTH), CONFIGS["ase"], routing, 0)
+        x.requires_grad_()
+        through_layer, = torch.autograd.grad(layer(x).square().sum(), x)
+        through_base, = torch.autograd.grad(base(x).square().sum(), x)
+        torch.testing.assert_close(through_layer, through_base)
+
+    def test_reads_each_image_with_the_router_of_its_task_only(self, x):
+        routing = Routing(len(IMAGES))
+        routing.assign(IMAGES)
+        layer = spread(LoRAMoE(Mlp(), (WIDTH, WIDTH), CONFIGS["ase"], routing, 0))
+        before = layer(x)
+        with torch.no_grad():
+            layer.routers[1].neg_()
+        changed = (layer(x) != before).flatten(1).any(1)
+        assert changed.tolist() == [False, False, True, False]
+
+    @pytest.mark.parametrize(("gating", "columns"), [("ase", 6), ("naive-shared", 5), ("topk", 6), ("topk-renorm", 6)])
+    def test_has_a_router_column_for_every_gate_that_is_computed(self, gating, columns):
+        layer = LoRAMoE(Mlp(), (WIDTH, WIDTH), CONFIGS[gating], Routing(4), 0)
+        assert layer.routers.shape == (4, columns, WIDTH)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @EVERY_GATING
+    def test_keeps_fp32_logits_under_autocast(self, gating, dtype, x):
+        routing = Recorder(len(IMAGES))
+        routing.assign(IMAGES)
+        layer = spread(LoRAMoE(Mlp(), (WIDTH, WIDTH), CONFIGS[gating], routing, 0))
+        with torch.no_grad():
+            layer.routers.mul_(0.3)  # logits of order 1
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        assert routing.gates.dtype == routing.mean_probs.dtype == torch.float32
+        gates, mean_probs = routing.gates.double(), routing.mean_probs.double()
+        # The same numbers, x as autocast rounds it, in fp64. fp32 logits near 1 are off by 1e-7, half ones by 1e-3.
+        layer.double()(x.to(dtype).double())
+        torch.testing.assert_close(gates, routing.gates, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mean_probs, routing.mean_probs, rtol=0, atol=1e-6)
+
+    def test_gives_fp32_gradients_under_autocast(self, vit, x):
+        routing = adapted(vit)
+        spread(vit)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = vit(x).float().square().mean() + 0.005 * routing.mi_loss()
+        loss.backward()
+        grads = [p.grad for p in vit.parameters() if p.requires_grad]
+        assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
+
+    def test_shows_its_configuration(self):
+        assert "6/2/1/2, gating=ase, tasks=3" in repr(LoRAMoE(Mlp(), (WIDTH, WIDTH), CONFIGS["ase"], Routing(3), 0))
+
+
+class TestAddMoE:
+    @EVERY_GATING
+    @EVERY_SITE
+    def test_starts_as_the_vit(self, site, gating, vit, x):
+        before = vit(x)
+        add_moe(vit, CONFIGS[gating], len(IMAGES), site).assign(IMAGES)
+        after = vit(x)
+        assert after.shape == (sum(IMAGES), TOKENS, WIDTH)
+        assert torch.equal(after, before)
+
+    @pytest.mark.parametrize(
+        ("site", "d_in", "d_out"), [("ffn", WIDTH, WIDTH), ("fc1", WIDTH, 4 * WIDTH), ("fc2", 4 * WIDTH, WIDTH)]
+    )
+    def test_puts_the_experts_at_the_site_of_every_block(self, site, d_in, d_out, vit):
+        bases = [block.get_submodule(SITES[site]) for block in vit.blocks]
+        routing = add_moe(vit, CONFIGS["ase"], 3, site)
+        layers = [block.get_submodule(SITES[site]) for block in vit.blocks]
+        assert [layer.layer for layer in layers] == [0, 1]
+        for layer, base in zip(layers, bases, strict=True):
+            assert isinstance(layer, LoRAMoE)
+            assert layer.base is base
+            assert layer.routing is routing
+            shapes = [tuple(p.shape) for p in (layer.lora_A, layer.lora_B, layer.routers)]
+            assert shapes == [(12, d_in), (d_out, 12), (3, 6, d_in)]
+
+    @EVERY_SITE
+    def test_nonzero_experts_change_every_image(self, site, vit, x):
+        before = vit(x)
+        add_moe(vit, CONFIGS["ase"], len(IMAGES), site).assign(IMAGES)
+        after = spread(vit)(x)
+        assert (after != before).any(-1).all()
+
+    def test_an_unknown_site_names_the_choices(self, vit):
+        with pytest.raises(UserError, match="unknown site 'qkv': choose among ffn, fc1, fc2"):
+            add_moe(vit, CONFIGS["ase"], 3, "qkv")
+
+    def test_without_assign_says_so(self, vit, x):
+        add_moe(vit, CONFIGS["ase"], 3)
+        with pytest.raises(ValueError, match=r"call assign\(\) first"):
+            vit(x)
+
+
+class TestAddLoRA:
+    @pytest.mark.parametrize("targets", [("qkv", "proj"), ("fc1",), tuple(LORA_TARGETS), ()], ids=str)
+    def test_adapts_the_named_layers_and_no_other(self, targets, vit, x):
+        before = vit(x)
+        add_lora(vit, 3, targets)
+        for block in vit.blocks:
+            for target, path in LORA_TARGETS.items():
+                assert isinstance(block.get_submodule(path), LoRALinear) == (target in targets)
+        assert torch.equal(vit(x), before)
+
+    def test_an_unknown_target_names_the_choices(self, vit):
+        with pytest.raises(UserError, match="unknown LoRA target 'mlp': choose among qkv, proj, fc1, fc2"):
+            add_lora(vit, 4, ["mlp"])
+
+
+class TestAdapt:
+    @EVERY_SITE
+    def test_leaves_only_the_adapters_trainable(self, site, vit):
+        adapted(vit, site=site)
+        adapters = {
+            f"blocks.{block}.{name}"
+            for block in range(BLOCKS)
+            for name in [f"attn.{target}.{ab}" for target in ("qkv", "proj") for ab in ("lora_A", "lora_B")]
+            + [f"{SITES[site]}.{name}" for name in ("lora_A", "lora_B", "routers")]
+        }
+        assert {name for name, p in vit.named_parameters() if p.requires_grad} == adapters
+
+    @pytest.mark.parametrize(("rank", "adapted_layers"), [(0, 0), (4, 2 * BLOCKS)])
+    def test_lora_of_rank_zero_is_no_lora(self, rank, adapted_layers, vit):
+        adapt(vit, CONFIGS["ase"], 3, lora_rank=rank)
+        layers = [module for module in vit.modules() if isinstance(module, LoRALinear)]
+        assert len(layers) == adapted_layers
+        assert all(layer.lora_A.shape[0] == rank for layer in layers)
+
+    @EVERY_GATING
+    @EVERY_SITE
+    def test_every_adapter_and_nothing_else_gets_a_gradient(self, site, gating, vit, x):
+        routing = adapted(vit, gating, site)
+        spread(vit)
+        (vit(x).square().mean() + 0.005 * routing.mi_loss()).backward()
+        for name, parameter in vit.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if name.endswith("routers"):
+                assert parameter.grad.flatten(1).any(1).all(), f"{name}: some task's router has no gradient"
+            elif parameter.requires_grad:
+                assert parameter.grad.any(), name
+
+    def test_the_first_step_reaches_b_and_nothing_behind_it(self, vit, x):
+        adapted(vit)
+        vit(x).square().mean().backward()
+        reached = {name for name, p in vit.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == {name for name, _ in vit.named_parameters() if name.endswith("lora_B")}
+
+    @EVERY_SITE
+    def test_training_leaves_the_base_untouched(self, site, x):
+        vit = ViT()
+        plain, before = copy.deepcopy(vit), values(vit)
+        routing = adapted(vit, site=site)
+        start = values(vit)
+        optimizer = torch.optim.SGD([p for p in vit.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (vit(x).square().mean() + 0.005 * routing.mi_loss()).backward()
+            optimizer.step()
+        after = values(vit)
+        adapters = {name for name, p in vit.named_parameters() if p.requires_grad}
+        frozen = {name.replace(".base", ""): value for name, value in after.items() if name not in adapters}
+        assert frozen.keys() == before.keys()
+        assert all(torch.equal(frozen[name], before[name]) for name in before)
+        assert not any(torch.equal(after[name], start[name]) for name in adapters)
+        assert not torch.equal(vit(x), plain(x))
+
+    @EVERY_GATING
+    @EVERY_SITE
+    def test_a_state_dict_carries_the_whole_model(self, site, gating, vit, x):
+        adapted(vit, gating, site)
+        spread(vit)
+        other = ViT()
+        adapted(other, gating, site)
+        other.load_state_dict(vit.state_dict())
+        assert torch.equal(other(x), vit(x))
+
+    def test_a_copy_made_after_a_forward_pass_works_and_is_independent(self, vit, x):
+        routing = adapted(vit)
+        y = spread(vit)(x)
+        routing.mi_loss().backward()
+        twin = copy.deepcopy(vit)
+        its_routing, = {block.mlp.routing for block in twin.blocks}
+        assert its_routing is not routing
+        assert torch.equal(twin(x), y)
+        its_routing.assign([0, 0, 4])
+        twin(x)
+        assert torch.equal(vit(x), y)
+
+    def test_statistics_cover_every_layer_and_task(self, vit, x):
+        routing = adapted(vit)
+        routing.statistics = RoutingStatistics()
+        for images in ([2, 1, 1], [1, 3, 0]):
+            routing.assign(images)
+            vit(x)
+        mass, frequency = routing.statistics.compute()
+        # ASE: two sparse experts and the shared one are active and their gates sum to 1 (to fp32).
+        assert mass.shape == frequency.shape == (BLOCKS, len(IMAGES), 6)
+        ones = torch.ones(BLOCKS, len(IMAGES), dtype=torch.float64)
+        torch.testing.assert_close(mass.sum(-1), ones, rtol=0, atol=1e-6)
+        torch.testing.assert_close(frequency.sum(-1), 3 * ones, rtol=0, atol=1e-12)

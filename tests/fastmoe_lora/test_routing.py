@@ -1,0 +1,252 @@
+"""The mutual-information loss, the routing statistics, and the division of a batch among the tasks."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import grad
+
+from fastmoe_lora import Routing, RoutingStatistics, mutual_information_loss
+from kernels import TaskRows
+
+CPU = torch.device("cpu")
+
+
+def random_probs(tasks: int, experts: int, seed: int = 0, sharpness: float = 2.0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(tasks, experts, generator=rng, dtype=torch.float64)).softmax(-1)
+
+
+def naive_loss(mean_probs: Tensor) -> Tensor:
+    """-sum p(t,e) log(p(t,e) / (p(t) p(e))), term by term; a term with p(t,e) = 0 is 0."""
+    tasks, experts = mean_probs.shape
+    loss = torch.zeros((), dtype=mean_probs.dtype)
+    for e in range(experts):
+        p_e = sum(mean_probs[t, e] / tasks for t in range(tasks))
+        for t in range(tasks):
+            p_te = mean_probs[t, e] / tasks
+            if p_te > 0:
+                loss = loss - p_te * torch.log(p_te / (p_e / tasks))
+    return loss
+
+
+class TestMutualInformationLoss:
+    @pytest.mark.parametrize(("tasks", "experts"), [(1, 4), (2, 2), (5, 16), (3, 1)])
+    def test_equals_the_double_sum(self, tasks, experts):
+        mean_probs = random_probs(tasks, experts)
+        # A few dozen terms below 1, each rounded at 1e-16.
+        torch.testing.assert_close(mutual_information_loss(mean_probs), naive_loss(mean_probs), rtol=1e-12, atol=1e-14)
+
+    def test_of_several_layers_is_one_value_each(self):
+        layers = torch.stack([random_probs(3, 5, seed) for seed in range(4)])
+        expected = torch.stack([naive_loss(layer) for layer in layers])
+        torch.testing.assert_close(mutual_information_loss(layers), expected, rtol=1e-12, atol=1e-14)
+
+    @settings(deadline=None)
+    @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**31), st.floats(0, 100))
+    def test_lies_between_minus_log_tasks_and_zero(self, tasks, experts, seed, sharpness):
+        loss = mutual_information_loss(random_probs(tasks, experts, seed, sharpness)).item()
+        rounding = 1e-14  # of a few dozen terms below log(6)
+        assert -math.log(tasks) - rounding <= loss <= rounding
+
+    def test_is_zero_where_all_tasks_route_alike(self):
+        alike = random_probs(1, 8).expand(4, 8)
+        torch.testing.assert_close(mutual_information_loss(alike).item(), 0.0, rtol=0, atol=1e-15)
+
+    @pytest.mark.parametrize("tasks", [1, 2, 5])
+    def test_is_minus_log_tasks_where_no_two_tasks_share_an_expert(self, tasks):
+        # Task t spreads unevenly over three experts of its own.
+        mean_probs = torch.block_diag(*random_probs(tasks, 3)[:, None])
+        torch.testing.assert_close(mutual_information_loss(mean_probs).item(), -math.log(tasks), rtol=1e-14, atol=1e-15)
+
+    def test_gradient_equals_that_of_the_double_sum(self):
+        mean_probs = random_probs(5, 16).requires_grad_()
+        actual, = grad(mutual_information_loss(mean_probs), mean_probs)
+        expected, = grad(naive_loss(mean_probs), mean_probs)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("sharpness", [2, 40])  # at 40 with probabilities down to 1e-104, which count too
+    def test_gradient_is_the_closed_form_that_the_kernels_get(self, sharpness):
+        # design/kernels.md: c = -(1/tasks) log(p(t,e) / (p(t) p(e)))
+        mean_probs = random_probs(5, 16, sharpness=sharpness).requires_grad_()
+        actual, = grad(mutual_information_loss(mean_probs), mean_probs)
+        expected = -(mean_probs / mean_probs.mean(0)).log() / 5
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_exact_zeros_give_a_finite_loss_and_gradient(self, dtype):
+        # Expert 1 is used by one task only, expert 2 by none.
+        mean_probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+        loss = mutual_information_loss(mean_probs)
+        gradient, = grad(loss, mean_probs)
+        assert gradient.isfinite().all()
+        expected = naive_loss(mean_probs.detach().double())
+        # A handful of roundings, each by at most eps / 2.
+        torch.testing.assert_close(loss.detach().double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_the_smallest_numbers_give_a_finite_gradient(self, dtype):
+        smallest = torch.finfo(dtype).smallest_normal
+        mean_probs = torch.tensor([[1.0, smallest], [1.0, smallest / 4]], dtype=dtype, requires_grad=True)
+        gradient, = grad(mutual_information_loss(mean_probs), mean_probs)
+        assert gradient.isfinite().all()
+
+
+def recorded(images: list[int], *layers: Tensor) -> Routing:
+    """A routing after a forward pass in which layer l had the mean probabilities ``layers[l]``."""
+    routing = Routing(len(images))
+    routing.assign(images)
+    rows = routing.rows(sum(images), CPU)
+    for layer, mean_probs in enumerate(layers):
+        routing.record(layer, torch.zeros(sum(images), mean_probs.shape[1]), mean_probs, rows)
+    return routing
+
+
+class TestRoutingMILoss:
+    def test_is_the_sum_over_layers(self):
+        first, second = random_probs(3, 4, seed=1), random_probs(3, 4, seed=2)
+        expected = naive_loss(first) + naive_loss(second)
+        torch.testing.assert_close(recorded([1, 2, 1], first, second).mi_loss(), expected, rtol=1e-12, atol=1e-14)
+
+    def test_leaves_out_the_tasks_without_images(self):
+        mean_probs = random_probs(4, 6)
+        mean_probs[[1, 3]] = 0
+        loss = recorded([2, 0, 1, 0], mean_probs).mi_loss()
+        torch.testing.assert_close(loss, naive_loss(mean_probs[[0, 2]]), rtol=1e-12, atol=1e-14)
+
+    def test_does_not_weigh_tasks_by_their_images(self):
+        mean_probs = random_probs(2, 6)
+        assert torch.equal(recorded([7, 1], mean_probs).mi_loss(), recorded([1, 1], mean_probs).mi_loss())
+
+    def test_is_of_the_last_forward_pass(self):
+        old, new = random_probs(2, 4, seed=1), random_probs(2, 4, seed=2)
+        routing = recorded([1, 1], old)
+        routing.record(0, torch.zeros(2, 4), new, routing.rows(2, CPU))
+        torch.testing.assert_close(routing.mi_loss(), naive_loss(new), rtol=1e-12, atol=1e-14)
+
+    def test_keeps_no_graph_alive(self):
+        mean_probs = random_probs(2, 4).requires_grad_() * 1
+        alive = weakref.ref(mean_probs)
+        routing = recorded([1, 1], mean_probs)
+        routing.mi_loss()
+        del mean_probs
+        assert alive() is None
+
+
+BATCHES = [(3, 0, 5), (1, 0, 2), (4, 0, 4)]  # tokens per task: unequal, and task 1 never has any
+
+
+def random_gates(tokens: int, experts: int, rng: torch.Generator) -> Tensor:
+    """fp32 gates in multiples of 1/64, so that sums are exact: about half of them zero, the last never."""
+    gates = torch.randint(1, 64, (tokens, experts), generator=rng) / 64
+    gates[:, :-1] *= torch.rand(tokens, experts - 1, generator=rng) < 0.5
+    return gates
+
+
+class TestRoutingStatistics:
+    @pytest.fixture
+    def passes(self):
+        """(layer, counts, gates) of three batches through two layers."""
+        rng = torch.Generator().manual_seed(0)
+        return [(layer, counts, random_gates(sum(counts), 4, rng)) for counts in BATCHES for layer in (0, 1)]
+
+    @pytest.fixture
+    def statistics(self, passes):
+        statistics = RoutingStatistics()
+        for layer, counts, gates in passes:
+            statistics.add(layer, gates, TaskRows.of(counts, CPU))
+        return statistics
+
+    def test_equal_naive_counts_over_several_batches(self, passes, statistics):
+        mass, frequency = statistics.compute()
+        assert mass.shape == frequency.shape == (2, 3, 4)
+        for layer in (0, 1):
+            for task in (0, 2):
+                for expert in range(4):
+                    seen = []
+                    for its_layer, counts, gates in passes:
+                        start = sum(counts[:task])
+                        if its_layer == layer:
+                            seen += gates[start: start + counts[task], expert].tolist()
+                    assert mass[layer, task, expert].item() == sum(seen) / len(seen)
+                    assert frequency[layer, task, expert].item() == sum(g > 0 for g in seen) / len(seen)
+
+    def test_a_task_without_tokens_is_nan(self, statistics):
+        for values in statistics.compute():
+            assert values.isnan().all(dim=0).all(dim=1).tolist() == [False, True, False]
+
+    def test_an_always_on_expert_has_frequency_one_and_its_own_mass(self, statistics):
+        mass, frequency = statistics.compute()
+        assert frequency[:, [0, 2], -1].eq(1).all()
+        assert mass[:, [0, 2], -1].lt(1).all()
+
+    def test_layers_come_in_their_order_and_not_in_that_of_the_calls(self):
+        statistics, rows = RoutingStatistics(), TaskRows.of((2,), CPU)
+        for layer in (2, 0, 1):
+            statistics.add(layer, torch.full((2, 3), float(layer)), rows)
+        assert statistics.compute()[0][:, 0, 0].tolist() == [0, 1, 2]
+
+    def test_are_fed_by_the_routing_only_when_asked_for(self):
+        routing = recorded([1, 1])
+        gates, mean_probs, rows = torch.ones(2, 3), random_probs(2, 3), routing.rows(2, CPU)
+        routing.record(0, gates, mean_probs, rows)
+        routing.statistics = RoutingStatistics()
+        routing.record(0, 3 * gates, mean_probs, rows)
+        assert routing.statistics.compute()[0].eq(3).all()
+
+    def test_hold_no_graph(self):
+        gates = torch.ones(2, 3, requires_grad=True) * 1
+        statistics = RoutingStatistics()
+        statistics.add(0, gates, TaskRows.of((2,), CPU))
+        assert not statistics.compute()[0].requires_grad
+
+
+class TestRoutingRows:
+    @pytest.mark.parametrize(
+        ("images", "tokens", "counts", "offsets"),
+        [
+            ([1, 1], 10, (5, 5), [0, 5, 10]),
+            ([2, 0, 1], 9, (6, 0, 3), [0, 6, 6, 9]),
+            ([0, 8, 0], 8 * 197, (0, 8 * 197, 0), [0, 0, 8 * 197, 8 * 197]),
+            ([3], 3, (3,), [0, 3]),
+        ],
+        ids=str,
+    )
+    def test_every_image_has_equally_many_tokens(self, images, tokens, counts, offsets):
+        routing = Routing(len(images))
+        routing.assign(images)
+        rows = routing.rows(tokens, CPU)
+        assert rows.counts == counts
+        assert rows.offsets.tolist() == offsets
+        assert rows.offsets.dtype == torch.int32
+
+    def test_follow_the_latest_assignment(self):
+        routing = Routing(2)
+        for images, counts in [([1, 2], (2, 4)), ([2, 1], (4, 2))]:
+            routing.assign(images)
+            assert routing.rows(6, CPU).counts == counts
+
+    def test_without_an_assignment_are_an_error(self):
+        with pytest.raises(ValueError, match=r"assign\(\)"):
+            Routing(2).rows(10, CPU)
+
+    def test_of_an_empty_assignment_are_an_error(self):
+        routing = Routing(2)
+        routing.assign([0, 0])
+        with pytest.raises(ValueError, match=r"0 images.*assign\(\)"):
+            routing.rows(10, CPU)
+
+    def test_of_tokens_that_do_not_divide_are_an_error(self):
+        routing = Routing(2)
+        routing.assign([2, 1])
+        with pytest.raises(ValueError, match="10 tokens do not divide among the assigned 3 images"):
+            routing.rows(10, CPU)
+
+    @pytest.mark.parametrize("images", [[], [1], [1, 1, 1]], ids=str)
+    def test_one_count_for_each_task_or_an_error(self, images):
+        with pytest.raises(ValueError, match=f"{len(images)} counts for 2 tasks"):
+            Routing(2).assign(images)

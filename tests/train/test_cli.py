@@ -1,0 +1,97 @@
+"""A user's mistake: one clear line on stderr, status 2, nothing left behind."""
+
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+from safetensors.torch import save_file
+
+from model import VITS, ViT
+from train.cli import build_parser, main
+
+QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]
+
+
+@pytest.fixture
+def small_weights(tmp_path):
+    path = tmp_path / "micro.safetensors"
+    save_file(ViT(VITS["vit_micro"], 64).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--tasks", "seg,depth"], "unknown task 'depth'"),
+        (["--pretrained", "/no/such/file"], "no such weights file: /no/such/file"),
+        (["--moe", "16/16/1/4"], "N - S = 15"),
+        (["--moe", "16/3/1/4", "--gating", "topk"], "use 'ase'"),
+        (["--recipe", "nonesuch"], "no recipe 'nonesuch'"),
+        (["--set", "colour=red"], "unknown key 'colour'"),
+        (["--set", "colour"], "not of the form key=value"),
+        (["--kernel", "triton"], "use --kernel=reference"),
+        (["--image-size", "63"], "not a multiple of the patch size 8"),
+        (["--resume", "/no/such/run"], "/no/such/run is not a checkpoint"),
+        (["--resume"], "--resume alone does not say which run"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--set", "lora_targets=qvk"], "unknown LoRA target 'qvk'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, message, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = [*argv, "--out", str(out)] if argv != ["--resume"] else argv
+    if message.startswith("unknown LoRA"):
+        argv += ["--set", "lora_rank=4"]
+    assert main([*argv, *([] if "--steps" in argv else ["--steps", "1"])]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("argv", [["--modle", "vit_tiny"], ["--model", "vit_huge"], ["--steps", "few"], ["--tasks"]])
+def test_a_flag_that_does_not_parse_is_one_line_too(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_of_another_width_are_refused(small_weights, capsys, tmp_path):
+    argv = ["--model", "vit_tiny", "--pretrained", str(small_weights), "--out", str(tmp_path / "run"), *QUICK]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "holds another architecture" in error and "(1, 1, 96)" in error and "(1, 1, 192)" in error
+
+
+def test_weights_with_missing_parameters_are_refused(small_weights, capsys, tmp_path):
+    """A frozen backbone with random parts would be silently wrong."""
+    weights = ViT(VITS["vit_micro"], 64).state_dict()
+    del weights["norm.bias"]
+    save_file(weights, small_weights)
+    assert main(["--pretrained", str(small_weights), "--out", str(tmp_path / "run"), *QUICK]) == 2
+    assert "lacks parameters of vit_micro: norm.bias" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["--out", str(tmp_path), *QUICK]) == 2
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_module_run_as_a_user_does_exits_2(tmp_path):
+    command = [sys.executable, "-m", "train", "--tasks", "depth"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown task 'depth'") and done.stderr.count("\n") == 1
+
+
+def test_help_groups_the_flags_and_names_the_recipes():
+    text = build_parser().format_help()
+    assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
+    recipes = [path.name.removesuffix(".yaml") for path in (resources.files("train") / "recipes").iterdir()]
+    assert all(name in text for name in recipes)
+    assert "mi_weight=0.005" in text

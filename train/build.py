@@ -1,0 +1,77 @@
+"""From settings to the objects of a run: data sets, model, optimiser, learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastmoe_lora import add_lora, add_moe
+from kernels import UserError, resolve
+from model import VITS, MultiTaskViT, ViT, load_pretrained
+from train.data.pascal_mt import PascalMT
+from train.data.scenes import Scenes
+from train.settings import Settings
+from train.tasks import output_channels
+
+
+def build_device(settings: Settings) -> torch.device:
+    """The device asked for, by default a GPU where there is one."""
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    device = torch.device(name)
+    resolve(settings.kernel, device)
+    return device
+
+
+def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT]:
+    """(train, val)."""
+    tasks, size, seed = settings.task_names, settings.image_size, settings.seed
+    if not settings.data:
+        lengths = {"train": settings.scenes, "val": settings.val_scenes}
+        return tuple(Scenes(split, size, n, seed, tasks) for split, n in lengths.items())
+    partial = settings.partial_labels
+    return tuple(PascalMT(settings.data, split, tasks, size, seed, partial) for split in ("train", "val"))
+
+
+def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+    """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
+    torch.manual_seed(settings.seed)
+    vit = ViT(VITS[settings.model], settings.image_size)
+    if settings.pretrained:
+        report = load_pretrained(vit, settings.pretrained)
+        if report.missing:
+            raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
+        print(f"weights   {settings.pretrained} ({report})")
+        vit.requires_grad_(False)
+    if settings.lora_rank:
+        add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
+    moe = settings.moe_config
+    routing = add_moe(vit, moe, len(settings.task_names), settings.site) if moe else None
+    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW over what is trainable; matrices decay, biases and norms do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def total_steps(settings: Settings, images: int) -> int:
+    return settings.steps or settings.epochs * steps_per_epoch(settings, images)
+
+
+def steps_per_epoch(settings: Settings, images: int) -> int:
+    return math.ceil(images / settings.batch_size)
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Linear warm-up, then lr * (1 - progress)^0.9."""
+    warmup = math.ceil(settings.warmup * total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * (1 - (step - warmup) / (total - warmup)) ** 0.9

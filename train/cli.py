@@ -1,0 +1,105 @@
+"""The command line of ``python -m train``."""
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from fastmoe_lora import SITES
+from kernels import GATINGS, KERNELS, UserError
+from model import HEADS, VITS
+from train.settings import Settings, recipe_names
+
+DESCRIPTION = """\
+Train a multi-task ViT with a LoRA mixture-of-experts and show what it learned.
+
+Without --data it trains on rendered scenes (recipe 'scenes', minutes on two CPU cores); with --data on a PASCAL_MT
+tree. OUT receives results.json, last (the newest checkpoint), predictions.png and routing.png."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(2, f"error: {message} (python -m train --help explains)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m train", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_data(parser.add_argument_group("tasks and data"))
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    parser.epilog = _epilog({action.dest for action in parser._actions})
+    return parser
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tasks", metavar="A,B", help="of seg, parts, sal, normals, edge (default: all five)")
+    group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree; left out: rendered scenes")
+    group.add_argument("--partial-labels", action="store_true", help="a missing label file means: void for that task")
+    group.add_argument("--image-size", type=int, metavar="N", help="side of the square input, pixels (224; scenes 64)")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", choices=VITS, help="the ViT (vit_base; scenes vit_micro)")
+    group.add_argument("--pretrained", metavar="FILE", help="its weights, safetensors with timm's names; the backbone "
+                       "is then frozen, and trained in full without them")
+    group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
+    group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
+    group.add_argument("--gating", choices=GATINGS, help="ase where S > 0, topk where S = 0, unless said otherwise")
+    group.add_argument("--site", choices=SITES, help="what the experts stand beside (ffn)")
+    group.add_argument("--kernel", choices=KERNELS, help="implementation of the experts (auto)")
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--recipe", metavar="NAME|FILE", help=f"settings from a yaml file: {', '.join(recipe_names())}; "
+                       "flags override it")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (40)")
+    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
+    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
+    group.add_argument("--loss-weights", metavar="T=X,..", help=f"({Settings.loss_weights})")
+    group.add_argument("--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: at the "
+                       "end")
+    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
+    group.add_argument("--resume", nargs="?", const="", metavar="FILE", help="continue from a checkpoint folder; "
+                       "without FILE from OUT/last")
+    group.add_argument("--set", action="append", metavar="key=value", help="any setting by name, see below")
+
+
+def _epilog(flags: set[str]) -> str:
+    rest = [f"  {name}={value}" for name, value in vars(Settings()).items() if name not in flags]
+    return "\n".join(["settings without a flag, for --set:", *rest])
+
+
+def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
+    """(values by settings name, checkpoint to resume: a path, "" for OUT/last, None for a fresh run)."""
+    flags = vars(build_parser().parse_args(argv))
+    resume = flags.pop("resume", None)
+    for assignment in flags.pop("set", []):
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r} is not of the form key=value")
+        flags[name.strip().replace("-", "_")] = value.strip()
+    return flags, resume
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    from train.loop import train
+
+    try:
+        flags, resume = parse(argv)
+        train(flags, resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the last checkpoint is kept, continue with --resume", file=sys.stderr)
+        return 130
+    return 0

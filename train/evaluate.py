@@ -1,0 +1,60 @@
+"""Scoring a model, and the best constant prediction, over a validation set."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from fastmoe_lora import RoutingStatistics
+from model import MultiTaskViT
+from train.data.batches import Batch
+from train.metrics import Metric, build_metrics
+from train.metrics.constant import build_constants
+
+Metrics = dict[str, dict[str, float | None]]
+Classes = dict[str, tuple[str, ...]]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
+) -> tuple[Metrics, RoutingStatistics | None]:
+    """({task: {metric: value}}, what the routers chose) over all batches; the model's mode is left as it was."""
+    device = model.task_embed.device
+    metrics = build_metrics(model.tasks, classes)
+    statistics = RoutingStatistics() if model.routing is not None else None
+    if model.routing is not None:
+        model.routing.statistics = statistics
+    training = model.training
+    model.eval()
+    for batch in tqdm(batches, title, leave=False, disable=None):
+        batch = batch.to(device)
+        for task, prediction in model(batch.images, batch.index).items():
+            metrics[task].update(prediction, batch.labels[task])
+    model.train(training)
+    if model.routing is not None:
+        model.routing.statistics = None
+    return _scores(metrics), statistics
+
+
+def score_constant(
+    train_batches: Iterable[Batch], val_batches: Iterable[Batch], tasks: tuple[str, ...], classes: Classes
+) -> Metrics:
+    """The metrics of the best constant prediction, fitted on the training labels."""
+    constants, metrics = build_constants(tasks, classes), build_metrics(tasks, classes)
+    for batch in tqdm(train_batches, "constant: fit", leave=False, disable=None):
+        for task, label in batch.labels.items():
+            constants[task].update(label)
+    for batch in tqdm(val_batches, "constant: score", leave=False, disable=None):
+        for task, label in batch.labels.items():
+            metrics[task].update(constants[task].prediction(label), label)
+    return _scores(metrics)
+
+
+def _scores(metrics: dict[str, Metric]) -> Metrics:
+    """None where nothing was labelled: JSON knows no NaN."""
+    return {
+        task: {name: None if value is None or math.isnan(value) else value for name, value in metric.compute().items()}
+        for task, metric in metrics.items()
+    }

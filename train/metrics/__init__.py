@@ -1,0 +1,39 @@
+"""Metrics: small objects that add up over batches and processes.
+
+``update(prediction, label)`` takes the raw output of a head, ``state`` is one tensor that may be summed over
+processes, and ``compute()`` gives the scores by name.
+"""
+
+from typing import NamedTuple
+
+from train.metrics.base import Metric
+from train.metrics.edge import EdgeLoss
+from train.metrics.iou import ConfusionIoU
+from train.metrics.normals import Normals
+from train.metrics.saliency import Saliency
+
+METRICS = {"seg": ConfusionIoU, "parts": ConfusionIoU, "sal": Saliency, "normals": Normals, "edge": EdgeLoss}
+
+
+class Headline(NamedTuple):
+    """A score that reports show: whose it is, its key in ``compute()``, which way is better, and its unit."""
+
+    task: str
+    key: str
+    higher_is_better: bool
+    unit: str
+
+
+HEADLINES = (
+    Headline("seg", "mIoU", True, "%"),
+    Headline("parts", "mIoU", True, "%"),
+    Headline("sal", "maxF", True, "%"),
+    Headline("sal", "mIoU", True, "%"),
+    Headline("normals", "mErr", False, "deg"),
+    Headline("edge", "loss", False, ""),
+)
+
+
+def build_metrics(tasks: tuple[str, ...], classes: dict[str, tuple[str, ...]]) -> dict[str, Metric]:
+    """One fresh metric per task; ``classes`` names the classes of seg and parts."""
+    return {task: METRICS[task](len(classes[task])) if task in classes else METRICS[task]() for task in tasks}

@@ -1,0 +1,30 @@
+"""Edges: the balanced loss."""
+
+import torch
+from torch import Tensor
+
+from train.losses import balanced_bce
+from train.metrics.base import Metric
+from train.tasks import VOID
+
+
+class EdgeLoss(Metric):
+    """The formula of :func:`train.losses.edge_loss`, pooled over the valid pixels of the whole set.
+
+    The field's edge meters squash the logits before this loss, so their values are no measure of it.
+    ``state`` (2,) is [sum of the loss, valid pixels].
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """``prediction`` (n, 1, H, W) logit, ``label`` uint8 (n, H, W)."""
+        total = balanced_bce(prediction, label).sum(dtype=torch.float64)
+        self.add(torch.stack([total, (label != VOID).sum()]))
+
+    def compute(self) -> dict[str, float | None]:
+        """``loss``; ``odsF``, the F-measure of the benchmark, needs boundary matching and is not computed."""
+        total, pixels = self.state
+        return {"loss": (total / pixels).item(), "odsF": None}

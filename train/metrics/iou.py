@@ -1,0 +1,38 @@
+"""Semantic segmentation and human parts: the mean intersection over union."""
+
+import torch
+from torch import Tensor
+
+from train.metrics.base import Metric, histogram
+from train.tasks import VOID
+
+
+class ConfusionIoU(Metric):
+    """Mean over classes of TP / (TP + FP + FN), each counted over the valid pixels of the whole set.
+
+    The background is a class like any other. Classes that no label of the set shows are left out of the mean
+    (their false positives still count against the class that the label names).
+
+    ``state`` (C, C) counts pixels by label (row) and predicted class (column).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, num_classes)
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """``prediction`` (n, C, H, W) logits, ``label`` uint8 (n, H, W)."""
+        classes = len(self.state)
+        predicted = prediction.max(1).indices  # argmax(1) takes twice the time on a CPU
+        counts = histogram(label.long() * classes + predicted, label != VOID, classes**2)
+        self.add(counts.view(classes, classes))
+
+    def per_class(self) -> Tensor:
+        """IoU in percent, float64 (C,): NaN for the classes that no label shows."""
+        hits, labelled, predicted = self.state.diag(), self.state.sum(1), self.state.sum(0)
+        iou = 100 * hits / (labelled + predicted - hits)
+        return torch.where(labelled > 0, iou, torch.nan)
+
+    def compute(self) -> dict[str, float | None]:
+        """``mIoU`` in percent."""
+        return {"mIoU": self.per_class().nanmean().item()}

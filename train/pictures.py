@@ -1,0 +1,115 @@
+"""Pictures of a run: predictions beside labels, and what the routers chose."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoe_lora import RoutingStatistics
+from train.data.batches import Batch
+from train.tasks import VOID
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
+from matplotlib.patches import Patch  # noqa: E402
+
+GREY = np.array([160, 160, 160], dtype=np.uint8)
+
+
+def _voc_colours(count: int) -> np.ndarray:
+    """The field's colours (count, 3) uint8: bit k of the three channels comes from bits 3k, 3k+1, 3k+2 of the class."""
+    ids = np.arange(count)
+    colours = np.zeros((count, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+PALETTE = _voc_colours(256)
+
+
+def paint_label(task: str, label: Tensor) -> np.ndarray:
+    """A label with the conventions of train.tasks -> (H, W, 3) uint8; void is grey."""
+    label = label.cpu().numpy()
+    if task == "normals":
+        void = ~label.any(axis=0)
+        picture = np.rint(127.5 * (label.transpose(1, 2, 0) + 1)).astype(np.uint8)
+    elif task in ("seg", "parts"):
+        void, picture = label == VOID, PALETTE[label]
+    else:
+        void, picture = label == VOID, np.repeat(255 * (label == 1)[..., None].astype(np.uint8), 3, axis=-1)
+    return np.where(void[..., None], GREY, picture)
+
+
+def paint_prediction(task: str, prediction: Tensor) -> np.ndarray:
+    """A raw head output (C, H, W) -> (H, W, 3) uint8: classes in colour, sal and edge as probabilities."""
+    prediction = prediction.float().cpu()
+    if task in ("seg", "parts"):
+        return PALETTE[prediction.argmax(0).numpy()]
+    if task == "normals":
+        return paint_label(task, torch.nn.functional.normalize(prediction, dim=0))
+    probability = prediction.sigmoid()[0] if task == "edge" else prediction.softmax(0)[1]
+    return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
+
+
+def save_predictions(
+    path: Path, batch: Batch, predictions: dict[str, Tensor], classes: dict[str, tuple[str, ...]]
+) -> None:
+    """A grid: one row per image of ``batch``; the image, then label and prediction of each task. ``predictions``
+    {task: (B, C, H, W)} are those of every image, labelled or not; a label that is missing is left blank."""
+    columns = [("image", list(batch.images.permute(0, 2, 3, 1).cpu().numpy()))]
+    for task, outputs in predictions.items():
+        labels = dict(zip(batch.index[task].tolist(), batch.labels[task])) if task in batch.index else {}
+        blank = np.full_like(columns[0][1][0], 255)
+        columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in range(len(outputs))]))
+        columns.append(("predicted", [paint_prediction(task, output) for output in outputs]))
+    figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
+    _draw_grid(axis, columns)
+    for task, corner in (("seg", "left"), ("parts", "right")):
+        if task in predictions:
+            _draw_legend(figure, task, classes[task], corner)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> None:
+    """Columns of equally large pictures under their titles, as one image with white gaps."""
+    side = columns[0][1][0].shape[0]
+    gap = max(side // 24, 2)
+    frame = ((0, 0), (0, gap), (0, gap), (0, 0))
+    strips = [np.concatenate(np.pad(np.stack(column), frame, constant_values=255)) for _, column in columns]
+    axis.imshow(np.concatenate(strips, axis=1), interpolation="nearest")
+    axis.axis("off")
+    for i, (title, _) in enumerate(columns):
+        axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=9)
+
+
+def _draw_legend(figure: plt.Figure, task: str, names: tuple[str, ...], corner: str) -> None:
+    entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(names)]
+    figure.legend(
+        handles=entries, title=task, loc=f"outside lower {corner}", ncols=7, fontsize=7, title_fontsize=8, frameon=False
+    )
+
+
+def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:
+    """One map per task: layers downwards, experts across, brightness the gate mass; shared experts stand last."""
+    mass, _ = statistics.compute()
+    layers, _, experts = mass.shape
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.6 * len(tasks) + 0.8, 1.4 + 0.22 * layers), squeeze=False, layout="constrained"
+    )
+    for axis, task, values in zip(axes[0], tasks, mass.numpy().swapaxes(0, 1)):
+        image = axis.imshow(values, aspect="auto", vmin=0, vmax=float(mass.nan_to_num().max()), cmap="viridis")
+        if shared:
+            axis.axvline(experts - shared - 0.5, color="white", linewidth=1)
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("expert" + (" | shared" if shared else ""), fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
