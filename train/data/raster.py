@@ -7,18 +7,19 @@ with -inf where the ray misses, and the unit normal, float64 and broadcastable t
 
 from dataclasses import dataclass
 from functools import reduce
-from math import copysign, cos, hypot, sin
+from math import copysign, cos, hypot, inf, sin
 from typing import Protocol
 
 import numpy as np
 
+Bounds = tuple[float, float, float, float]  # left, bottom, right, top
 Hit = tuple[np.ndarray, np.ndarray]
 Interval = tuple[np.ndarray, np.ndarray, np.ndarray]  # of z: back end, front end, normal at the front end
 
 
 class Shape(Protocol):
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Least and greatest (x, y) that the shape can reach."""
+    def bounds(self) -> Bounds:
+        """A rectangle of the picture that holds the shape."""
 
     def hit(self, x: np.ndarray, y: np.ndarray) -> Hit:
         """Depth and normal at columns x (1, w) and rows y (h, 1)."""
@@ -27,9 +28,10 @@ class Shape(Protocol):
 def upright_frame(pitch: float, yaw: float) -> np.ndarray:
     """(3, 3): rows are the right, up and front axes, in camera space, of a thing that is turned by ``yaw`` about
     the vertical and seen by a camera that looks down by ``pitch`` (radians)."""
-    right, up, front = np.eye(3)
-    up, front = up * cos(pitch) + front * sin(pitch), front * cos(pitch) - up * sin(pitch)
-    return np.stack([right * cos(yaw) - front * sin(yaw), up, right * sin(yaw) + front * cos(yaw)])
+    right = (cos(yaw), sin(yaw) * sin(pitch), -sin(yaw) * cos(pitch))
+    up = (0.0, cos(pitch), sin(pitch))
+    front = (sin(yaw), -cos(yaw) * sin(pitch), cos(yaw) * cos(pitch))
+    return np.array([right, up, front])
 
 
 class ZBuffer:
@@ -42,17 +44,15 @@ class ZBuffer:
     def __init__(self, size: int) -> None:
         centres = (2 * np.arange(size) + 1) / size - 1
         self.x, self.y = centres[None, :], -centres[:, None]
-        self.depth = np.full((size, size), -np.inf)
+        self.depth = np.full((size, size), -inf)
         self.normal = np.zeros((3, size, size))
         self.owner = np.zeros((size, size), np.int64)
 
     def _window(self, shape: Shape) -> tuple[slice, slice]:
         size = len(self.owner)
-        (left, bottom), (right, top) = (np.clip(bound, -1, 1).tolist() for bound in shape.bounds())
-        return (
-            slice(int((1 - top) / 2 * size), int((1 - bottom) / 2 * size) + 1),
-            slice(int((left + 1) / 2 * size), int((right + 1) / 2 * size) + 1),
-        )
+        left, bottom, right, top = (min(max(bound, -1), 1) for bound in shape.bounds())
+        rows = slice(int((1 - top) / 2 * size), int((1 - bottom) / 2 * size) + 1)
+        return rows, slice(int((left + 1) / 2 * size), int((right + 1) / 2 * size) + 1)
 
     def paint(self, shape: Shape, owner: int) -> None:
         """Keeps, pixel by pixel, whichever is nearer: the shape or what is there."""
@@ -71,8 +71,8 @@ class Plane:
     point: np.ndarray
     normal: np.ndarray
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(2, -np.inf), np.full(2, np.inf)
+    def bounds(self) -> Bounds:
+        return -inf, -inf, inf, inf
 
     def hit(self, x: np.ndarray, y: np.ndarray) -> Hit:
         nx, ny, nz = self.normal.tolist()
@@ -96,9 +96,11 @@ class Pill:
     end: np.ndarray
     axes: np.ndarray
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        reach = np.sqrt((self.axes**2).sum(1))
-        return (np.minimum(self.start, self.end) - reach)[:2], (np.maximum(self.start, self.end) + reach)[:2]
+    def bounds(self) -> Bounds:
+        (a, _, _), (b, c, _), _ = self.axes.tolist()
+        (x0, y0, _), (x1, y1, _) = self.start.tolist(), self.end.tolist()
+        width, height = a, hypot(b, c)
+        return min(x0, x1) - width, min(y0, y1) - height, max(x0, x1) + width, max(y0, y1) + height
 
     def hit(self, x: np.ndarray, y: np.ndarray) -> Hit:
         (a, _, _), (b, c, _), (d, e, f) = self.axes.tolist()
@@ -115,14 +117,14 @@ class Pill:
         # Of the unit balls along the segment, t in [0, 1] has the highest point over (u, v): height is concave in t.
         length = hypot(du, dv) or 1e-12
         s = (u * du + v * dv) / length
-        across2 = 1 - ((v * du - u * dv) / length) ** 2 if du or dv else 1 - u**2 - v**2
+        across2 = 1 - (u * u + v * v - s * s)
         slope = rise / hypot(length, rise)
         t = ((s + slope * np.sqrt(np.maximum(across2, 0))) / length).clip(0, 1)
         height2 = across2 - (s - t * length) ** 2
         height = np.sqrt(np.maximum(height2, 0))
 
         depth = z0 + d * u + e * v + f * (t * rise + height)
-        depth[height2 < 0] = -np.inf
+        depth[height2 < 0] = -inf
         # The gradient of |q|^2 in p is the transposed inverse of axes times q: a back substitution.
         nz = height / f
         ny = (v - t * dv - e * nz) / c
@@ -142,9 +144,10 @@ class Upright:
     half: np.ndarray
     frame: np.ndarray
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        reach = self.half @ abs(self.frame[:, :2])
-        return self.centre[:2] - reach, self.centre[:2] + reach
+    def bounds(self) -> Bounds:
+        x, y, _ = self.centre.tolist()
+        width, height, _ = (self.half @ abs(self.frame)).tolist()
+        return x - width, y - height, x + width, y + height
 
     def hit(self, x: np.ndarray, y: np.ndarray) -> Hit:
         x, y = x - self.centre[0], y - self.centre[1]
@@ -154,7 +157,7 @@ class Upright:
         normal = normals[0]
         for other_front, other in zip(fronts[1:], normals[1:]):
             normal = np.where(other_front == front, other, normal)
-        return np.where(front >= reduce(np.maximum, backs), self.centre[2] + front, -np.inf), normal
+        return np.where(front >= reduce(np.maximum, backs), self.centre[2] + front, -inf), normal
 
     def _intervals(self, origin: list[np.ndarray]) -> list[Interval]:
         """Of the rays origin + z * frame[:, 2], in own coordinates about the centre."""

@@ -1,0 +1,60 @@
+"""README keeps its word: every command in it runs, every number in it stands in a committed result."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from train.cli import main
+from train.report import table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    command.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    for command in line.split("#")[0].split("&&")
+    if command.strip()
+]
+# These two installations, and this test command, are what .ci/run runs; so is the benchmark.
+IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest", "pytest bench/ --benchmark-only"}
+GET = re.compile(r"git clone \S+|cd \S+")
+
+
+def test_every_command_is_tried_somewhere():
+    for command in COMMANDS:
+        assert command in IN_CI or GET.fullmatch(command) or command.startswith("python -m train "), command
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "pip install --quiet -e '.[test]'" in script and "\npytest\n" in script and "pytest bench/" in script
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m train ")])
+def test_training_commands_run(command, tmp_path, request):
+    argv = shlex.split(command)[3:]
+    for placeholder, fixture in (("PASCAL_MT", "pascal_mini"), ("WEIGHTS.safetensors", "vit_tiny_weights")):
+        if placeholder in argv:
+            argv[argv.index(placeholder)] = str(request.getfixturevalue(fixture))
+    quick = ["--steps", "5", "--set", "scenes=64", "--set", "val_scenes=8"]
+    if "--data" in argv:
+        quick += ["--image-size", "64", "--model", "vit_tiny", "--partial-labels"]
+    assert main([*argv, *quick, "--out", str(tmp_path / "run")]) == 0
+
+
+def test_python_examples_run():
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_table_is_the_committed_result():
+    results = json.loads((ROOT / "bench" / "results" / "scenes.json").read_text())
+    columns = {name: results[f"metrics{'_' * bool(name != 'trained')}{name if name != 'trained' else ''}"]
+               for name in ("untrained", "constant", "trained")}
+    assert table(columns) in README
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
