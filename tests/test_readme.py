@@ -28,6 +28,7 @@ def test_every_command_is_tried_somewhere():
     for command in COMMANDS:
         assert command in IN_CI or GET.fullmatch(command) or command.startswith("python -m train "), command
     script = (ROOT / ".ci" / "run").read_text()
+    assert "pip install --quiet -e .\n" in script
     assert "pip install --quiet -e '.[test]'" in script and "\npytest\n" in script and "pytest bench/" in script
 
 

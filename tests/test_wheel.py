@@ -43,9 +43,13 @@ def test_it_runs_the_default_job_from_another_folder(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True)
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
-    origin = subprocess.run([python, "-c", "import train; print(train.__file__)"], cwd=tmp_path, capture_output=True, text=True)
-    assert origin.stdout.startswith(str(site))
-    command = [python, "-m", "train", "--tasks", "seg,parts,sal,normals,edge", "--steps", "5"]
-    done = subprocess.run([*command, "--set", "scenes=64", "--set", "val_scenes=8"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        done = subprocess.run([python, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-c", "import train; print(train.__file__)").startswith(str(site))
+    quick = ["--steps", "5", "--set", "scenes=64", "--set", "val_scenes=8"]
+    run("-m", "train", "--tasks", "seg,parts,sal,normals,edge", *quick)
     assert json.loads((tmp_path / "runs" / "scenes" / "results.json").read_text())["steps"] == 5

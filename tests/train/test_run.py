@@ -31,7 +31,8 @@ def results(finished):
 def test_results_name_everything_a_reader_needs(results):
     assert list(results) == [
         "format", "command", "protocol", "dataset", "model", "moe", "gating", "kernel", "seed", "steps",
-        "images_per_second", "parameters", "final_losses", "metrics", "metrics_constant", "metrics_untrained", "versions",
+        "images_per_second", "parameters", "final_losses", "metrics", "metrics_constant", "metrics_untrained",
+        "versions",
     ]
     assert results["format"] == 1 and results["protocol"] == "scenes" and results["steps"] == 3
     assert results["command"] == f"python -m train --tasks {ALL} --steps 3 {' '.join(TINY)}"
