@@ -1,8 +1,14 @@
-"""``--kernel`` chooses the implementation that tests/ and bench/ run."""
+"""``--kernel`` chooses the implementation that tests/ and bench/ run; without a GPU Triton is interpreted."""
+
+import os
 
 import pytest
+import torch
 
 from kernels import KERNELS
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

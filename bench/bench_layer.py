@@ -17,12 +17,12 @@ WIDTH, TOKENS, DTYPE = (768, 40_960, torch.bfloat16) if DEVICE.type == "cuda" el
 CONFIGS = ["frozen", "16/3/1/4", "32/6/2/2", "64/12/4/1", "16/4/0/4"]
 
 
-def make_ffn(config: str) -> torch.nn.Module:
+def make_ffn(config: str, kernel: str) -> torch.nn.Module:
     """One FFN of a ViT, frozen, with the experts of ``config`` beside it."""
     torch.manual_seed(0)
     vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=WIDTH // 64), 32).to(DEVICE, DTYPE).requires_grad_(False)
     if config != "frozen":
-        routing = adapt(vit, MoEConfig.parse(config), TASKS, lora_rank=0)
+        routing = adapt(vit, MoEConfig.parse(config), TASKS, lora_rank=0, kernel=kernel)
         routing.assign([TOKENS // TASKS] * TASKS)
         torch.nn.init.normal_(vit.blocks[0].mlp.lora_B, std=0.02)
     return vit.to(DEVICE).blocks[0].mlp
@@ -44,7 +44,7 @@ def synchronised(step):
 def bench_ffn(benchmark, kernel: str, config: str, backward: bool) -> None:
     benchmark.group = f"FFN, width {WIDTH}, {TOKENS} tokens, {DTYPE}, {DEVICE.type}"
     benchmark.extra_info["kernel"] = resolve(kernel, DEVICE)
-    ffn = make_ffn(config)
+    ffn = make_ffn(config, kernel)
     x = torch.randn(TOKENS, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=backward)
 
     def step():

@@ -34,17 +34,19 @@ def add_lora(vit: nn.Module, rank: int, targets: Sequence[str] = ("qkv", "proj")
             block.set_submodule(path, LoRALinear(block.get_submodule(path), rank))
 
 
-def add_moe(vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn") -> Routing:
+def add_moe(vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn", kernel: str = "auto") -> Routing:
     """Put a LoRA-MoE around ``site`` of every block: ``ffn`` (the whole FFN), ``fc1`` or ``fc2``."""
     path = _look_up(site, SITES, "site")
-    routing = Routing(tasks)
+    routing = Routing(tasks, kernel)
     for layer, block in enumerate(vit.blocks):
         base = block.get_submodule(path)
         block.set_submodule(path, LoRAMoE(base, _site_shape(base), config, routing, layer))
     return routing
 
 
-def adapt(vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn", lora_rank: int = 4) -> Routing:
+def adapt(
+    vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn", lora_rank: int = 4, kernel: str = "auto"
+) -> Routing:
     """Freeze ``vit`` and adapt it in place for ``tasks`` tasks; only the adapters are left trainable.
 
     Works on any ViT whose ``blocks`` have timm's names (``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``).
@@ -54,4 +56,4 @@ def adapt(vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn", lora
     vit.requires_grad_(False)
     if lora_rank:
         add_lora(vit, lora_rank)
-    return add_moe(vit, config, tasks, site)
+    return add_moe(vit, config, tasks, site, kernel)

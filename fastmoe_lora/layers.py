@@ -57,7 +57,8 @@ class LoRAMoE(nn.Module):
         # Autocast would send the fp32 logits to half precision; lora_moe casts what may be cast by itself.
         with torch.autocast(x.device.type, enabled=False):
             y, gates, mean_probs = lora_moe(
-                tokens, base.flatten(0, -2), (self.lora_A, self.lora_B), self.routers, rows, self.config.gating
+                tokens, base.flatten(0, -2), (self.lora_A, self.lora_B), self.routers, rows, self.config.gating,
+                self.routing.kernel,
             )
         self.routing.record(self.layer, gates, mean_probs, rows)
         return y.view_as(base)

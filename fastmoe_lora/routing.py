@@ -52,8 +52,8 @@ class Routing:
     The ViT between them need not know: its blocks pass tokens and nothing else.
     """
 
-    def __init__(self, tasks: int) -> None:
-        self.tasks = tasks
+    def __init__(self, tasks: int, kernel: str = "auto") -> None:
+        self.tasks, self.kernel = tasks, kernel
         self.statistics: RoutingStatistics | None = None
         self._images: tuple[int, ...] = ()
         self._mean_probs: dict[int, Tensor] = {}

@@ -3,7 +3,7 @@
 from kernels.backend import KERNELS, resolve
 from kernels.errors import UserError
 from kernels.gating import GATINGS, Gating
-from kernels.reference import lora_moe
+from kernels.operation import lora_moe
 from kernels.rows import TaskRows
 
 # A package of Hugging Face is called `kernels` too; fastmoe_lora tells them apart by this name.

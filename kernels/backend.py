@@ -1,5 +1,9 @@
 """Which implementation runs: ``auto``, ``triton`` or ``reference``, the same switch everywhere."""
 
+import importlib.util
+import os
+from functools import cache
+
 import torch
 
 from kernels.errors import UserError
@@ -7,11 +11,29 @@ from kernels.errors import UserError
 KERNELS = ("auto", "triton", "reference")
 
 
+@cache
 def resolve(kernel: str, device: torch.device) -> str:
-    """The implementation ``kernel`` stands for on ``device``. Never falls back in silence: what was asked for
-    by name either runs or ends in a :class:`UserError`."""
+    """The implementation ``kernel`` stands for on ``device``: ``auto`` is triton on a GPU that can run it.
+
+    Never falls back in silence: what is asked for by name either runs or ends in a :class:`UserError`.
+    """
     if kernel not in KERNELS:
         raise UserError(f"unknown kernel {kernel!r}: choose among {', '.join(KERNELS)}")
-    if kernel == "triton":
-        raise UserError("--kernel=triton: this version has no Triton kernels yet; use --kernel=reference")
-    return "reference"
+    if kernel == "reference":
+        return kernel
+    obstacle = _obstacle(device)
+    if kernel == "triton" and obstacle:
+        raise UserError(f"--kernel=triton: {obstacle}")
+    return "reference" if obstacle or device.type == "cpu" and kernel == "auto" else "triton"
+
+
+def _obstacle(device: torch.device) -> str:
+    """Why Triton cannot run on ``device``, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (its wheels are for Linux); use --kernel=reference"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "" if (major, minor) >= (8, 0) else f"the GPU has capability {major}.{minor}, Triton needs 8.0"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"no GPU in use (device {device.type}); set TRITON_INTERPRET=1 to interpret, or use --kernel=reference"
+    return ""

@@ -18,6 +18,10 @@ class TaskRows:
     counts: tuple[int, ...]
     offsets: Tensor
 
+    def grid(self, block: int) -> tuple[int, int]:
+        """(blocks of the longest task, tasks): a launch grid in which no block of ``block`` rows has two tasks."""
+        return -(-max(self.counts) // block), len(self.counts)
+
     @staticmethod
     @lru_cache(maxsize=64)
     def of(counts: tuple[int, ...], device: torch.device) -> "TaskRows":

@@ -47,7 +47,7 @@ def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> Mult
     if settings.lora_rank:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
     moe = settings.moe_config
-    routing = add_moe(vit, moe, len(settings.task_names), settings.site) if moe else None
+    routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
     return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
 
 

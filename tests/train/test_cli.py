@@ -7,6 +7,7 @@ from importlib import resources
 import pytest
 from safetensors.torch import save_file
 
+from kernels import resolve
 from model import VITS, ViT
 from train.cli import build_parser, main
 
@@ -31,7 +32,6 @@ def small_weights(tmp_path):
         (["--recipe", "nonesuch"], "no recipe 'nonesuch'"),
         (["--set", "colour=red"], "unknown key 'colour'"),
         (["--set", "colour"], "not of the form key=value"),
-        (["--kernel", "triton"], "use --kernel=reference"),
         (["--image-size", "63"], "not a multiple of the patch size 8"),
         (["--resume", "/no/such/run"], "/no/such/run is not a checkpoint"),
         (["--resume"], "--resume alone does not say which run"),
@@ -49,6 +49,15 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, capsys, tmp_path):
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    resolve.cache_clear()
+    assert main(["--kernel", "triton", "--device", "cpu", "--out", str(tmp_path / "run"), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "no GPU in use (device cpu); set TRITON_INTERPRET=1" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("argv", [["--modle", "vit_tiny"], ["--model", "vit_huge"], ["--steps", "few"], ["--tasks"]])

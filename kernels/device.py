@@ -1,0 +1,96 @@
+"""What the kernels share on the device: selection, gates, sums over ranks, products with an fp32 operand.
+
+Tiles are BM tokens by NP columns (see Pool). A padded column is never selected and has gate 0. All of it is fp32, in
+registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def select(z, sparse, k):
+    """True at the k largest of the first ``sparse`` columns of z (BM, NP); of equal logits the lowest index wins.
+
+    NaN counts as the largest, as in torch.sort: it is selected, so that the token's gates are NaN in plain sight.
+    """
+    columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
+    key = tl.where(z != z, float("inf"), z)
+    remaining = columns < sparse
+    for _ in range(k):
+        largest = tl.max(tl.where(remaining, key, float("-inf")), 1)[:, None]
+        first = tl.min(tl.where(remaining & (key == largest), columns, z.shape[1]), 1)[:, None]
+        remaining = remaining & (columns != first)
+    return (columns < sparse) & (remaining == 0)
+
+
+@triton.jit
+def softmax(z, keep):
+    """Over the columns where ``keep``; 0 in the others."""
+    largest = tl.max(tl.where(keep, z, float("-inf")), 1)[:, None]
+    e = tl.where(keep, tl.exp(z - largest), 0.0)
+    return e / tl.sum(e, 1)[:, None]
+
+
+@triton.jit
+def softmax_backward(p, dp):
+    """The gradient of logits from that of their softmax p."""
+    return p * (dp - tl.sum(p * dp, 1)[:, None])
+
+
+@triton.jit
+def gates(z, k, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
+    """(g, p, m): the gates, the softmax over all router columns and the selected sparse experts, each (BM, NP)."""
+    columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
+    m = select(z, N - SHARED, k)
+    if GATING == "naive-shared":  # a shared expert has no logit; its gate is 1
+        p = softmax(z, columns < N - SHARED)
+        g = tl.where(columns < N - SHARED, p * m.to(tl.float32), (columns < N).to(tl.float32))
+    else:
+        p = softmax(z, columns < N)
+        if GATING == "topk":
+            g = p * m.to(tl.float32)
+        else:
+            g = softmax(z, m | ((columns >= N - SHARED) & (columns < N)))
+    return g, p, m
+
+
+@triton.jit
+def per_rank(g, RANK: tl.constexpr):
+    """(BM, NP) -> (BM, NP * RANK): every gate once for each row of its expert."""
+    deep = tl.broadcast_to(tl.expand_dims(g, 2), (g.shape[0], g.shape[1], RANK))
+    return tl.reshape(deep, (g.shape[0], g.shape[1] * RANK))
+
+
+@triton.jit
+def sum_ranks(values, NP: tl.constexpr, RANK: tl.constexpr):
+    """(BM, NP * RANK) -> (BM, NP): sums over the rows of each expert."""
+    return tl.sum(tl.reshape(values, (values.shape[0], NP, RANK)), 2)
+
+
+@triton.jit
+def dot_exact(a, b, acc):
+    """acc + a b, where b is fp32: beside a half-precision ``a`` it goes in two halves, exact to 2^-17."""
+    if a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        high = b.to(a.dtype)
+        acc = tl.dot(a, high, acc)
+        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)
+    return acc
+
+
+@triton.jit
+def task_rows(offsets, BM: tl.constexpr):
+    """(rows (BM, 1) int64, mask (BM, 1)) of this program's block: program (block, task), no block has two tasks."""
+    block, task = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(offsets + task) + block * BM + tl.arange(0, BM)
+    inside = rows < tl.load(offsets + task + 1)
+    return rows.to(tl.int64)[:, None], inside[:, None]
+
+
+@triton.jit
+def task_length(offsets):
+    """Tokens of this program's task, at least 1."""
+    task = tl.program_id(1)
+    return tl.maximum(tl.load(offsets + task + 1) - tl.load(offsets + task), 1)

@@ -1,0 +1,93 @@
+"""grad_rank: the gradient arrives in rank space and passes through the gates, in one pass over dY.
+
+    dH' = dY B                               dH = dH' * per_rank(g)          (T, R)
+    dg  = sum over an expert's rows of H * dH'
+    dz  = g (dg - sum g dg)                  ase, topk-renorm                (T, C) fp32
+          p (m dg - sum p m dg)              topk, naive-shared; p the softmax over all router columns, m the selected
+        + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
+
+Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read, and written
+for the gram of dB: gate gradients are inner products in rank space, no expert output is ever stored.
+Bytes: T (D es + R es + 4C) read, T (R es + 4C + 4N) written. FLOPs: 2 T D R.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.device import gates, per_rank, softmax_backward, sum_ranks, task_length, task_rows
+from kernels.gating import Gating
+from kernels.pool import Pool
+from kernels.rows import TaskRows
+from kernels.tiles import tile
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def grad_rank_reference(
+    dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, gating: Gating
+) -> Outputs:
+    """(dH, dz, g)."""
+    g, p = reference.gates(z, gating), z.softmax(-1)
+    rank = h.shape[1] // g.shape[1]
+    dgated = dy @ b
+    dh = (dgated * g.repeat_interleave(rank, dim=1)).to(h.dtype)
+    dg = (h * dgated).to(z.dtype).unflatten(1, (-1, rank)).sum(-1)[:, : z.shape[1]]
+    if gating.name in ("ase", "topk-renorm"):
+        dz = _softmax_backward(g, dg)
+    else:
+        dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
+    c = torch.cat([row.expand(n, -1) / n for n, row in zip(rows.counts, dp, strict=True)])
+    return dh, dz + _softmax_backward(p, c), g
+
+
+def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    return p * (dp - (p * dp).sum(-1, keepdim=True))
+
+
+@triton.jit
+def grad_rank_kernel(
+    dy, b, h, z, dp, offsets, dh, dz, g, dy_stride, D, k,
+    N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
+):
+    rows, inside = task_rows(offsets, BM)
+    column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
+    dgated = tl.zeros((BM, NP * RANK), tl.float32)
+    for start in range(0, D, BK):
+        inner = start + tl.arange(0, BK)
+        across, down = inner[None, :], inner[:, None]
+        grad = tl.load(dy + rows * dy_stride + across, inside & (across < D), 0.0)
+        up = tl.load(b + down * (N * RANK) + expert, (expert < N * RANK) & (down < D), 0.0)
+        dgated = tl.dot(grad, up, dgated, input_precision="ieee")
+
+    logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
+    gate, p, m = gates(logits, k, N, SHARED, GATING)
+    hidden = tl.load(h + rows * (N * RANK) + expert, inside & (expert < N * RANK), 0.0).to(tl.float32)
+    dgate = sum_ranks(hidden * dgated, NP, RANK)
+    if GATING == "ase" or GATING == "topk-renorm":
+        dlogits = softmax_backward(gate, dgate)
+    else:
+        dlogits = softmax_backward(p, tl.where(m, dgate, 0.0))
+    c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
+    dlogits += softmax_backward(p, tl.broadcast_to(c, p.shape))
+
+    dhidden = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
+    tl.store(dh + rows * (N * RANK) + expert, dhidden, inside & (expert < N * RANK))
+    tl.store(dz + rows * C + column, dlogits, inside & (column < C))
+    tl.store(g + rows * N + column, gate, inside & (column < N))
+
+
+def grad_rank(dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
+    """(dH (T, R) in h's type, dz (T, C), g (T, N)); dy (T, D) with any row stride and b (D, R) in h's type,
+    z (T, C) and dp (tasks, C) fp32."""
+    dh, dz = torch.empty_like(h), torch.empty_like(z)
+    g = z.new_empty(len(z), pool.experts)
+    sizes = tile("grad_rank", h.dtype, pool)
+    grad_rank_kernel[rows.grid(sizes["BM"])](
+        dy, b, h, z, dp, rows.offsets, dh, dz, g, dy.stride(0), len(b), pool.gating.k,
+        **pool.constants(), **pool.gate_constants(), **sizes,
+    )
+    return dh, dz, g

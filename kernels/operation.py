@@ -1,0 +1,29 @@
+"""The operation, whichever implementation runs it."""
+
+from torch import Tensor
+
+from kernels import reference
+from kernels.backend import resolve
+from kernels.gating import Gating
+from kernels.rows import TaskRows
+
+
+def lora_moe(
+    x: Tensor,
+    base: Tensor,
+    lora: tuple[Tensor, Tensor],
+    routers: Tensor,
+    rows: TaskRows,
+    gating: Gating,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, D) = base + sum_e g_e B_e A_e x, the gates g (T, N) and P (tasks, C); see :mod:`kernels.reference`.
+
+    x (T, d) and base (T, D) share a floating type, ``lora`` is (A (R, d), B (D, R)), ``routers`` (tasks, C, d); the
+    parameters may be fp32 masters. UserError where ``kernel="triton"`` cannot run.
+    """
+    if resolve(kernel, x.device) == "reference":
+        return reference.lora_moe(x, base, lora, routers, rows, gating)
+    from kernels import operators  # imports Triton, which not every machine has
+
+    return operators.lora_moe(x, base, lora, routers, rows, gating)

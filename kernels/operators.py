@@ -1,0 +1,102 @@
+"""The operation as PyTorch sees it: custom operators over the kernels, their fake versions and their autograd.
+
+    forward     route_shrink, expand
+    backward    grad_rank, gram of dB, gram of dA and dW, expand
+    saved       x, H (T, R) in x's type and z (T, C) fp32, beside the weights; no expert output is ever stored
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from kernels.errors import UserError
+from kernels.expand import expand, expand_backward
+from kernels.gating import Gating
+from kernels.grad_rank import grad_rank
+from kernels.gram import gram_a, gram_b
+from kernels.pool import Pool
+from kernels.route_shrink import route_shrink
+from kernels.rows import TaskRows
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """Rows may lie apart, their elements may not."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+@torch.library.custom_op("fastmoe_lora::lora_moe", mutates_args=())
+def lora_moe_op(
+    x: Tensor, base: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
+    counts: Sequence[int], gating: str, k: int, shared: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, g, P, H, z)."""
+    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
+    pool = Pool.of(a, routers, gate)
+    x, base = _rows(x), _rows(base)
+    h, z, g, p = route_shrink(x, a.to(x.dtype), routers.float(), rows, pool)
+    return expand(base, h, g, b.to(x.dtype), rows, pool), g, p, h, z
+
+
+@lora_moe_op.register_fake
+def _(x, base, a, b, routers, offsets, counts, gating, k, shared):
+    pool = Pool.of(a, routers, Gating(gating, k, shared))
+    full = {"dtype": torch.float32}
+    return (
+        torch.empty_like(base, memory_format=torch.contiguous_format),
+        x.new_empty(len(x), pool.experts, **full),
+        x.new_empty(len(counts), pool.columns, **full),
+        x.new_empty(len(x), len(a)),
+        x.new_empty(len(x), pool.columns, **full),
+    )
+
+
+@torch.library.custom_op("fastmoe_lora::lora_moe_backward", mutates_args=())
+def lora_moe_backward_op(
+    dy: Tensor, dp: Tensor, x: Tensor, h: Tensor, z: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
+    counts: Sequence[int], gating: str, k: int, shared: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dB, dW), the last three in the types of their parameters."""
+    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
+    pool = Pool.of(a, routers, gate)
+    x, dy = _rows(x), _rows(dy)
+    dh, dz, g = grad_rank(dy, b.to(x.dtype), h, z, dp, rows, pool)
+    db = gram_b(dy, h, g, rows, pool)
+    da, drouters = gram_a(x, dh, dz, rows, pool)
+    dx = expand_backward(dh, dz, a.to(x.dtype), routers.float(), rows, pool)
+    return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
+
+
+@lora_moe_backward_op.register_fake
+def _(dy, dp, x, h, z, a, b, routers, offsets, counts, gating, k, shared):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *map(torch.empty_like, (a, b, routers))
+
+
+def _save(ctx, inputs, output):
+    x, _, a, b, routers, offsets, *static = inputs
+    _, g, _, h, z = output
+    ctx.static = static
+    ctx.save_for_backward(x, h, z, a, b, routers, offsets)
+    ctx.mark_non_differentiable(g, h, z)
+
+
+def _backward(ctx, dy, dg, dp, dh, dz):
+    gradients = lora_moe_backward_op(dy, dp, *ctx.saved_tensors, *ctx.static)
+    return gradients[0], dy, *gradients[1:], None, None, None, None, None
+
+
+lora_moe_op.register_autograd(_backward, setup_context=_save)
+
+
+def lora_moe(
+    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {x.dtype}; use --kernel=reference")
+    if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
+        raise UserError("Triton's interpreter multiplies bf16 wrongly: use fp32 or fp16 with it, or a GPU")
+    static = rows.counts, gating.name, gating.k, gating.shared
+    y, g, p, _, _ = lora_moe_op(x, base, *lora, routers, rows.offsets, *static)
+    return y, g, p

@@ -1,0 +1,41 @@
+"""What the Triton kernels are specialised for: the expert pool, and tile sizes from a fixed table."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gating import Gating
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N experts of rank r behind routers of C columns; R = N r. Tiles have NP >= N expert columns: a power of two,
+    and at least 16, the narrowest product a GPU makes."""
+
+    experts: int
+    columns: int
+    rank: int
+    gating: Gating
+
+    @classmethod
+    def of(cls, a: Tensor, routers: Tensor, gating: Gating) -> "Pool":
+        """From the shapes of A (R, d) and the routers (tasks, C, d)."""
+        columns = routers.shape[1]
+        experts = columns + gating.shared if gating.name == "naive-shared" else columns
+        return cls(experts, columns, a.shape[0] // experts, gating)
+
+    @property
+    def padded(self) -> int:
+        return max(16, _power_of_two(self.experts))
+
+    def constants(self) -> dict[str, int]:
+        """The compile-time constants that every kernel takes."""
+        return {"N": self.experts, "C": self.columns, "NP": self.padded, "RANK": self.rank}
+
+    def gate_constants(self) -> dict[str, int | str]:
+        return {"SHARED": self.gating.shared, "GATING": self.gating.name}
