@@ -69,10 +69,26 @@ def sum_ranks(values, NP: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
-def dot_exact(a, b, acc):
-    """acc + a b, where b is fp32: beside a half-precision ``a`` it goes in two halves, exact to 2^-17."""
+def power_of_two(value):
+    """The power of two at or under a positive ``value``, between 2^-100 and 2^100."""
+    exponent = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(exponent, 2.0**-100), 2.0**100)
+
+
+@triton.jit
+def dot_exact(a, b, acc, SCALED: tl.constexpr = False):
+    """acc + a b, where b is fp32: beside a half-precision ``a`` it goes in two halves, exact to 2^-17.
+
+    SCALED brings b to 1..2 first, by a power of two, where fp16 would lose small values.
+    """
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")
+    elif SCALED and a.dtype == tl.float16:
+        scale = power_of_two(tl.max(tl.abs(b)))
+        b = b * (1.0 / scale)
+        high = b.to(a.dtype)
+        total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), tl.dot(a, high))
+        acc += total * scale
     else:
         high = b.to(a.dtype)
         acc = tl.dot(a, high, acc)

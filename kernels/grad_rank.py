@@ -1,14 +1,14 @@
 """grad_rank: the gradient arrives in rank space and passes through the gates, in one pass over dY.
 
-    dH' = dY B                               dH = dH' * per_rank(g)          (T, R)
+    dH' = dY B                               dH = dH' * per_rank(g)          (T, R)          H' = H * per_rank(g)
     dg  = sum over an expert's rows of H * dH'
     dz  = g (dg - sum g dg)                  ase, topk-renorm                (T, C) fp32
           p (m dg - sum p m dg)              topk, naive-shared; p the softmax over all router columns, m the selected
         + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
 
-Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read, and written
-for the gram of dB: gate gradients are inner products in rank space, no expert output is ever stored.
-Bytes: T (D es + R es + 4C) read, T (R es + 4C + 4N) written. FLOPs: 2 T D R.
+Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read; H' is written
+for the gram of dB. Gate gradients are inner products in rank space: no expert's output is ever stored.
+Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
 """
 
 import torch
@@ -23,13 +23,13 @@ from kernels.pool import Pool
 from kernels.rows import TaskRows
 from kernels.tiles import tile
 
-Outputs = tuple[Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def grad_rank_reference(
     dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, gating: Gating
 ) -> Outputs:
-    """(dH, dz, g)."""
+    """(dH, dz, H', the largest magnitude in dz)."""
     g, p = reference.gates(z, gating), z.softmax(-1)
     rank = h.shape[1] // g.shape[1]
     dgated = dy @ b
@@ -40,7 +40,8 @@ def grad_rank_reference(
     else:
         dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
     c = torch.cat([row.expand(n, -1) / n for n, row in zip(rows.counts, dp, strict=True)])
-    return dh, dz + _softmax_backward(p, c), g
+    dz = dz + _softmax_backward(p, c)
+    return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype), dz.abs().amax()
 
 
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def grad_rank_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, g, dy_stride, D, k,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, D, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):
@@ -65,29 +66,33 @@ def grad_rank_kernel(
 
     logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
     gate, p, m = gates(logits, k, N, SHARED, GATING)
-    hidden = tl.load(h + rows * (N * RANK) + expert, inside & (expert < N * RANK), 0.0).to(tl.float32)
-    dgate = sum_ranks(hidden * dgated, NP, RANK)
-    if GATING == "ase" or GATING == "topk-renorm":
-        dlogits = softmax_backward(gate, dgate)
-    else:
-        dlogits = softmax_backward(p, tl.where(m, dgate, 0.0))
     c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
-    dlogits += softmax_backward(p, tl.broadcast_to(c, p.shape))
+    dlogits = softmax_backward(p, tl.broadcast_to(c, p.shape))
 
-    dhidden = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
-    tl.store(dh + rows * (N * RANK) + expert, dhidden, inside & (expert < N * RANK))
+    place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
+    tl.store(dh + place, (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty), here)
+    hidden = tl.load(h + place, here, 0.0).to(tl.float32)
+    tl.store(gated + place, (hidden * per_rank(gate, RANK)).to(gated.dtype.element_ty), here)
+    dgate = sum_ranks(hidden * dgated, NP, RANK)
+
+    if GATING == "ase" or GATING == "topk-renorm":
+        dlogits += softmax_backward(gate, dgate)
+    else:
+        dlogits += softmax_backward(p, tl.where(m, dgate, 0.0))
     tl.store(dz + rows * C + column, dlogits, inside & (column < C))
-    tl.store(g + rows * N + column, gate, inside & (column < N))
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))
 
 
 def grad_rank(dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
-    """(dH (T, R) in h's type, dz (T, C), g (T, N)); dy (T, D) with any row stride and b (D, R) in h's type,
-    z (T, C) and dp (tasks, C) fp32."""
-    dh, dz = torch.empty_like(h), torch.empty_like(z)
-    g = z.new_empty(len(z), pool.experts)
+    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz); dy (T, D) with any row stride and b (D, R) in
+    h's type, z (T, C) and dp (tasks, C) fp32."""
+    dh, dz, gated = torch.empty_like(h), torch.empty_like(z), torch.empty_like(h)
     sizes = tile("grad_rank", h.dtype, pool)
-    grad_rank_kernel[rows.grid(sizes["BM"])](
-        dy, b, h, z, dp, rows.offsets, dh, dz, g, dy.stride(0), len(b), pool.gating.k,
+    blocks, tasks = rows.grid(sizes["BM"])
+    peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
+    grad_rank_kernel[blocks, tasks](
+        dy, b, h, z, dp, rows.offsets, dh, dz, gated, peaks, dy.stride(0), len(b), pool.gating.k,
         **pool.constants(), **pool.gate_constants(), **sizes,
     )
-    return dh, dz, g
+    return dh, dz, gated, peaks.amax()

@@ -26,6 +26,10 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).contiguous()
+
+
 @torch.library.custom_op("fastmoe_lora::lora_moe", mutates_args=())
 def lora_moe_op(
     x: Tensor, base: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
@@ -35,8 +39,8 @@ def lora_moe_op(
     rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
     pool = Pool.of(a, routers, gate)
     x, base = _rows(x), _rows(base)
-    h, z, g, p = route_shrink(x, a.to(x.dtype), routers.float(), rows, pool)
-    return expand(base, h, g, b.to(x.dtype), rows, pool), g, p, h, z
+    h, z, g, p = route_shrink(x, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
+    return expand(base, h, g, _as(b, x.dtype), rows, pool), g, p, h, z
 
 
 @lora_moe_op.register_fake
@@ -61,28 +65,32 @@ def lora_moe_backward_op(
     rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
     pool = Pool.of(a, routers, gate)
     x, dy = _rows(x), _rows(dy)
-    dh, dz, g = grad_rank(dy, b.to(x.dtype), h, z, dp, rows, pool)
-    db = gram_b(dy, h, g, rows, pool)
-    da, drouters = gram_a(x, dh, dz, rows, pool)
-    dx = expand_backward(dh, dz, a.to(x.dtype), routers.float(), rows, pool)
+    dh, dz, gated, peak = grad_rank(dy, _as(b, x.dtype), h, z, dp.contiguous(), rows, pool)
+    db = gram_b(dy, gated, rows, pool)
+    da, drouters = gram_a(x, dh, dz, peak, rows, pool)
+    dx = expand_backward(dh, dz, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
 @lora_moe_backward_op.register_fake
 def _(dy, dp, x, h, z, a, b, routers, offsets, counts, gating, k, shared):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), *map(torch.empty_like, (a, b, routers))
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, a, b, routers))
 
 
 def _save(ctx, inputs, output):
     x, _, a, b, routers, offsets, *static = inputs
     _, g, _, h, z = output
     ctx.static = static
+    ctx.set_materialize_grads(False)  # g, H and z have no gradient; zeros for them would be three passes
     ctx.save_for_backward(x, h, z, a, b, routers, offsets)
     ctx.mark_non_differentiable(g, h, z)
 
 
 def _backward(ctx, dy, dg, dp, dh, dz):
-    gradients = lora_moe_backward_op(dy, dp, *ctx.saved_tensors, *ctx.static)
+    x, h, z, _, b, routers, _ = ctx.saved_tensors
+    through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
+    through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
+    gradients = lora_moe_backward_op(through_y, through_p, *ctx.saved_tensors, *ctx.static)
     return gradients[0], dy, *gradients[1:], None, None, None, None, None
 
 

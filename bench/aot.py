@@ -1,0 +1,159 @@
+"""Every kernel compiled ahead of time for four GPUs, without one: registers, spills, shared memory, instructions.
+
+    python -m bench.aot [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...] [--dtypes bf16,...]
+                        [--targets sm_90,...]
+
+The launchers of kernels/ run on small CPU tensors with a driver in place that knows a target but no device, so what
+is compiled is what a launch would compile: its types, tile sizes, specialised strides and options.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.expand import expand, expand_backward
+from kernels.gating import Gating
+from kernels.grad_rank import grad_rank
+from kernels.gram import gram_a, gram_b
+from kernels.pool import Pool
+from kernels.route_shrink import route_shrink
+from kernels.rows import TaskRows
+
+# name: (target, bytes of shared memory that a block can have)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Ranks of 64 for the published pools, then 128 and 256: every entry of kernels.tiles.TABLE.
+POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "128/8/4/2")
+COUNTS, WIDTH = (64, 64), 768
+LAUNCHES = {
+    "route_shrink": lambda t, rows, pool: route_shrink(t["x"], t["a"], t["routers"], rows, pool),
+    "expand": lambda t, rows, pool: expand(t["x"], t["h"], t["g"], t["b"], rows, pool),
+    "expand_backward": lambda t, rows, pool: expand_backward(t["h"], t["z"], t["a"], t["routers"], rows, pool),
+    "grad_rank": lambda t, rows, pool: grad_rank(t["x"], t["b"], t["h"], t["z"], t["dp"], rows, pool),
+    "gram_a": lambda t, rows, pool: gram_a(t["x"], t["h"], t["z"], t["peak"], rows, pool),
+    "gram_b": lambda t, rows, pool: gram_b(t["x"], t["h"], rows, pool),
+}
+COLUMNS = ("kernel", "pool", "dtype", "target", "num_warps", "num_stages", "tile", "registers", "spills", "shared",
+           "shared_limit", "wgmma", "tf32")
+
+
+class Deviceless:
+    """What a launch asks of Triton's driver before it compiles; a device is a target's name."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target][0]
+
+
+def compiled(kernel: str, pool: str, dtype: str, target: str):
+    """(Triton's compiled kernel, the tile sizes by name) of what one launch would run."""
+    experts, k, shared, rank = map(int, pool.split("/"))
+    gating = Gating("ase", k, shared)
+    t = _tensors(experts, experts * rank, DTYPES[dtype])
+    found, run = [], JITFunction.run
+
+    def record(self, *args, grid, warmup, **options):
+        sizes = {name: options[name] for name in options if re.fullmatch("B[A-Z]", name)}
+        found.append((run(self, *args, grid=grid, warmup=True, **options), sizes))
+
+    driver.set_active(Deviceless(target))
+    JITFunction.run = record
+    try:
+        rows = TaskRows.of(COUNTS, torch.device("cpu"))
+        LAUNCHES[kernel](t, rows, Pool(experts, experts, rank, gating))
+    finally:
+        JITFunction.run = run
+    (only,) = found
+    return only
+
+
+def _tensors(experts: int, ranks: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tokens, tasks = sum(COUNTS), len(COUNTS)
+    low = {"x": (tokens, WIDTH), "h": (tokens, ranks), "a": (ranks, WIDTH), "b": (WIDTH, ranks)}
+    full = {
+        "z": (tokens, experts), "g": (tokens, experts), "dp": (tasks, experts), "peak": (),
+        "routers": (tasks, experts, WIDTH),
+    }
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in low.items()} | {
+        name: torch.zeros(shape) for name, shape in full.items()
+    }
+
+
+def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
+    """One row of the table. ``spills`` is in bytes on NVIDIA, in registers on AMD; wgmma and tf32 count PTX lines."""
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        binary, sizes = compiled(kernel, pool, dtype, target)
+    if TARGETS[target][0].backend == "cuda":
+        text = binary.asm["ptx"]
+        registers, spills = _ptxas(log.getvalue())
+    else:
+        text = binary.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # scalars spill to vectors, not to memory
+    values = (
+        kernel, pool, dtype, target, binary.metadata.num_warps, binary.metadata.num_stages,
+        "x".join(map(str, sizes.values())), registers, spills, binary.metadata.shared, TARGETS[target][1],
+        text.count("wgmma.mma_async"), text.count("tf32") + text.count("xf32"),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _ptxas(log: str) -> tuple[int, int]:
+    """(registers, bytes of stack or of spills, whichever is more) as ptxas reports them."""
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return int(re.search(r"Used (\d+) registers", log)[1]), max(map(int, stack.groups()))
+
+
+def aligned(rows: list[dict]) -> str:
+    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
+    for name, choices in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", DTYPES), ("targets", TARGETS)):
+        parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(choices))
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("bench.aot compiles: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    combinations = [(kernel, pool, dtype, target) for kernel in chosen.kernels for pool in chosen.pools
+                    for dtype in chosen.dtypes for target in chosen.targets]
+    knobs.compilation.always_compile = True  # a cached kernel has no log
+    knobs.nvidia.dump_ptxas_log = True
+    rows = [measure(*combination) for combination in combinations]
+    lines = ",\n".join(map(json.dumps, rows))  # one row to a line
+    chosen.out.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    print(aligned(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

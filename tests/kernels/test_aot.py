@@ -1,0 +1,85 @@
+"""What compilers for four GPUs make of the kernels, without a GPU: registers, shared memory, instructions."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import triton
+
+from bench import aot
+from kernels import Gating
+from kernels.pool import Pool
+from kernels.tiles import TABLE, tile
+
+ROOT = Path(__file__).resolve().parents[2]
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older ones spill where the recent do not
+
+pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
+
+
+def assert_promises(row, spills=True):
+    if spills:
+        assert row["spills"] == 0, row
+    assert row["shared"] <= row["shared_limit"], row
+    if row["dtype"] == "fp32":  # TF32 keeps 10 bits of 23
+        assert row["tf32"] == 0, row
+    elif row["target"] == "sm_90":
+        assert row["wgmma"] > 0, row
+
+
+@pytest.mark.parametrize(
+    ("pool", "dtypes", "targets"),
+    [("16/3/1/4", "bf16,fp32", "sm_80,sm_89,sm_90,gfx942"), ("16/3/1/16,128/8/4/2", "bf16", "sm_90")],
+)
+def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes, targets, tmp_path):
+    out = tmp_path / "aot.json"
+    chosen = ["--pools", pool, "--dtypes", dtypes, "--targets", targets]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "bench.aot", "--out", out, *chosen], cwd=ROOT, text=True,
+                          capture_output=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    lengths = [len(names.split(",")) for names in (pool, dtypes, targets)]
+    assert len(rows) == len(aot.LAUNCHES) * lengths[0] * lengths[1] * lengths[2]
+    for row in rows:
+        assert_promises(row, spills=RECENT)
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((ROOT / "bench" / "results" / "aot.json").read_text())["rows"]
+
+
+def test_committed_results_keep_the_promises(committed):
+    for row in committed:
+        assert_promises(row)
+
+
+def test_committed_results_are_of_the_tiles_that_ship(committed):
+    measured = {tuple(row[name] for name in ("kernel", "pool", "dtype", "target")) for row in committed}
+    assert measured == {(k, p, d, t) for k in aot.LAUNCHES for p in aot.POOLS for d in aot.DTYPES for t in aot.TARGETS}
+    entries = set()
+    for row in committed:
+        experts, k, shared, rank = map(int, row["pool"].split("/"))
+        pool = Pool(experts, experts, rank, Gating("ase", k, shared))
+        kernel = "expand" if row["kernel"] == "expand_backward" else row["kernel"]
+        dtype = aot.DTYPES[row["dtype"]]
+        sizes = tile(kernel, dtype, pool)
+        assert row["tile"] == "x".join(str(n) for name, n in sizes.items() if name.startswith("B")), row
+        assert (row["num_warps"], row["num_stages"]) == (sizes["num_warps"], sizes["num_stages"]), row
+        limit = min(limit for limit in TABLE[kernel][dtype.itemsize] if experts * (rank + 1) <= limit)
+        entries.add((kernel, dtype.itemsize, limit))
+    table = {(kernel, size, limit) for kernel, sizes in TABLE.items() for size, rows in sizes.items() for limit in rows}
+    assert entries == table
+
+
+def test_compiling_under_the_interpreter_is_refused_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "bench.aot"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["bench.aot compiles: unset TRITON_INTERPRET"]

@@ -1,0 +1,167 @@
+"""Each Triton kernel against the PyTorch function that stands beside it, on the same inputs.
+
+That function in fp64 is what is right, and in the kernel's own type what is allowed. The inputs of a kernel are random
+and not what another kernel returned, so a mistake is found where it is made.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from kernels import Gating, TaskRows, reference  # noqa: E402
+from kernels.expand import expand, expand_backward, expand_backward_reference, expand_reference  # noqa: E402
+from kernels.grad_rank import grad_rank, grad_rank_reference  # noqa: E402
+from kernels.gram import gram_a, gram_a_reference, gram_b, gram_b_reference  # noqa: E402
+from kernels.pool import Pool  # noqa: E402
+from kernels.route_shrink import route_shrink, route_shrink_reference  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+BF16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter multiplies the bit patterns of bf16 in tl.dot"),
+)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+
+# (gating, (N, k, S, r), tokens of each task, d, D): every gating; one expert padded to 16 and N = 128; R = 1 to 256;
+# blocks of 32 and 64 tokens filled, overfilled by one and empty; several column tiles and several chunks of gram.
+CASES = (
+    ("ase", (16, 3, 1, 4), (5, 0, 33), 24, 40),
+    ("ase", (2, 1, 1, 1), (1,), 8, 136),
+    ("ase", (24, 16, 8, 8), (65, 2), 136, 72),
+    ("naive-shared", (5, 2, 3, 2), (0, 64), 48, 16),
+    ("naive-shared", (12, 3, 1, 16), (3, 150), 32, 96),
+    ("topk", (128, 5, 0, 2), (7, 0, 0, 12), 72, 72),
+    ("topk", (3, 3, 0, 8), (32,), 16, 8),
+    ("topk-renorm", (64, 9, 0, 1), (140, 1), 8, 64),
+    ("topk-renorm", (8, 1, 0, 4), (31, 0), 120, 24),
+)
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+
+# As in test_triton.py: the rounding of fp32 sums relative to the norm, and in half precision the error of PyTorch.
+FP32_ERROR, TIMES_PYTORCH = 2e-6, 1.1
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def fp64(values):
+    return [value.double() if isinstance(value, Tensor) else value for value in values]
+
+
+def listed(outputs):
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
+def assert_as_good_as(reference_function, inputs, outputs):
+    """The errors of ``outputs`` to fp64 are those of fp32 sums or, where a number is half precision, of PyTorch."""
+    exact = listed(reference_function(*fp64(inputs)))
+    for place, (actual, right, plain) in enumerate(
+        zip(listed(outputs), exact, listed(reference_function(*inputs)), strict=True)
+    ):
+        assert actual.shape == right.shape and actual.is_contiguous(), place
+        error, allowed = ((value.double() - right).norm().item() for value in (actual, plain))
+        assert error <= max(FP32_ERROR * right.norm().item(), TIMES_PYTORCH * allowed), place
+
+
+class Inputs:
+    """Random inputs of every kernel for one case, in ``dtype`` on ``device``; what is fp32 in the kernels is fp32."""
+
+    def __init__(self, case, dtype, device):
+        name, (experts, k, shared, rank), counts, d, self.width = case
+        self.rng, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
+        self.gating, self.rows = Gating(name, k, shared), TaskRows.of(counts, device)
+        self.tokens, tasks, columns = sum(counts), len(counts), self.gating.router_columns(experts)
+        self.x, self.base, self.dy = self.half(self.tokens, d), *(self.half(self.tokens, self.width) for _ in range(2))
+        self.a, self.b = self.half(experts * rank, d, scale=d**-0.5), self.half(self.width, experts * rank)
+        self.routers = self.full(tasks, columns, d, scale=d**-0.5)
+        self.h, self.dh = (self.half(self.tokens, experts * rank) for _ in range(2))
+        self.z, self.dz = (self.full(self.tokens, columns) for _ in range(2))
+        self.g = self.full(self.tokens, experts).abs()
+        self.dp = self.full(tasks, columns, scale=self.tokens)
+        self.pool = Pool.of(self.a, self.routers, self.gating)
+
+    def full(self, *shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=self.rng)).to(self.device)
+
+    def half(self, *shape, scale=1.0):
+        return self.full(*shape, scale=scale).to(self.dtype)
+
+
+@pytest.fixture
+def inputs(case, dtype, device):
+    return Inputs(case, dtype, device)
+
+
+@EVERY_DTYPE
+@EVERY_CASE
+class TestKernels:
+    def test_route_shrink(self, inputs):
+        i = inputs
+        h, z, g, means = route_shrink(i.x, i.a, i.routers, i.rows, i.pool)
+        # Apart, since where two logits are as close as rounding fp64 may select otherwise: H and z from the inputs, g
+        # and P from the logits that the kernel returned.
+        given = i.x, i.a, i.routers, i.rows, i.gating
+        assert_as_good_as(lambda *given: route_shrink_reference(*given)[:2], given, (h, z))
+        assert_as_good_as(lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.rows)), (z,), (g, means))
+        assert torch.equal(g > 0, reference.gates(z, i.gating) > 0)
+        assert (h.dtype, z.dtype, g.dtype, means.dtype) == (i.dtype, *[torch.float32] * 3)
+
+    def test_expand(self, inputs):
+        i = inputs
+        assert_as_good_as(expand_reference, (i.base, i.h, i.g, i.b), expand(i.base, i.h, i.g, i.b, i.rows, i.pool))
+
+    def test_expand_backward(self, inputs):
+        i = inputs
+        dx = expand_backward(i.dh, i.dz, i.a, i.routers, i.rows, i.pool)
+        assert_as_good_as(expand_backward_reference, (i.dh, i.dz, i.a, i.routers, i.rows), dx)
+
+    def test_grad_rank(self, inputs):
+        i = inputs
+        outputs = grad_rank(i.dy, i.b, i.h, i.z, i.dp, i.rows, i.pool)
+        assert_as_good_as(grad_rank_reference, (i.dy, i.b, i.h, i.z, i.dp, i.rows, i.gating), outputs)
+        assert [output.dtype for output in outputs] == [i.dtype, torch.float32, i.dtype, torch.float32]
+
+    def test_gram_b(self, inputs):
+        i = inputs
+        db = gram_b(i.dy, i.h, i.rows, i.pool)
+        assert_as_good_as(gram_b_reference, (i.dy, i.h), db)
+        assert db.dtype == torch.float32
+
+    def test_gram_a(self, inputs):
+        i = inputs
+        da, drouters = gram_a(i.x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool)
+        assert_as_good_as(gram_a_reference, (i.x, i.dh, i.dz, i.rows), (da, drouters))
+        assert da.dtype == drouters.dtype == torch.float32
+        absent = [task for task, count in enumerate(i.rows.counts) if count == 0]
+        assert drouters[absent].eq(0).all()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+class TestLayouts:
+    def test_rows_may_lie_apart(self, inputs):
+        """x, base and dy are the wide matrices; the kernels take their row strides, no copy is made."""
+        i = inputs
+
+        def apart(matrix):
+            padded = torch.cat([torch.full_like(matrix, 1e4), matrix, torch.full_like(matrix, 1e4)], 1)
+            return padded[:, matrix.shape[1] : 2 * matrix.shape[1]]
+
+        calls = (
+            (lambda x: route_shrink(x, i.a, i.routers, i.rows, i.pool), i.x),
+            (lambda base: expand(base, i.h, i.g, i.b, i.rows, i.pool), i.base),
+            (lambda dy: grad_rank(dy, i.b, i.h, i.z, i.dp, i.rows, i.pool), i.dy),
+            (lambda dy: gram_b(dy, i.h, i.rows, i.pool), i.dy),
+            (lambda x: gram_a(x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.x),
+        )
+        for call, matrix in calls:
+            for left, right in zip(listed(call(apart(matrix))), listed(call(matrix)), strict=True):
+                assert torch.equal(left, right)
