@@ -40,7 +40,7 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Ranks of 64 for the published pools, then 128 and 256: every entry of kernels.tiles.TABLE.
-POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "128/8/4/2")
+POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
 COUNTS, WIDTH = (64, 64), 768
 LAUNCHES = {
     "route_shrink": lambda t, rows, pool: route_shrink(t["x"], t["a"], t["routers"], rows, pool),

@@ -40,7 +40,7 @@ def softmax_backward(p, dp):
 
 @triton.jit
 def gates(z, k, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
-    """(g, p, m): the gates, the softmax over all router columns and the selected sparse experts, each (BM, NP)."""
+    """(g, p), both (BM, NP): the gates and the softmax over all router columns."""
     columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
     m = select(z, N - SHARED, k)
     if GATING == "naive-shared":  # a shared expert has no logit; its gate is 1
@@ -52,7 +52,7 @@ def gates(z, k, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
             g = p * m.to(tl.float32)
         else:
             g = softmax(z, m | ((columns >= N - SHARED) & (columns < N)))
-    return g, p, m
+    return g, p
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     dH' = dY B                               dH = dH' * per_rank(g)          (T, R)          H' = H * per_rank(g)
     dg  = sum over an expert's rows of H * dH'
-    dz  = g (dg - sum g dg)                  ase, topk-renorm                (T, C) fp32
-          p (m dg - sum p m dg)              topk, naive-shared; p the softmax over all router columns, m the selected
+    dz  = g dg - g sum(g dg)                 ase, topk-renorm                (T, C) fp32
+          g dg - p sum(g dg)                 topk, naive-shared: over the routers' columns, p their softmax
         + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
 
 Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read; H' is written
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.device import gates, per_rank, softmax_backward, sum_ranks, task_length, task_rows
+from kernels.device import gates, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
 from kernels.gating import Gating
 from kernels.pool import Pool
 from kernels.rows import TaskRows
@@ -65,20 +65,22 @@ def grad_rank_kernel(
         dgated = tl.dot(grad, up, dgated, input_precision="ieee")
 
     logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
-    gate, p, m = gates(logits, k, N, SHARED, GATING)
-    c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
-    dlogits = softmax_backward(p, tl.broadcast_to(c, p.shape))
-
+    gate, _ = gates(logits, k, N, SHARED, GATING)
     place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
     tl.store(dh + place, (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty), here)
-    hidden = tl.load(h + place, here, 0.0).to(tl.float32)
-    tl.store(gated + place, (hidden * per_rank(gate, RANK)).to(gated.dtype.element_ty), here)
-    dgate = sum_ranks(hidden * dgated, NP, RANK)
+    hidden = tl.load(h + place, here, 0.0)
+    dgate = sum_ranks(hidden.to(tl.float32) * dgated, NP, RANK)
+    tl.store(gated + place, (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype), here)
 
+    through = tl.where(column < C, gate * dgate, 0.0)
+    # Anew, since p kept from above would take registers from dH'.
+    p = softmax(logits, tl.broadcast_to(column < C, logits.shape))
+    c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
+    passed = tl.sum(through, 1)[:, None]
     if GATING == "ase" or GATING == "topk-renorm":
-        dlogits += softmax_backward(gate, dgate)
+        dlogits = through - gate * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
     else:
-        dlogits += softmax_backward(p, tl.where(m, dgate, 0.0))
+        dlogits = through - p * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
     tl.store(dz + rows * C + column, dlogits, inside & (column < C))
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))

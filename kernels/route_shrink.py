@@ -47,7 +47,7 @@ def route_shrink_kernel(
         weights = tl.load(a + expert * d + down, (expert < N * RANK) & (down < d), 0.0)
         hidden = tl.dot(tokens, weights, hidden, input_precision="ieee")
         logits = dot_exact(tokens, tl.load(router + down, (column < C) & (down < d), 0.0), logits, True)
-    gate, p, _ = gates(logits, k, N, SHARED, GATING)
+    gate, p = gates(logits, k, N, SHARED, GATING)
     tl.store(h + rows * (N * RANK) + expert, hidden.to(h.dtype.element_ty), inside & (expert < N * RANK))
     tl.store(z + rows * C + column, logits, inside & (column < C))
     tl.store(g + rows * N + column, gate, inside & (column < N))

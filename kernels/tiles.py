@@ -2,7 +2,7 @@
 
 A row of a tile holds its ranks and its gates or logits in registers: NP (r + 1) columns. Every entry compiles without
 spills for sm_80, sm_89, sm_90 and gfx942 and fits their shared memory (bench/results/aot.json). Products in half
-precision have at least 64 rows, which Hopper's wgmma needs.
+precision have at least 64 rows, which Hopper's wgmma needs, but for grad_rank where a row holds more than 272.
 """
 
 import torch
@@ -23,16 +23,16 @@ TABLE = {
         4: {128: (32, 32, 4, 2), 192: (32, 16, 4, 2), 512: (32, 16, 8, 2)},
     },
     "grad_rank": {
-        2: {128: (64, 64, 4, 3), 192: (64, 64, 8, 3), 512: (64, 32, 8, 3)},
+        2: {128: (64, 64, 4, 3), 192: (64, 64, 8, 3), 272: (64, 32, 8, 3), 512: (32, 32, 8, 3)},
         4: {128: (32, 32, 4, 2), 192: (32, 16, 4, 2), 512: (32, 16, 8, 2)},
     },
     "gram_a": {
-        2: {80: (512, 16, 8, 3), 96: (512, 16, 8, 2), 144: (256, 16, 8, 3), 192: (128, 32, 8, 3), 512: (128, 16, 8, 3)},
+        2: {96: (512, 16, 8, 2), 144: (256, 16, 8, 3), 320: (128, 16, 8, 3), 512: (64, 16, 8, 3)},
         4: {128: (128, 16, 8, 2), 192: (64, 16, 8, 2), 512: (32, 16, 8, 2)},
     },
     "gram_b": {
         2: {96: (512, 16, 8, 3), 128: (512, 16, 8, 2), 192: (256, 16, 8, 4), 512: (128, 16, 8, 3)},
-        4: {128: (128, 16, 8, 2), 192: (64, 16, 8, 2), 512: (32, 16, 8, 2)},
+        4: {128: (128, 16, 8, 3), 192: (64, 16, 8, 3), 512: (32, 16, 4, 3)},
     },
 }
 NAMES = {

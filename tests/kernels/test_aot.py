@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older ones spill where the recent do not
 
+# More than 272 columns of ranks and gates leave grad_rank 32 rows: with the 64 that wgmma needs it would spill.
+NARROW = {("grad_rank", "64/12/4/4"), ("grad_rank", "128/8/4/2")}
+
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
 
 
@@ -28,7 +31,7 @@ def assert_promises(row, spills=True):
     assert row["shared"] <= row["shared_limit"], row
     if row["dtype"] == "fp32":  # TF32 keeps 10 bits of 23
         assert row["tf32"] == 0, row
-    elif row["target"] == "sm_90":
+    elif row["target"] == "sm_90" and (row["kernel"], row["pool"]) not in NARROW:
         assert row["wgmma"] > 0, row
 
 
