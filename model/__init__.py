@@ -3,6 +3,9 @@
 from model.heads import HEADS
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
-from model.weights import LoadReport, load_pretrained
+from model.weights import NORMALISATIONS, LoadReport, Weights, load_pretrained, read_weights
 
-__all__ = ["HEADS", "VITS", "LoadReport", "MultiTaskViT", "ViT", "ViTConfig", "load_pretrained"]
+__all__ = [
+    "HEADS", "NORMALISATIONS", "VITS", "LoadReport", "MultiTaskViT", "ViT", "ViTConfig", "Weights", "load_pretrained",
+    "read_weights",
+]

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, 1 + h*w, d) -> (n, d, h, w): the class token is dropped."""
-    return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+    """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which stand first, are dropped."""
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 class UpHead(nn.Module):
@@ -29,7 +29,7 @@ class UpHead(nn.Module):
         self.patch = patch
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(n, 1 + h*w, width) -> (n, channels, h*patch, w*patch)."""
+        """(n, prefix + h*w, width) -> (n, channels, h*patch, w*patch)."""
         x = _to_grid(self.norm(tokens), grid)
         for i, conv in enumerate(self.convs):
             if i > 0:
@@ -53,7 +53,7 @@ class LightHead(nn.Module):
         self.patch = patch
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(n, 1 + h*w, width) -> (n, channels, h*patch, w*patch)."""
+        """(n, prefix + h*w, width) -> (n, channels, h*patch, w*patch)."""
         x = F.gelu(_to_grid(self.unfold(self.norm(tokens)), grid))
         x = F.gelu(self.mix(F.pixel_shuffle(x, self.patch // 2)))
         return F.interpolate(self.predict(x), scale_factor=2, mode="bilinear")

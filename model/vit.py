@@ -15,6 +15,7 @@ class ViTConfig:
     depth: int
     heads: int
     patch: int = 16
+    registers: int = 0
 
 
 VITS = {
@@ -94,6 +95,7 @@ class ViT(nn.Module):
         self.patch, self.width = config.patch, config.width
         side = image_size // config.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width)) if config.registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, config.width))
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
@@ -107,12 +109,19 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> (B, 1 + H*W/patch^2, width): class token, then patches row by row."""
+        """(B, 3, H, W), normalised -> (B, 1 + registers + H*W/patch^2, width): class token, registers (which have no
+        position), then patches row by row."""
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)
-        return tokens + resize_pos_embed(self.pos_embed, grid)
+        tokens = tokens + resize_pos_embed(self.pos_embed, grid)
+        if self.reg_token is None:
+            return tokens
+        registers = self.reg_token.expand(len(images), -1, -1)
+        return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)."""

@@ -1,61 +1,154 @@
-"""Pretrained backbones: safetensors files with timm's names."""
+"""Pretrained backbones: which family a file is of, what ViT it fits, and loading it there."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels import UserError
-from model.vit import ViT, resize_pos_embed
+from model.formats import read_tensors
+from model.names import at_least_fp32, to_timm
+from model.vit import ViT, ViTConfig, resize_pos_embed
+
+NORMALISATIONS = {  # (mean, std) of RGB in [0, 1]
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+FAMILIES = {  # family -> the normalisation its weights were trained with
+    "AugReg": "inception",
+    "Hugging Face ViT": "inception",
+    "DeiT": "imagenet",
+    "DINO": "imagenet",
+    "DINOv2": "imagenet",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds, by timm's names: LayerScale folded in, the positional embedding one row for the class
+    token and then the patches."""
+
+    path: Path
+    family: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def normalisation(self) -> str:
+        """The key in :data:`NORMALISATIONS` that goes with the family."""
+        return FAMILIES[self.family]
+
+    def adjust(self, config: ViTConfig) -> ViTConfig:
+        """``config`` with the patch size and the number of register tokens of these weights."""
+        kernel, registers = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("reg_token")
+        return replace(
+            config,
+            patch=kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else config.patch,
+            registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
+        )
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which parameters of the backbone the file lacks, and which of its own were not used (its classifier, say)."""
+    """Which parameters of the backbone the file lacks, and which of its own were not used (its classifier, say);
+    the family it was taken for, and the key of the :data:`NORMALISATIONS` that goes with it."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    family: str
+    normalisation: str
 
     def __str__(self) -> str:
         named = {"missing": self.missing, "unused": self.unexpected}
-        return "; ".join(f"{what}: {', '.join(keys)}" for what, keys in named.items() if keys) or "every key matched"
+        keys = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in named.items() if keys) or "every key matched"
+        return f"{self.family} weights, {self.normalisation} normalisation; {keys}"
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"no such weights file: {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+def read_weights(path: str | Path) -> Weights:
+    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, whichever naming scheme it follows.
 
-
-def load_pretrained(vit: ViT, path: str | Path) -> LoadReport:
-    """Fill ``vit`` from a safetensors file of any floating type, its positional embedding resized to vit's grid.
-
-    A parameter of another shape is a :class:`UserError`: those weights belong to another architecture. Keys
-    that are missing or left over are returned, and the caller decides.
+    :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code.
     """
     path = Path(path)
-    weights = _read(path)
-    own = vit.state_dict()
-    if "pos_embed" in weights and weights["pos_embed"].shape[-1] == vit.width:
-        side = round((own["pos_embed"].shape[1] - 1) ** 0.5)
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"].float(), (side, side))
-    matched = {name: weights[name] for name in own if name in weights}
-    for name, tensor in matched.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{path} holds another architecture: {name} is {tuple(tensor.shape)} there and "
-                f"{tuple(own[name].shape)} in this model; choose the --model it was made for"
-            )
+    raw, wrapper = read_tensors(path)
+    family = _family(path, wrapper, tuple(raw))
+    tensors = to_timm(raw)
+    _unify_pos_embed(tensors)
+    return Weights(path, family, tensors)
+
+
+def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
+    """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
+
+    :class:`UserError`: as :func:`read_weights`, and weights of another architecture, that is, a tensor of another
+    shape or other blocks or registers. Other keys that are missing or left over are returned, and the caller decides.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    own, tensors = vit.state_dict(), dict(weights.tensors)
+    if "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
+        side = isqrt(vit.pos_embed.shape[1] - 1)
+        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
+    _check_architecture(weights.path, tensors, own)
     with torch.no_grad():
-        for name, tensor in matched.items():
-            own[name].copy_(tensor)
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name])
     return LoadReport(
-        missing=tuple(name for name in own if name not in weights),
-        unexpected=tuple(name for name in weights if name not in own),
+        missing=tuple(name for name in own if name not in tensors),
+        unexpected=tuple(name for name in tensors if name not in own),
+        family=weights.family,
+        normalisation=weights.normalisation,
     )
+
+
+def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
+    """Where the names do not tell, the wrapper or the file's name does; else it is AugReg, as most of timm's."""
+    if path.suffix == ".npz":
+        return "AugReg"
+    if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
+        return "DINOv2"
+    if wrapper in ("teacher", "student") or "dino" in path.name.lower():
+        return "DINO"
+    if wrapper == "model" or "deit" in path.name.lower() or any(name.startswith("deit.") for name in names):
+        return "DeiT"
+    return "Hugging Face ViT" if any("encoder.layer." in name for name in names) else "AugReg"
+
+
+def _unify_pos_embed(tensors: dict[str, Tensor]) -> None:
+    """(1, prefix + h*w, d) -> (1, 1 + h*w, d) where the prefix is none, the class token, or it and the registers:
+    a class token without a position gets zeros, positions of registers are added to the registers."""
+    pos, registers = tensors.get("pos_embed"), tensors.get("reg_token")
+    if pos is None or pos.ndim != 3:
+        return
+    pos = pos.to(at_least_fp32(pos))
+    if _is_pos_embed(pos, pos.shape[2]):
+        tensors["pos_embed"] = pos
+    elif _is_square(pos.shape[1]):
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
+    elif registers is not None and registers.shape[::2] == pos.shape[::2]:
+        last = 1 + registers.shape[1]
+        tensors["reg_token"] = registers + pos[:, 1:last]
+        tensors["pos_embed"] = torch.cat([pos[:, :1], pos[:, last:]], dim=1)
+
+
+def _is_pos_embed(tensor: Tensor, width: int) -> bool:
+    return tensor.ndim == 3 and tensor.shape[::2] == (1, width) and _is_square(tensor.shape[1] - 1)
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and isqrt(count) ** 2 == count
+
+
+def _check_architecture(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Shared names must agree in shape; blocks and registers change every feature, so they must be in both."""
+    wrong = []
+    for name in dict.fromkeys([*own, *tensors]):
+        theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (tensors, own))
+        if theirs != ours and (name.startswith(("blocks.", "reg_token")) or "absent" not in (theirs, ours)):
+            wrong.append(f"{name} is {theirs} there and {ours} in this model")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{path} holds another architecture: {', '.join(wrong[:3])}{more}; choose the --model it was made for"
+        )

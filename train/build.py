@@ -7,7 +7,7 @@ from torch import nn
 
 from fastmoe_lora import add_lora, add_moe
 from kernels import UserError, resolve
-from model import VITS, MultiTaskViT, ViT, load_pretrained
+from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
 from train.data.pascal_mt import PascalMT
 from train.data.scenes import Scenes
 from train.settings import Settings
@@ -37,18 +37,24 @@ def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT
 def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
     """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
     torch.manual_seed(settings.seed)
-    vit = ViT(VITS[settings.model], settings.image_size)
-    if settings.pretrained:
-        report = load_pretrained(vit, settings.pretrained)
+    weights = read_weights(settings.pretrained) if settings.pretrained else None
+    config = VITS[settings.model]
+    vit = ViT(weights.adjust(config) if weights else config, settings.image_size)
+    normalisation = settings.normalisation or (weights.normalisation if weights else "inception")
+    if weights:
+        report = load_pretrained(vit, weights)
         if report.missing:
             raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
-        print(f"weights   {settings.pretrained} ({report})")
+        overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
+        print(f"weights   {settings.pretrained}: {report}{overridden}")
         vit.requires_grad_(False)
     if settings.lora_rank:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
     moe = settings.moe_config
     routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
-    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+    model = MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+    model.set_normalisation(*NORMALISATIONS[normalisation])
+    return model
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:

@@ -44,8 +44,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", choices=VITS, help="the ViT (vit_base; scenes vit_micro)")
-    group.add_argument("--pretrained", metavar="FILE", help="its weights, safetensors with timm's names; the backbone "
-                       "is then frozen, and trained in full without them")
+    group.add_argument("--pretrained", metavar="FILE", help="its weights (.safetensors, .npz, .pth; timm, "
+                       "AugReg, DeiT, DINO, Hugging Face); the backbone is then frozen, else trained in full")
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
     group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
     group.add_argument("--gating", choices=GATINGS, help="ase where S > 0, topk where S = 0, unless said otherwise")

@@ -14,14 +14,18 @@ import yaml
 
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
-from model import HEADS, VITS
+from model import HEADS, NORMALISATIONS, VITS
 from train.tasks import TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
-CHOICES = {"model": VITS, "head": HEADS, "site": SITES, "kernel": KERNELS, "precision": PRECISIONS}
+CHOICES = {
+    "model": VITS, "head": HEADS, "site": SITES, "kernel": KERNELS, "precision": PRECISIONS,
+    "normalisation": ("", *NORMALISATIONS),
+}
 # What a checkpoint's weights and batches were made with: another value would not continue the run.
 FIXED_ON_RESUME = (
     "tasks", "model", "head", "moe", "gating", "site", "lora_rank", "lora_targets", "image_size", "batch_size", "seed",
+    "normalisation",
 )
 
 
@@ -33,6 +37,7 @@ class Settings:
     data: str = ""
     partial_labels: bool = False
     pretrained: str = ""
+    normalisation: str = ""
     recipe: str = ""
     model: str = "vit_base"
     head: str = "up"

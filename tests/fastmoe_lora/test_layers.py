@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastmoe_lora import (
-    LORA_TARGETS, SITES, LoRALinear, LoRAMoE, MoEConfig, Routing, RoutingStatistics, adapt, add_lora, add_moe,
+    LORA_TARGETS,
+    SITES,
+    LoRALinear,
+    LoRAMoE,
+    MoEConfig,
+    Routing,
+    RoutingStatistics,
+    adapt,
+    add_lora,
+    add_moe,
 )
 from kernels import GATINGS, TaskRows, UserError, lora_moe
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, grad
+from torch.autograd import grad, gradcheck
 
 from kernels import GATINGS, Gating, TaskRows, lora_moe
 

@@ -1,5 +1,10 @@
 """Pretrained files: any float type, any grid, and one clear line for what does not fit."""
 
+import os
+import pickle
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,7 +46,7 @@ def test_missing_and_unexpected_keys_are_named_exactly(tmp_path, source):
     report = load_pretrained(ViT(CONFIG, 16), path)
     assert report.missing == ("norm.bias",)
     assert report.unexpected == ("head.weight",)
-    assert str(report) == "missing: norm.bias; unused: head.weight"
+    assert str(report) == "AugReg weights, inception normalisation; missing: norm.bias; unused: head.weight"
 
 
 def test_positional_embedding_follows_the_input_size(tmp_path, source):
@@ -57,11 +62,123 @@ def test_another_architecture_is_refused_by_name(tmp_path, source):
         load_pretrained(ViT(ViTConfig(width=48, depth=2, heads=3, patch=4), 16), path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
-def test_an_unreadable_file_is_one_line(tmp_path, content):
-    path = tmp_path / "w.safetensors"
+def refusal(path, config=CONFIG) -> str:
+    """The one line, which names the file, that refuses it; nothing is printed beside it."""
+    with pytest.raises(UserError) as caught, warnings.catch_warnings(record=True) as noise:
+        warnings.simplefilter("always")
+        load_pretrained(ViT(config, 16), path)
+    message = str(caught.value)
+    assert not [w.message for w in noise]
+    assert "\n" not in message and str(path) in message and "weights_only" not in message
+    return message
+
+
+def test_the_first_three_mismatches_are_listed_with_both_shapes(tmp_path, source):
+    path = write(tmp_path / "w.safetensors", source.state_dict())
+    message = refusal(path, ViTConfig(width=48, depth=2, heads=3, patch=4))
+    assert (
+        "cls_token is (1, 1, 24) there and (1, 1, 48) in this model, pos_embed is (1, 17, 24) there and (1, 17, 48) in "
+        "this model, patch_embed.proj.weight is (24, 3, 4, 4) there and (48, 3, 4, 4) in this model, and 27 more;"
+    ) in message
+
+
+def test_another_depth_is_another_architecture(tmp_path, source):
+    path = write(tmp_path / "w.safetensors", source.state_dict())
+    deeper, shallower = (ViTConfig(width=24, depth=depth, heads=3, patch=4) for depth in (3, 1))
+    assert "blocks.2.norm1.weight is absent there and (24,) in this model" in refusal(path, deeper)
+    assert "blocks.1.attn.proj.bias is (24,) there and absent in this model" in refusal(path, shallower)
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"patch_embed.proj.weight": torch.zeros(24, 3, 8, 8)}, "patch_embed.proj.weight is (24, 3, 8, 8) there"),
+        ({"pos_embed": torch.zeros(1, 18, 24)}, "pos_embed is (1, 18, 24) there"),
+        ({"reg_token": torch.zeros(1, 4, 24)}, "reg_token is (1, 4, 24) there and absent in this model"),
+        ({"blocks.0.attn.q_norm.weight": torch.zeros(8)}, "blocks.0.attn.q_norm.weight is (8,) there and absent"),
+        ({"blocks.1.ls1.gamma": torch.ones(23)}, "blocks.1.ls1.gamma is (23,) there and absent"),
+        ({"blocks.0.mlp.fc1.weight": None}, "blocks.0.mlp.fc1.weight is absent there and (96, 24) in this model"),
+    ],
+)
+def test_what_would_change_the_features_is_refused(tmp_path, source, changes, first):
+    path = write(tmp_path / "w.safetensors", source.state_dict(), **changes)
+    assert f"holds another architecture: {first}" in refusal(path)
+
+
+def test_a_convolutional_network_is_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(5)}, tmp_path / "resnet.pth")
+    assert "blocks.0.norm1.weight is absent there and (24,) in this model" in refusal(tmp_path / "resnet.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all"])
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [("safetensors", "safetensors"), ("npz", "NumPy"), ("pth", "PyTorch"), ("bin", "PyTorch")]
+)
+def test_an_unreadable_file_is_one_line(tmp_path, content, suffix, kind):
+    path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="w.safetensors is not a readable safetensors file"):
-        load_pretrained(ViT(CONFIG, 16), path)
-    with pytest.raises(UserError, match="no such weights file"):
-        load_pretrained(ViT(CONFIG, 16), tmp_path / "absent")
+    message = refusal(path)
+    assert f"w.{suffix} is not a readable {kind} file" in message and "download it again" in message
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "pth", "legacy.pth"])
+def test_a_truncated_file_is_one_line(tmp_path, source, suffix):
+    path, state = tmp_path / f"w.{suffix}", source.state_dict()
+    if suffix == "safetensors":
+        write(path, state)
+    elif suffix == "npz":
+        np.savez(path, **state)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == "pth")
+    whole = path.read_bytes()
+    for length in (len(whole) // 20, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:length])
+        assert "is not a readable" in refusal(path)
+
+
+class Malicious:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"model": {"cls_token": evil}}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, wrap, zipped):
+    path, folder = tmp_path / "w.pth", tmp_path / "owned"
+    torch.save(wrap(Malicious(folder)), path, _use_new_zipfile_serialization=zipped)
+    message = refusal(path)
+    assert f"unpickling it would run {os.name}.mkdir" in message and "safetensors" in message
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_malicious_pickle_of_any_protocol_is_not_run(tmp_path, protocol):
+    path, folder = tmp_path / "w.bin", tmp_path / "owned"
+    path.write_bytes(pickle.dumps(Malicious(folder), protocol=protocol))
+    refusal(path)
+    assert not folder.exists()
+
+
+def test_a_malicious_array_is_refused_and_not_run(tmp_path):
+    path, folder = tmp_path / "w.npz", tmp_path / "owned"
+    np.savez(path, **{"cls": np.array([Malicious(folder)], dtype=object)})
+    assert "is not a readable NumPy file" in refusal(path)
+    assert not folder.exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path, source):
+    torch.save(source, tmp_path / "w.pth")
+    assert "save only the state dict" in refusal(tmp_path / "w.pth")
+
+
+def test_files_that_are_no_weights(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    assert "holds no named tensors" in refusal(tmp_path / "w.pth")
+    (tmp_path / "w.onnx").touch()
+    assert "use one of .safetensors, .npz, .pth, .pt, .bin" in refusal(tmp_path / "w.onnx")
+    assert refusal(tmp_path / "absent").startswith("no such weights file")

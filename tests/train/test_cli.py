@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from kernels import resolve
 from model import VITS, ViT
+from train.build import build_model
 from train.cli import build_parser, main
+from train.settings import resolve as resolve_settings
 
 QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]
 
@@ -82,6 +84,17 @@ def test_weights_with_missing_parameters_are_refused(small_weights, capsys, tmp_
     save_file(weights, small_weights)
     assert main(["--pretrained", str(small_weights), "--out", str(tmp_path / "run"), *QUICK]) == 2
     assert "lacks parameters of vit_micro: norm.bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "override", "mean"), [
+    ("micro.safetensors", "", 0.5), ("deit_micro.safetensors", "", 0.485), ("micro.safetensors", "imagenet", 0.485),
+])
+def test_the_input_normalisation_is_the_weights_family_or_what_is_said(name, override, mean, small_weights, tmp_path):
+    path = small_weights.rename(tmp_path / name)
+    model = build_model(resolve_settings({"pretrained": str(path), "normalisation": override}), {
+        "seg": ("background",), "parts": ("background",),
+    })
+    assert model.image_mean.flatten()[0].item() == pytest.approx(mean)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):

@@ -78,6 +78,7 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"steps": -1}, "steps is -1"),
         ({"steps": 0, "epochs": 0}, "say how long to train"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"normalisation": "none"}, "unknown normalisation 'none'"),
         ({"lr": "nan"}, "lr is nan"),
     ],
 )

@@ -1,0 +1,108 @@
+"""The naming schemes of ViT weights; whichever a file uses becomes timm's, which :class:`model.ViT` has too."""
+
+import re
+from collections.abc import Mapping
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+# Text -> text, replaced in this order; q, k and v are made one tensor thereafter.
+PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers)\.)+")
+META = {"register_tokens": "reg_token"}
+HUGGING_FACE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "encoder.layer.": "blocks.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.attention.query": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.attention.value": "attn.v",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    ".output.dense": ".mlp.fc2",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "layernorm.": "norm.",
+}
+JAX = {
+    "/": ".",
+    "Transformer.": "",
+    "encoderblock_": "blocks.",
+    "encoder_norm": "norm",
+    "posembed_input.pos_embedding": "pos_embed",
+    "embedding.": "patch_embed.proj.",
+    "cls": "cls_token",
+    "LayerNorm_0": "norm1",
+    "LayerNorm_2": "norm2",
+    "MultiHeadDotProductAttention_1.query": "attn.q",
+    "MultiHeadDotProductAttention_1.key": "attn.k",
+    "MultiHeadDotProductAttention_1.value": "attn.v",
+    "MultiHeadDotProductAttention_1.out": "attn.proj",
+    "MlpBlock_3.Dense_0": "mlp.fc1",
+    "MlpBlock_3.Dense_1": "mlp.fc2",
+    "kernel": "weight",
+    "scale": "weight",
+}
+LAYER_SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # scale -> the linear map it follows
+
+
+def to_timm(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by timm's names and in its layouts, LayerScale folded into the linear maps it follows.
+
+    A name of no known scheme stays as it is.
+    """
+    tensors = _renamed(raw)
+    _fuse_qkv(tensors)
+    _fold_layer_scales(tensors)
+    return tensors
+
+
+def _renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if any("/" in name for name in raw):
+        return {_rename(name, JAX): _torch_layout(name, tensor) for name, tensor in raw.items()}
+    names = {name: PREFIX.sub("", name) for name in raw}
+    scheme = HUGGING_FACE if any(name.startswith("encoder.layer.") for name in names.values()) else META
+    return {_rename(names[name], scheme): tensor for name, tensor in raw.items()}
+
+
+def _rename(name: str, scheme: Mapping[str, str]) -> str:
+    return reduce(lambda name, pair: name.replace(*pair), scheme.items(), name)
+
+
+def _torch_layout(name: str, tensor: Tensor) -> Tensor:
+    """Of a JAX parameter: (h, w, in, out) -> (out, in, h, w); (in, out) -> (out, in); the heads' axes are merged."""
+    if name.endswith("/bias"):  # query, key and value: (heads, d/heads)
+        return tensor.flatten()
+    if not name.endswith("/kernel"):
+        return tensor
+    if tensor.ndim == 3:  # out: (heads, d/heads, d); query, key and value: (d, heads, d/heads)
+        tensor = tensor.flatten(0, 1) if "/out/" in name else tensor.flatten(1, 2)
+    return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+
+
+def _fuse_qkv(tensors: dict[str, Tensor]) -> None:
+    for query in [name for name in tensors if ".attn.q." in name]:
+        names = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        shapes = {tensors[name].shape if name in tensors else None for name in names}
+        if len(shapes) == 1:
+            tensors[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat([tensors.pop(name) for name in names])
+
+
+def _fold_layer_scales(tensors: dict[str, Tensor]) -> None:
+    """gamma * (W x + b) = (gamma W) x + gamma b, rounded once."""
+    for name in [name for name in tensors if name.endswith(tuple(LAYER_SCALES))]:
+        block, scale = name[: -len("ls1.gamma")], name[-len("ls1.gamma") :]
+        weight, bias = (tensors.get(f"{block}{LAYER_SCALES[scale]}.{part}") for part in ("weight", "bias"))
+        if weight is not None and bias is not None and weight.shape[:1] == bias.shape == tensors[name].shape:
+            gamma = tensors.pop(name).double()
+            tensors[f"{block}{LAYER_SCALES[scale]}.weight"] = (gamma[:, None] * weight).to(at_least_fp32(weight))
+            tensors[f"{block}{LAYER_SCALES[scale]}.bias"] = (gamma * bias).to(at_least_fp32(bias))
+
+
+def at_least_fp32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
