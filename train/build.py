@@ -31,7 +31,9 @@ def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT
         lengths = {"train": settings.scenes, "val": settings.val_scenes}
         return tuple(Scenes(split, size, n, seed, tasks) for split, n in lengths.items())
     partial = settings.partial_labels
-    return tuple(PascalMT(settings.data, split, tasks, size, seed, partial) for split in ("train", "val"))
+    train, val = (PascalMT(settings.data, split, tasks, size, seed, partial) for split in ("train", "val"))
+    print(f"tree      {train.tree}")
+    return train, val
 
 
 def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:

@@ -1,25 +1,19 @@
-"""PASCAL_MT: PASCAL-Context with five dense tasks, read from the official tree and never written to.
+"""PASCAL-Context with five dense tasks as a data set, read from a user's tree (:mod:`train.data.tree`).
 
-::
-
-    <root>/JPEGImages/<id>.jpg                     photos
-    <root>/ImageSets/Context/{train,val}.txt       one id per line
-    <root>/ImageSets/Parts/{train,val}.txt         JSON: id -> VOC classes of its objects; 15 is a person
-    <root>/semseg/{VOC12,pascal-context}/<id>.png  class indices; VOC12 where it exists
-    <root>/human_parts/<id>.mat                    PASCAL-Part's struct ``anno``
-    <root>/sal_distill/<id>.png                    grey
-    <root>/normals_distill/<id>.png                RGB
-    <root>/pascal-context/trainval/<id>.mat        ``LabelMap``: the edges, and where normals are valid
+    photos          JPEG
+    seg             class indices; VOC12's with their void border where they exist
+    parts           PASCAL-Part's struct ``anno``
+    sal             grey
+    normals         RGB
+    edge            ``LabelMap``, which also says where normals are valid
 
 Protocol "mini": everything is resized to a square, photos bilinear, labels nearest. A label need not
 have the size of its photo, and edges are derived from the resized LabelMap, so that they stay one pixel thin.
 """
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -31,13 +25,14 @@ from scipy.io import loadmat
 
 from kernels.errors import UserError
 from train.data.edges import edges_from_label_map
+from train.data.reading import reading
+from train.data.tree import PERSON, find_labels, find_tree, read_split, with_persons
 from train.tasks import PART_NAMES, TASKS, VOID
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-PERSON = VOC_CLASSES.index("person")
 
 # PASCAL-Part's parts of a person, by the part of train.tasks that each belongs to.
 PERSON_PARTS = {
@@ -50,21 +45,11 @@ PERSON_PARTS = {
 }
 PART_IDS = {name: PART_NAMES.index(part) for part, names in PERSON_PARTS.items() for name in names}
 
-PHOTO = "JPEGImages/{}.jpg"
-LABEL_MAP = "pascal-context/trainval/{}.mat"
-LABELS = {  # the first that exists counts
-    "seg": ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),
-    "parts": ("human_parts/{}.mat",),
-    "sal": ("sal_distill/{}.png",),
-    "normals": ("normals_distill/{}.png",),
-    "edge": (LABEL_MAP,),
-}
-
 
 class PascalMT:
     """One split of PASCAL_MT as a data set in the sense of :mod:`train.data`; images are (size, size).
 
-    ``root`` is the tree or the folder that holds it as ``PASCAL_MT``. With ``partial_labels`` a missing
+    ``root`` is the tree or the folder around it. With ``partial_labels`` a missing
     label file means that its image is not labelled for that task; images without any label for ``tasks``
     are left out. As is usual in the field, ``tasks == ("parts",)`` keeps the images that show a person.
     The split "train" is flipped left to right with probability 1/2.
@@ -80,12 +65,12 @@ class PascalMT:
     def __init__(
         self, root: str | Path, split: str, tasks: Sequence[str], size: int, seed: int, partial_labels: bool = False
     ) -> None:
-        self.root = find_root(Path(root))
+        self.tree = find_tree(Path(root))
         self.split, self.size, self.seed = split, size, seed
-        ids = read_split(self.root, split)
+        ids = read_split(self.tree, split)
         if tuple(tasks) == ("parts",):
-            ids = with_persons(self.root, split, ids)
-        labels = find_files(self.root, split, ids, tasks, partial_labels)
+            ids = with_persons(self.tree, split, ids)
+        labels = find_labels(self.tree, split, ids, tasks, partial_labels)
         self.ids = tuple(id for id in ids if labels[id])
         self.labels = tuple(labels[id] for id in self.ids)
         self.groups = group_by_tasks([tuple(paths) for paths in self.labels])
@@ -96,84 +81,14 @@ class PascalMT:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, NDArray]:
         """``dataset[index, epoch]``: "image", uint8 (size, size, 3), and the labels that the image has."""
         index, epoch = key
-        sample = {"image": load_photo(self.root / PHOTO.format(self.ids[index]), self.size)}
+        sample = {"image": load_photo(self.tree.photo(self.ids[index]), self.size)}
         for task, path in self.labels[index].items():
-            sample[task] = LOADERS[task](path, self.size)
+            if task == "normals":
+                sample[task] = load_normals(path, self.size, self.tree.label_map(self.ids[index]))
+            else:
+                sample[task] = LOADERS[task](path, self.size)
         flipped = self.split == "train" and np.random.default_rng([self.seed, epoch, index]).random() < 0.5
         return flip(sample) if flipped else sample
-
-
-# What the tree holds
-
-
-def find_root(given: Path) -> Path:
-    """The folder with JPEGImages: ``given`` or its ``PASCAL_MT``."""
-    for root in (given, given / "PASCAL_MT"):
-        if (root / "JPEGImages").is_dir():
-            return root
-    problem = "holds no folder JPEGImages" if given.is_dir() else "is not a folder"
-    raise UserError(f"{given} {problem}: give the folder PASCAL_MT of the unpacked data set as the data root")
-
-
-def read_split(root: Path, split: str) -> list[str]:
-    """The ids of a split in the order of its list."""
-    path = root / "ImageSets/Context" / f"{split}.txt"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a split whose list is in that folder, or restore the list")
-    with reading(path):
-        return path.read_text().split()
-
-
-def with_persons(root: Path, split: str, ids: list[str]) -> list[str]:
-    """Those ``ids`` that ImageSets/Parts lists with a person; all of them where the tree has no such list."""
-    path = root / "ImageSets/Parts" / f"{split}.txt"
-    if not path.is_file():
-        return ids
-    with reading(path):
-        objects = json.loads(path.read_text())
-        return [id for id in ids if PERSON in objects.get(id, ())]
-
-
-def find_files(
-    root: Path, split: str, ids: list[str], tasks: Sequence[str], partial_labels: bool
-) -> dict[str, dict[str, Path]]:
-    """For each id the label file of every task that has one; UserError for what must exist and does not."""
-    exists = Listing()
-    photos = [root / PHOTO.format(id) for id in ids]
-    if lost := [path for path in photos if path not in exists]:
-        raise UserError(f"{lost[0]} does not exist ({len(lost)} of {len(ids)} photos are missing): restore them")
-    labels: dict[str, dict[str, Path]] = {id: {} for id in ids}
-    missing = []
-    for task in tasks:
-        for id in ids:
-            choices = [root / pattern.format(id) for pattern in LABELS[task]]
-            if path := next((path for path in choices if path in exists), None):
-                labels[id][task] = path
-            else:
-                missing.append(choices[0])
-    if missing and not partial_labels:
-        raise UserError(
-            f"{missing[0]} does not exist ({len(missing)} label files of split {split!r} are missing): "
-            "restore them, or pass --partial-labels to use the labels there are"
-        )
-    for task in tasks:
-        if not any(task in paths for paths in labels.values()):
-            folder = (root / LABELS[task][0]).parent
-            raise UserError(f"{folder} has no label for {task!r} in split {split!r}: add its files, or drop the task")
-    return labels
-
-
-class Listing:
-    """Which files exist: lists each folder once, which spares a call to the file system per file."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, set[str]] = {}
-
-    def __contains__(self, path: Path) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self.names:
-            self.names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        return name in self.names[folder]
 
 
 def group_by_tasks(labelled: Sequence[tuple[str, ...]]) -> tuple[NDArray[np.int64], ...]:
@@ -185,16 +100,6 @@ def group_by_tasks(labelled: Sequence[tuple[str, ...]]) -> tuple[NDArray[np.int6
 
 
 # One file
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what a decoder raises on a broken file, each its own kinds of error, into one line with the path."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} cannot be read ({reason}): restore the file") from error
 
 
 def read_image(path: Path, mode: str | None = None) -> NDArray[np.uint8]:
@@ -262,11 +167,10 @@ def load_sal(path: Path, size: int) -> NDArray[np.uint8]:
     return (resize_nearest(read_image(path, "L"), size) / 255 > 0.5).astype(np.uint8)
 
 
-def load_normals(path: Path, size: int) -> NDArray[np.float32]:
+def load_normals(path: Path, size: int, label_map: Path) -> NDArray[np.float32]:
     """Unit vectors (3, size, size); void where (0, 0, 0) is stored or the LabelMap, if any, has an invalid class."""
     stored = np.ascontiguousarray(resize_nearest(read_image(path, "RGB"), size).transpose(2, 0, 1))
     valid = stored.any(axis=0)
-    label_map = path.parents[1] / LABEL_MAP.format(path.stem)
     if label_map.exists():
         valid &= np.isin(resize_nearest(read_label_map(label_map), size), valid_classes())
     vectors = 2 * stored.astype(np.float32) / 255 - 1  # never of length 0: no stored value decodes to 0
@@ -285,7 +189,7 @@ def load_edge(path: Path, size: int) -> NDArray[np.uint8]:
     return edges_from_label_map(resize_nearest(read_label_map(path), size))
 
 
-LOADERS = {"seg": load_seg, "parts": load_parts, "sal": load_sal, "normals": load_normals, "edge": load_edge}
+LOADERS = {"seg": load_seg, "parts": load_parts, "sal": load_sal, "edge": load_edge}
 
 
 def flip(sample: dict[str, NDArray]) -> dict[str, NDArray]:

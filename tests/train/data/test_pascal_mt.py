@@ -236,7 +236,7 @@ def test_val_is_never_flipped(pascal_tree):
 
 
 def test_the_data_root_is_the_tree_or_the_folder_that_holds_it(pascal_tree):
-    assert read(pascal_tree.parent).root == read(str(pascal_tree)).root == pascal_tree
+    assert read(pascal_tree.parent).tree.root == read(str(pascal_tree)).tree.root == pascal_tree
 
 
 def test_ids_come_stripped_and_in_the_order_of_the_list(pascal_copy):
