@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from fastmoe_lora import SITES
@@ -73,7 +74,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 
 def _epilog(flags: set[str]) -> str:
-    rest = [f"  {name}={value}" for name, value in vars(Settings()).items() if name not in flags]
+    rest = [f"  {name}={value}" for name, value in asdict(Settings()).items() if name not in flags]
     return "\n".join(["settings without a flag, for --set:", *rest])
 
 

@@ -6,6 +6,7 @@ Later layers win: the defaults below (the paper's setting), a recipe, the checkp
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS
+from train.losses import LOSS_WEIGHTS
 from train.tasks import TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
@@ -56,7 +58,7 @@ class Settings:
     weight_decay: float = 1e-4
     warmup: float = 0.05
     clip_norm: float = 10.0
-    loss_weights: str = "seg=1,parts=2,sal=5,normals=10,edge=50"
+    loss_weights: str = ",".join(f"{task}={weight}" for task, weight in LOSS_WEIGHTS.items())
     precision: str = "fp32"
     eval_every: int = 5
     scenes: int = 12_800
@@ -81,18 +83,18 @@ class Settings:
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
         _ = self.moe_config, self.task_names, self.task_weights
 
-    @property
+    @cached_property
     def task_names(self) -> tuple[str, ...]:
         return parse_tasks(self.tasks)
 
-    @property
+    @cached_property
     def moe_config(self) -> MoEConfig | None:
         return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
 
-    @property
+    @cached_property
     def task_weights(self) -> dict[str, float]:
         """Loss weight per task; a task that is not named keeps its default."""
-        return parse_loss_weights(Settings.loss_weights) | parse_loss_weights(self.loss_weights)
+        return LOSS_WEIGHTS | parse_loss_weights(self.loss_weights)
 
 
 def parse_loss_weights(text: str) -> dict[str, float]:

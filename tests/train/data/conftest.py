@@ -1,4 +1,4 @@
-"""A fabricated PASCAL_MT tree in the official format, and where the real pascal_mini lies."""
+"""A fabricated PASCAL_MT tree in the official format."""
 
 import json
 import shutil
@@ -124,12 +124,3 @@ def pascal_tree(tmp_path_factory):
 def pascal_copy(pascal_tree, tmp_path):
     """A copy of the fabricated tree that a test may damage."""
     return Path(shutil.copytree(pascal_tree, tmp_path / "PASCAL_MT"))
-
-
-@pytest.fixture(scope="session")
-def pascal_mini():
-    """Real, partially labelled images, which are no part of the repository."""
-    root = Path(__file__).parents[4] / "shared/data/pascal_mini"
-    if not root.is_dir():
-        pytest.skip(f"{root} is missing: its real images cannot be redistributed")
-    return root
