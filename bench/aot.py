@@ -23,12 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.expand import expand, expand_backward
-from kernels.gating import Gating
-from kernels.grad_rank import grad_rank
-from kernels.gram import gram_a, gram_b
-from kernels.pool import Pool
-from kernels.route_shrink import route_shrink
+from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
+from kernels import tiles
 from kernels.rows import TaskRows
 
 # name: (target, bytes of shared memory that a block can have)
@@ -39,17 +35,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Ranks of 64 for the published pools, then 128 and 256: every entry of kernels.tiles.TABLE.
-POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
 COUNTS, WIDTH = (64, 64), 768
-LAUNCHES = {
-    "route_shrink": lambda t, rows, pool: route_shrink(t["x"], t["a"], t["routers"], rows, pool),
-    "expand": lambda t, rows, pool: expand(t["x"], t["h"], t["g"], t["b"], rows, pool),
-    "expand_backward": lambda t, rows, pool: expand_backward(t["h"], t["z"], t["a"], t["routers"], rows, pool),
-    "grad_rank": lambda t, rows, pool: grad_rank(t["x"], t["b"], t["h"], t["z"], t["dp"], rows, pool),
-    "gram_a": lambda t, rows, pool: gram_a(t["x"], t["h"], t["z"], t["peak"], rows, pool),
-    "gram_b": lambda t, rows, pool: gram_b(t["x"], t["h"], rows, pool),
-}
 COLUMNS = ("kernel", "pool", "dtype", "target", "num_warps", "num_stages", "tile", "registers", "spills", "shared",
            "shared_limit", "wgmma", "tf32")
 
@@ -72,36 +58,25 @@ class Deviceless:
 
 def compiled(kernel: str, pool: str, dtype: str, target: str):
     """(Triton's compiled kernel, the tile sizes by name) of what one launch would run."""
-    experts, k, shared, rank = map(int, pool.split("/"))
-    gating = Gating("ase", k, shared)
-    t = _tensors(experts, experts * rank, DTYPES[dtype])
+    shape = parse_pool(pool)
+    t = make_tensors(shape, COUNTS, WIDTH, torch.empty(0, dtype=DTYPES[dtype]))
     found, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **options):
+        self.device_caches.clear()  # a kernel that does not depend on the pool was compiled before, and has no log
         sizes = {name: options[name] for name in options if re.fullmatch("B[A-Z]", name)}
         found.append((run(self, *args, grid=grid, warmup=True, **options), sizes))
 
     driver.set_active(Deviceless(target))
-    JITFunction.run = record
+    JITFunction.run, architecture = record, tiles.architecture
+    tiles.architecture = lambda device: target
     try:
         rows = TaskRows.of(COUNTS, torch.device("cpu"))
-        LAUNCHES[kernel](t, rows, Pool(experts, experts, rank, gating))
+        LAUNCHES[kernel](t, rows, shape)
     finally:
-        JITFunction.run = run
+        JITFunction.run, tiles.architecture = run, architecture
     (only,) = found
     return only
-
-
-def _tensors(experts: int, ranks: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    tokens, tasks = sum(COUNTS), len(COUNTS)
-    low = {"x": (tokens, WIDTH), "h": (tokens, ranks), "a": (ranks, WIDTH), "b": (WIDTH, ranks)}
-    full = {
-        "z": (tokens, experts), "g": (tokens, experts), "dp": (tasks, experts), "peak": (),
-        "routers": (tasks, experts, WIDTH),
-    }
-    return {name: torch.zeros(shape, dtype=dtype) for name, shape in low.items()} | {
-        name: torch.zeros(shape) for name, shape in full.items()
-    }
 
 
 def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
+from fastmoe_lora.frozen import FrozenFFN, is_plain_ffn
 from fastmoe_lora.routing import Routing
-from kernels import lora_moe
+from kernels import TaskRows, lora_moe, lora_moe_ffn, resolve
 
 
 def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
@@ -37,7 +38,8 @@ class LoRAMoE(nn.Module):
     """y = base(x) + sum_e g_e(x) B_e A_e x, with one linear router per task: equation (10) without the residual.
 
     ``base`` maps (..., d_in) to (..., d_out): a whole FFN, or one linear layer of it. The experts are shared by
-    the tasks; ``routing`` says which rows of x are whose.
+    the tasks; ``routing`` says which rows of x are whose. A whole FFN that is frozen is fused with its experts where
+    the kernels run: LoRA is then further columns of its products.
     """
 
     def __init__(
@@ -49,19 +51,46 @@ class LoRAMoE(nn.Module):
         columns = config.gating.router_columns(config.experts)
         self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
         self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
+        self._ffn = FrozenFFN(base) if is_plain_ffn(base) else None
+        routing.layers.append(self)
+
+    @property
+    def fused(self) -> bool:
+        """Whether base and experts are one operation, which needs Triton and an FFN that is not trained."""
+        device = self.lora_A.device
+        return self._ffn is not None and self._ffn.frozen and resolve(self.routing.kernel, device) == "triton"
+
+    def refresh(self) -> None:
+        """Bring what the fused kernels read up to date with the parameters. Costs nothing where nothing changed;
+        a compiled or captured forward pass relies on it, by way of ``routing.assign``."""
+        if self.fused:
+            self._ffn.refresh((self.lora_A, self.lora_B, self.routers))
 
     def forward(self, x: Tensor) -> Tensor:
+        run = self._run_fused if self.fused else self._run_beside
+        y, gates, mean_probs, rows = run(x)
+        self.routing.record(self.layer, gates, mean_probs, rows)
+        return y.view(*x.shape[:-1], -1)
+
+    def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
         base = self.base(x)
         tokens = x.to(base.dtype).flatten(0, -2)
         rows = self.routing.rows(len(tokens), x.device)
         # Autocast would send the fp32 logits to half precision; lora_moe casts what may be cast by itself.
         with torch.autocast(x.device.type, enabled=False):
-            y, gates, mean_probs = lora_moe(
+            return *lora_moe(
                 tokens, base.flatten(0, -2), (self.lora_A, self.lora_B), self.routers, rows, self.config.gating,
                 self.routing.kernel,
-            )
-        self.routing.record(self.layer, gates, mean_probs, rows)
-        return y.view_as(base)
+            ), rows
+
+    def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        tokens = x.to(self._ffn.packed.up.dtype).flatten(0, -2)
+        rows = self.routing.rows(len(tokens), x.device)
+        lora = self.lora_A, self.lora_B
+        with torch.autocast(x.device.type, enabled=False):
+            return *lora_moe_ffn(tokens, self._ffn.packed, lora, self.routers, rows, self.config.gating), rows
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

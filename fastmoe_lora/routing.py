@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import TaskRows
 
@@ -55,14 +55,17 @@ class Routing:
     def __init__(self, tasks: int, kernel: str = "auto") -> None:
         self.tasks, self.kernel = tasks, kernel
         self.statistics: RoutingStatistics | None = None
+        self.layers: list[nn.Module] = []  # LoRAMoE, which add themselves
         self._images: tuple[int, ...] = ()
         self._mean_probs: dict[int, Tensor] = {}
 
     def assign(self, images: Sequence[int]) -> None:
-        """Say how many images of the coming batches belong to each task; the batch is task-major."""
+        """Say, before a forward pass, how many images of the batch belong to each task; the batch is task-major."""
         if len(images) != self.tasks:
             raise ValueError(f"{len(images)} counts for {self.tasks} tasks")
         self._images = tuple(images)
+        for layer in self.layers:
+            layer.refresh()
 
     def rows(self, tokens: int, device: torch.device) -> TaskRows:
         """The tasks' rows of a matrix of ``tokens`` tokens, every image having equally many."""

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
@@ -11,12 +10,20 @@ from kernels.errors import UserError
 KERNELS = ("auto", "triton", "reference")
 
 
-@cache
 def resolve(kernel: str, device: torch.device) -> str:
     """The implementation ``kernel`` stands for on ``device``: ``auto`` is triton on a GPU that can run it.
 
     Never falls back in silence: what is asked for by name either runs or ends in a :class:`UserError`.
     """
+    if (kernel, device) not in RESOLVED:  # a dict, since torch.compile looks behind functools.cache
+        RESOLVED[kernel, device] = _resolve(kernel, device)
+    return RESOLVED[kernel, device]
+
+
+RESOLVED: dict[tuple[str, torch.device], str] = {}
+
+
+def _resolve(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f"unknown kernel {kernel!r}: choose among {', '.join(KERNELS)}")
     if kernel == "reference":

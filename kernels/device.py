@@ -97,9 +97,9 @@ def dot_exact(a, b, acc, SCALED: tl.constexpr = False):
 
 
 @triton.jit
-def task_rows(offsets, BM: tl.constexpr):
-    """(rows (BM, 1) int64, mask (BM, 1)) of this program's block: program (block, task), no block has two tasks."""
-    block, task = tl.program_id(0), tl.program_id(1)
+def task_rows(offsets, block, BM: tl.constexpr):
+    """(rows (BM, 1) int64, mask (BM, 1)) of a block of task program_id(1): no block has two tasks."""
+    task = tl.program_id(1)
     rows = tl.load(offsets + task) + block * BM + tl.arange(0, BM)
     inside = rows < tl.load(offsets + task + 1)
     return rows.to(tl.int64)[:, None], inside[:, None]

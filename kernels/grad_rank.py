@@ -8,6 +8,8 @@
 
 Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read; H' is written
 for the gram of dB. Gate gradients are inner products in rank space: no expert's output is ever stored.
+Where a wider product has made dH' already, it is read instead of dY, and dH takes its place; dz is then also spread
+out in the tokens' type, each task's in columns of its own and zeros in the others', which makes dz W_task one product.
 Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
 """
 
@@ -50,24 +52,28 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def grad_rank_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, D, k,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, held, width, D, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):
-    rows, inside = task_rows(offsets, BM)
+    rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
-    dgated = tl.zeros((BM, NP * RANK), tl.float32)
-    for start in range(0, D, BK):
-        inner = start + tl.arange(0, BK)
-        across, down = inner[None, :], inner[:, None]
-        grad = tl.load(dy + rows * dy_stride + across, inside & (across < D), 0.0)
-        up = tl.load(b + down * (N * RANK) + expert, (expert < N * RANK) & (down < D), 0.0)
-        dgated = tl.dot(grad, up, dgated, input_precision="ieee")
+    if GIVEN:
+        dgated = tl.load(dh + rows * dh_stride + expert, inside & (expert < N * RANK), 0.0).to(tl.float32)
+    else:
+        dgated = tl.zeros((BM, NP * RANK), tl.float32)
+        for start in range(0, D, BK):
+            inner = start + tl.arange(0, BK)
+            across, down = inner[None, :], inner[:, None]
+            grad = tl.load(dy + rows * dy_stride + across, inside & (across < D), 0.0)
+            up = tl.load(b + down * b_stride + expert, (expert < N * RANK) & (down < D), 0.0)
+            dgated = tl.dot(grad, up, dgated, input_precision="ieee")
 
     logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
     gate, _ = gates(logits, k, N, SHARED, GATING)
     place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
-    tl.store(dh + place, (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty), here)
+    passed_on = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
+    tl.store(dh + rows * dh_stride + expert, passed_on, inside & (expert < held))
     hidden = tl.load(h + place, here, 0.0)
     dgate = sum_ranks(hidden.to(tl.float32) * dgated, NP, RANK)
     tl.store(gated + place, (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype), here)
@@ -82,19 +88,45 @@ def grad_rank_kernel(
     else:
         dlogits = through - p * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
     tl.store(dz + rows * C + column, dlogits, inside & (column < C))
+    if SPREAD:
+        spread, first = dh + rows * dh_stride + held, tl.program_id(1) * C
+        for start in range(0, width, NP):
+            other = start + column
+            elsewhere = (other < width) & ((other < first) | (other >= first + C))
+            tl.store(spread + other, tl.zeros((BM, NP), dh.dtype.element_ty), inside & elsewhere)
+        tl.store(spread + first + column, dlogits.to(dh.dtype.element_ty), inside & (column < C))
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))
 
 
 def grad_rank(dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
-    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz); dy (T, D) with any row stride and b (D, R) in
-    h's type, z (T, C) and dp (tasks, C) fp32."""
-    dh, dz, gated = torch.empty_like(h), torch.empty_like(z), torch.empty_like(h)
-    sizes = tile("grad_rank", h.dtype, pool)
+    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz); dy (T, D) and b (D, R) in h's type with any row
+    strides, z (T, C) and dp (tasks, C) fp32."""
+    dh = torch.empty_like(h)
+    return dh, *_launch((dy, b), (h, z, dp), (dh, h.shape[1]), rows, pool)
+
+
+def grad_rank_given(space: Tensor, held: int, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
+    """As :func:`grad_rank`, (dH, dz, H', peak), where ``space``, with any row stride, holds dH' in its first R
+    columns. It becomes [dH | 0], ``held`` columns, and, where it has room, [dz of task 0 | dz of task 1 | ..]."""
+    return space[:, : h.shape[1]], *_launch(None, (h, z, dp), (space, held), rows, pool)
+
+
+def _launch(
+    product: tuple[Tensor, Tensor] | None, known: tuple[Tensor, Tensor, Tensor], space: tuple[Tensor, int],
+    rows: TaskRows, pool: Pool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, H', peak): from dH' = dY B of ``product``, or from dH' in ``space``, whose first ``held`` columns it has."""
+    (h, z, dp), (dh, held) = known, space
+    dy, b = product or (dh, dh)
+    dz, gated = torch.empty_like(z), torch.empty_like(h)
+    sizes = tile("grad_rank", h, pool)
     blocks, tasks = rows.grid(sizes["BM"])
     peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
     grad_rank_kernel[blocks, tasks](
-        dy, b, h, z, dp, rows.offsets, dh, dz, gated, peaks, dy.stride(0), len(b), pool.gating.k,
-        **pool.constants(), **pool.gate_constants(), **sizes,
+        dy, b, h, z, dp, rows.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0), held,
+        dh.shape[1] - held, len(b), pool.gating.k,
+        **pool.constants(), **pool.gate_constants(),
+        GIVEN=product is None, SPREAD=dh.shape[1] > held, **sizes,
     )
-    return dh, dz, gated, peaks.amax()
+    return dz, gated, peaks.amax()

@@ -33,7 +33,8 @@ def gram_a_reference(x: Tensor, dh: Tensor, dz: Tensor, rows: TaskRows) -> tuple
 
 @triton.jit
 def gram_kernel(
-    wide, narrow, logits, peak, offsets, product, router_product, wide_stride, W, chunk, stride_w, stride_r,
+    wide, narrow, logits, peak, offsets, product, router_product, wide_stride, narrow_stride, W, chunk,
+    stride_w, stride_r,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, ROUTERS: tl.constexpr,
     BW: tl.constexpr, BT: tl.constexpr,
 ):
@@ -52,7 +53,7 @@ def gram_kernel(
         inside = row < end
         rows = row.to(tl.int64)
         across = tl.load(wide + rows * wide_stride + outer[None, :], inside & (outer[None, :] < W), 0.0)
-        ranks = tl.load(narrow + rows * (N * RANK) + expert, inside & (expert < N * RANK), 0.0)
+        ranks = tl.load(narrow + rows * narrow_stride + expert, inside & (expert < N * RANK), 0.0)
         if ROUTERS:
             dz = tl.load(logits + rows * C + column, inside & (column < C), 0.0) * (1.0 / scale)
             router_total = dot_exact(tl.trans(across), dz, router_total)
@@ -84,13 +85,14 @@ PROGRAMS = 132  # one for each multiprocessor of an H100, of which a program fil
 
 def gram_b(dy: Tensor, gated: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
     """dB (D, R) fp32; dy (T, D) with any row stride, gated (T, R), the H' of the head of this file."""
-    sizes = tile("gram_b", gated.dtype, pool)
+    sizes = tile("gram_b", gated, pool)
     width, ranks = dy.shape[1], gated.shape[1]
     tiles = triton.cdiv(width, sizes["BW"])
     chunks, chunk = _chunks(rows, tiles, sizes["BT"])
     product = gated.new_empty(len(rows.counts) * chunks, width, ranks, dtype=torch.float32)
     gram_kernel[(tiles, chunks, len(rows.counts))](
-        dy, gated, gated, gated, rows.offsets, product, product, dy.stride(0), width, chunk, ranks, 1,
+        dy, gated, gated, gated, rows.offsets, product, product, dy.stride(0), gated.stride(0),
+        width, chunk, ranks, 1,
         **pool.constants(), ROUTERS=False, **sizes,
     )
     return product.sum(0)
@@ -99,16 +101,17 @@ def gram_b(dy: Tensor, gated: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
 def gram_a(
     x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor, rows: TaskRows, pool: Pool
 ) -> tuple[Tensor, Tensor]:
-    """(dA (R, d), dW (tasks, C, d)) fp32; x (T, d) with any row stride, dh (T, R), dz (T, C) fp32 and the largest
+    """(dA (R, d), dW (tasks, C, d)) fp32; x (T, d) and dh (T, R) with any row strides, dz (T, C) fp32 and the largest
     magnitude in it, peak ()."""
-    sizes = tile("gram_a", dh.dtype, pool)
+    sizes = tile("gram_a", dh, pool)
     width, ranks = x.shape[1], dh.shape[1]
     tiles, tasks = triton.cdiv(width, sizes["BW"]), len(rows.counts)
     chunks, chunk = _chunks(rows, tiles, sizes["BT"])
     product = dh.new_empty(tasks * chunks, ranks, width, dtype=torch.float32)
     routers = dh.new_empty(tasks, chunks, pool.columns, width, dtype=torch.float32)
     gram_kernel[(tiles, chunks, tasks)](
-        x, dh, dz, peak, rows.offsets, product, routers, x.stride(0), width, chunk, 1, width,
+        x, dh, dz, peak, rows.offsets, product, routers, x.stride(0), dh.stride(0),
+        width, chunk, 1, width,
         **pool.constants(), ROUTERS=True, **sizes,
     )
     return product.sum(0), routers.sum(1)

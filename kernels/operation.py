@@ -5,6 +5,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.backend import resolve
 from kernels.gating import Gating
+from kernels.packed import Packed
 from kernels.rows import TaskRows
 
 
@@ -27,3 +28,13 @@ def lora_moe(
     from kernels import operators  # imports Triton, which not every machine has
 
     return operators.lora_moe(x, base, lora, routers, rows, gating)
+
+
+def lora_moe_ffn(
+    x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same beside the FFN whose fc1 and fc2 are in ``packed``, by the Triton kernels: y, g and P of
+    :func:`kernels.ffn.ffn_reference`. ``packed`` holds the newest values of ``lora`` and ``routers``, in x's type."""
+    from kernels import operators
+
+    return operators.lora_moe_ffn(x, packed, lora, routers, rows, gating)

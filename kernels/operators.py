@@ -1,8 +1,12 @@
 """The operation as PyTorch sees it: custom operators over the kernels, their fake versions and their autograd.
 
-    forward     route_shrink, expand
-    backward    grad_rank, gram of dB, gram of dA and dW, expand
-    saved       x, H (T, R) in x's type and z (T, C) fp32, beside the weights; no expert output is ever stored
+                lora_moe                                        lora_moe_ffn
+    forward     route_shrink, expand                            route_shrink, gelu, two products
+    backward    grad_rank, gram of dB, gram of dA and dW,       a product, gelu, grad_rank, the same grams, a product
+                expand
+    saved       x, H (T, R) in x's type and z (T, C) fp32       the same and u (T, F)
+
+Weights are saved too, no expert's output ever is. What backward gets is never written to: it may run twice.
 """
 
 from collections.abc import Sequence
@@ -13,12 +17,14 @@ from triton import knobs
 
 from kernels.errors import UserError
 from kernels.expand import expand, expand_backward
+from kernels.ffn import Packed, ffn_backward, ffn_forward
 from kernels.gating import Gating
 from kernels.grad_rank import grad_rank
 from kernels.gram import gram_a, gram_b
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
 from kernels.rows import TaskRows
+from kernels.tiles import ffn_way
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -39,8 +45,9 @@ def lora_moe_op(
     rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
     pool = Pool.of(a, routers, gate)
     x, base = _rows(x), _rows(base)
-    h, z, g, p = route_shrink(x, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
-    return expand(base, h, g, _as(b, x.dtype), rows, pool), g, p, h, z
+    gated = x.new_empty(len(x), pool.ranks)
+    h, z, g, p = route_shrink(x, _as(a, x.dtype), _as(routers, torch.float32), gated, rows, pool)
+    return expand(base, gated, _as(b, x.dtype), rows, pool), g, p, h, z
 
 
 @lora_moe_op.register_fake
@@ -68,7 +75,7 @@ def lora_moe_backward_op(
     dh, dz, gated, peak = grad_rank(dy, _as(b, x.dtype), h, z, dp.contiguous(), rows, pool)
     db = gram_b(dy, gated, rows, pool)
     da, drouters = gram_a(x, dh, dz, peak, rows, pool)
-    dx = expand_backward(dh, dz, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
+    dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
@@ -97,14 +104,97 @@ def _backward(ctx, dy, dg, dp, dh, dz):
 lora_moe_op.register_autograd(_backward, setup_context=_save)
 
 
-def lora_moe(
-    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
+def _check(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {x.dtype}; use --kernel=reference")
     if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
         raise UserError("Triton's interpreter multiplies bf16 wrongly: use fp32 or fp16 with it, or a GPU")
+
+
+def lora_moe(
+    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
+    _check(x)
     static = rows.counts, gating.name, gating.k, gating.shared
     y, g, p, _, _ = lora_moe_op(x, base, *lora, routers, rows.offsets, *static)
+    return y, g, p
+
+
+@torch.library.custom_op("fastmoe_lora::lora_moe_ffn", mutates_args=())
+def lora_moe_ffn_op(
+    x: Tensor, a: Tensor, b: Tensor, routers: Tensor, up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
+    offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
+    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
+    packed = Packed(up, down, bias_up, bias_down)
+    pool = Pool.of(a, routers, gate)
+    x = _rows(x)
+    return ffn_forward(x, packed, _as(routers, torch.float32), rows, pool, way or ffn_way(x))
+
+
+@lora_moe_ffn_op.register_fake
+def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k, shared, way):
+    pool = Pool.of(a, routers, Gating(gating, k, shared))
+    full = {"dtype": torch.float32}
+    return (
+        x.new_empty(len(x), len(up)),
+        x.new_empty(len(x), pool.experts, **full),
+        x.new_empty(len(counts), pool.columns, **full),
+        x.new_empty(len(x), len(a)),
+        x.new_empty(len(x), pool.columns, **full),
+        x.new_empty(len(x), len(bias_down)),
+    )
+
+
+@torch.library.custom_op("fastmoe_lora::lora_moe_ffn_backward", mutates_args=())
+def lora_moe_ffn_backward_op(
+    dy: Tensor, dp: Tensor, x: Tensor, u: Tensor, h: Tensor, z: Tensor, a: Tensor, b: Tensor, routers: Tensor,
+    up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
+    offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dB, dW), the last three in the types of their parameters."""
+    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
+    packed = Packed(up, down, bias_up, bias_down)
+    gradients, saved = (_rows(dy), dp.contiguous()), (_rows(x), u, h, z)
+    exact, pool = _as(routers, torch.float32), Pool.of(a, routers, gate)
+    dx, da, db, drouters = ffn_backward(gradients, saved, packed, exact, rows, pool, way or ffn_way(x))
+    return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
+
+
+@lora_moe_ffn_backward_op.register_fake
+def _(dy, dp, x, u, h, z, a, b, routers, *rest):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, a, b, routers))
+
+
+def _save_ffn(ctx, inputs, output):
+    x, a, b, routers, up, down, bias_up, bias_down, offsets, *static = inputs
+    _, g, _, h, z, u = output
+    ctx.static = static
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, u, h, z, a, b, routers, up, down, bias_up, bias_down, offsets)
+    ctx.mark_non_differentiable(g, h, z, u)
+
+
+def _ffn_backward(ctx, dy, dg, dp, dh, dz, du):
+    x, _, _, z, _, b, routers, *_ = ctx.saved_tensors
+    through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
+    through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
+    gradients = lora_moe_ffn_backward_op(through_y, through_p, *ctx.saved_tensors, *ctx.static)
+    return *gradients, *[None] * 10
+
+
+lora_moe_ffn_op.register_autograd(_ffn_backward, setup_context=_save_ffn)
+
+
+def lora_moe_ffn(
+    x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating,
+    way: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`kernels.ffn.ffn_reference`, where ``packed`` holds fc1, fc2 and the newest values of ``lora`` and
+    ``routers``, in x's type: fp32, fp16 or bf16. ``way`` is one of :data:`kernels.ffn.WAYS`, by default the fastest."""
+    _check(x)
+    static = rows.counts, gating.name, gating.k, gating.shared, way
+    y, g, p, *_ = lora_moe_ffn_op(x, *lora, routers, *packed.tensors, rows.offsets, *static)
     return y, g, p

@@ -29,6 +29,11 @@ class Pool:
         return cls(experts, columns, a.shape[0] // experts, gating)
 
     @property
+    def ranks(self) -> int:
+        """R."""
+        return self.experts * self.rank
+
+    @property
     def padded(self) -> int:
         return max(16, _power_of_two(self.experts))
 

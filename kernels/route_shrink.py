@@ -2,10 +2,12 @@
 
     H = x A^T        (T, R)              z = x W_task^T   (T, C) fp32
     g = gates(z)     (T, N) fp32         P = mean over the task's tokens of softmax(z)   (tasks, C) fp32
+    H' = H * per_rank(g)     (T, R)
 
 Grid (block, task), BM tokens each. The routers stay fp32 beside half-precision tokens; P is summed within a block,
 then over the blocks by torch, in a fixed order.
-Bytes: T d es read, T (R es + 4C + 4N) written, es being the size of an element. FLOPs: 2 T d (R + 2C).
+H' may be columns of a wider buffer, beside what the next product reads anyway.
+Bytes: T d es read, T (2R es + 4C + 4N) written, es being the size of an element. FLOPs: 2 T d (R + 2C).
 """
 
 import torch
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.device import dot_exact, gates, task_length, task_rows
+from kernels.device import dot_exact, gates, per_rank, task_length, task_rows
 from kernels.gating import Gating
 from kernels.pool import Pool
 from kernels.rows import TaskRows
@@ -23,19 +25,23 @@ from kernels.tiles import tile
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def route_shrink_reference(x: Tensor, a: Tensor, routers: Tensor, rows: TaskRows, gating: Gating) -> Outputs:
-    """(H, z, g, P)."""
+def route_shrink_reference(
+    x: Tensor, a: Tensor, routers: Tensor, rows: TaskRows, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(H, z, g, P, H')."""
     z = reference.router_logits(x, routers, rows)
-    return x @ a.T, z, reference.gates(z, gating), reference.mean_probs(z, rows)
+    h, g = x @ a.T, reference.gates(z, gating)
+    gated = (h * g.repeat_interleave(h.shape[1] // g.shape[1], dim=1)).to(h.dtype)
+    return h, z, g, reference.mean_probs(z, rows), gated
 
 
 @triton.jit
 def route_shrink_kernel(
-    x, a, routers, offsets, h, z, g, means, x_stride, d, k,
+    x, a, routers, offsets, h, z, g, means, gated, x_stride, gated_stride, width, d, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):
-    rows, inside = task_rows(offsets, BM)
+    rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     router = routers + tl.program_id(1) * C * d + column * d
     hidden = tl.zeros((BM, NP * RANK), tl.float32)
@@ -48,7 +54,10 @@ def route_shrink_kernel(
         hidden = tl.dot(tokens, weights, hidden, input_precision="ieee")
         logits = dot_exact(tokens, tl.load(router + down, (column < C) & (down < d), 0.0), logits, True)
     gate, p = gates(logits, k, N, SHARED, GATING)
-    tl.store(h + rows * (N * RANK) + expert, hidden.to(h.dtype.element_ty), inside & (expert < N * RANK))
+    hidden = hidden.to(h.dtype.element_ty)
+    tl.store(h + rows * (N * RANK) + expert, hidden, inside & (expert < N * RANK))
+    held = (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype)
+    tl.store(gated + rows * gated_stride + expert, held, inside & (expert < width))
     tl.store(z + rows * C + column, logits, inside & (column < C))
     tl.store(g + rows * N + column, gate, inside & (column < N))
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -56,18 +65,19 @@ def route_shrink_kernel(
     tl.store(means + block * C + column, total / task_length(offsets), column < C)
 
 
-def route_shrink(x: Tensor, a: Tensor, routers: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
-    """(H (T, R) in x's type, z (T, C), g (T, N), P (tasks, C)); x (T, d) with any row stride, ``a`` in x's type,
-    routers fp32."""
+def route_shrink(x: Tensor, a: Tensor, routers: Tensor, gated: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
+    """(H (T, R) in x's type, z (T, C), g (T, N), P (tasks, C)), and H' into ``gated`` (T, R or a few more columns,
+    which become 0); x (T, d) and ``gated`` with any row stride, ``a`` in x's type, routers fp32."""
     tokens, d = x.shape
-    h = x.new_empty(tokens, len(a))
+    h = x.new_empty(tokens, pool.ranks)
     z = x.new_empty(tokens, pool.columns, dtype=torch.float32)
     g = x.new_empty(tokens, pool.experts, dtype=torch.float32)
-    sizes = tile("route_shrink", x.dtype, pool)
+    sizes = tile("route_shrink", x, pool)
     grid = rows.grid(sizes["BM"])
     means = x.new_empty(len(rows.counts), grid[0], pool.columns, dtype=torch.float32)
     route_shrink_kernel[grid](
-        x, a, routers, rows.offsets, h, z, g, means, x.stride(0), d, pool.gating.k,
+        x, a, routers, rows.offsets, h, z, g, means, gated, x.stride(0), gated.stride(0), gated.shape[1], d,
+        pool.gating.k,
         **pool.constants(), **pool.gate_constants(), **sizes,
     )
     return h, z, g, means.sum(1)

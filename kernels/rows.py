@@ -1,7 +1,6 @@
 """Which rows of a token matrix belong to which task."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,9 +22,15 @@ class TaskRows:
         return -(-max(self.counts) // block), len(self.counts)
 
     @staticmethod
-    @lru_cache(maxsize=64)
     def of(counts: tuple[int, ...], device: torch.device) -> "TaskRows":
-        """The rows of one batch composition; cached, since a training run has only a few compositions."""
-        boundaries = [sum(counts[:t]) for t in range(len(counts) + 1)]
-        with torch.inference_mode(False):  # an evaluation may come first, and training must be able to save them
-            return TaskRows(counts, torch.tensor(boundaries, dtype=torch.int32, device=device))
+        """The rows of one batch composition. They are made once: a training run has only a few compositions, and
+        torch.compile finds in a dict what it could only remake behind functools.cache."""
+        if (counts, device) not in _KNOWN:
+            boundaries = [sum(counts[:t]) for t in range(len(counts) + 1)]
+            with torch.inference_mode(False):  # an evaluation may come first, and training must be able to save them
+                offsets = torch.tensor(boundaries, dtype=torch.int32, device=device)
+            _KNOWN[counts, device] = TaskRows(counts, offsets)
+        return _KNOWN[counts, device]
+
+
+_KNOWN: dict[tuple[tuple[int, ...], torch.device], TaskRows] = {}

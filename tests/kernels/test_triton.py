@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, add_moe  # noqa: E402
 from kernels import GATINGS, Gating, TaskRows, UserError, lora_moe, operators, resolve  # noqa: E402
+from kernels.backend import RESOLVED  # noqa: E402
 from kernels.reference import router_logits, top_k_mask  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -564,9 +565,9 @@ class TestRefusals:
 class TestResolve:
     @pytest.fixture(autouse=True)
     def _forget(self):
-        resolve.cache_clear()
+        RESOLVED.clear()
         yield
-        resolve.cache_clear()
+        RESOLVED.clear()
 
     def test_auto_on_a_cpu_is_the_reference_even_where_triton_can_be_interpreted(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -105,23 +105,27 @@ def inputs(case, dtype, device):
 class TestKernels:
     def test_route_shrink(self, inputs):
         i = inputs
-        h, z, g, means = route_shrink(i.x, i.a, i.routers, i.rows, i.pool)
+        gated = torch.empty_like(i.h)
+        h, z, g, means = route_shrink(i.x, i.a, i.routers, gated, i.rows, i.pool)
         # Apart, since where two logits are as close as rounding fp64 may select otherwise: H and z from the inputs, g
         # and P from the logits that the kernel returned.
         given = i.x, i.a, i.routers, i.rows, i.gating
         assert_as_good_as(lambda *given: route_shrink_reference(*given)[:2], given, (h, z))
         assert_as_good_as(lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.rows)), (z,), (g, means))
         assert torch.equal(g > 0, reference.gates(z, i.gating) > 0)
+        assert torch.equal(gated, (h * g.repeat_interleave(i.pool.rank, dim=1)).to(i.dtype))
         assert (h.dtype, z.dtype, g.dtype, means.dtype) == (i.dtype, *[torch.float32] * 3)
 
     def test_expand(self, inputs):
         i = inputs
-        assert_as_good_as(expand_reference, (i.base, i.h, i.g, i.b), expand(i.base, i.h, i.g, i.b, i.rows, i.pool))
+        assert_as_good_as(expand_reference, (i.base, i.h, i.b), expand(i.base, i.h, i.b, i.rows, i.pool))
 
-    def test_expand_backward(self, inputs):
+    @pytest.mark.parametrize("given", [False, True], ids=["alone", "over a base"])
+    def test_expand_backward(self, inputs, given):
         i = inputs
-        dx = expand_backward(i.dh, i.dz, i.a, i.routers, i.rows, i.pool)
-        assert_as_good_as(expand_backward_reference, (i.dh, i.dz, i.a, i.routers, i.rows), dx)
+        base = i.x if given else None
+        dx = expand_backward(base, i.dh, i.dz, i.a, i.routers, i.rows, i.pool)
+        assert_as_good_as(expand_backward_reference, (base, i.dh, i.dz, i.a, i.routers, i.rows), dx)
 
     def test_grad_rank(self, inputs):
         i = inputs
@@ -156,8 +160,13 @@ class TestLayouts:
             return padded[:, matrix.shape[1] : 2 * matrix.shape[1]]
 
         calls = (
-            (lambda x: route_shrink(x, i.a, i.routers, i.rows, i.pool), i.x),
-            (lambda base: expand(base, i.h, i.g, i.b, i.rows, i.pool), i.base),
+            (lambda x: route_shrink(x, i.a, i.routers, torch.empty_like(i.h), i.rows, i.pool), i.x),
+            (lambda base: expand(base, i.h, i.b, i.rows, i.pool), i.base),
+            (lambda gated: expand(i.base, gated, i.b, i.rows, i.pool), i.h),
+            (lambda b: expand(i.base, i.h, b, i.rows, i.pool), i.b),
+            (lambda b: grad_rank(i.dy, b, i.h, i.z, i.dp, i.rows, i.pool), i.b),
+            (lambda dh: expand_backward(None, dh, i.dz, i.a, i.routers, i.rows, i.pool), i.dh),
+            (lambda dh: gram_a(i.x, dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.dh),
             (lambda dy: grad_rank(dy, i.b, i.h, i.z, i.dp, i.rows, i.pool), i.dy),
             (lambda dy: gram_b(dy, i.h, i.rows, i.pool), i.dy),
             (lambda x: gram_a(x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.x),

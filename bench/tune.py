@@ -1,0 +1,179 @@
+"""The fastest tile sizes and way of the fused FFN on the GPU at hand, measured once and written to kernels/tables.json.
+
+    python -m bench.tune [--kernels route_shrink,...,ffn] [--out kernels/tables.json]
+
+ViT-B in bf16, five tasks. A tile that spills or does not fit is no candidate, and one within 2 % of the present one
+does not replace it. The difference is printed; commit the file if you want to keep it.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
+from kernels import tiles
+from kernels.ffn import WAYS, ffn_backward, ffn_forward
+from kernels.packed import Packed
+from kernels.rows import TaskRows
+
+TASKS, WIDTH = 5, 768
+TOKENS = {"small": 7_880, "large": 40_960}
+SPACE = {  # of sizes in the order of tiles.NAMES, then warps and stages
+    "route_shrink": ((64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
+    "expand": ((64, 128), (16, 32, 64, 128), (4, 8), (2, 3)),
+    "grad_rank": ((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
+    "gram_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
+    "gram_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
+    "matmul": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
+}
+SAME_TILE = {"expand": ("expand", "expand_backward"), "grad_rank": ("grad_rank", "grad_rank_given"),
+             "matmul": ("matmul", "matmul_routed")}
+GAIN = 0.98
+Table = dict[str, dict]
+
+
+class Spills(Exception):
+    """A candidate that keeps registers in memory."""
+
+
+def fastest(present, candidates: list, time: Callable[[object], float]):
+    """The candidate with the least ``time``; ``present`` where none is faster by more than rounding of clocks."""
+    best, limit = present, GAIN * time(present)
+    for candidate in candidates:
+        try:
+            taken = time(candidate)
+        except (OutOfResources, Spills):
+            continue
+        if taken < limit:
+            best, limit = candidate, taken
+    return best
+
+
+def time_launch(kernel: str, pool_name: str, device: torch.device) -> float:
+    """Milliseconds of all launches that share the kernel's tile, at the large number of tokens."""
+    pool, counts = parse_pool(pool_name), (TOKENS["large"] // TASKS,) * TASKS
+    t = make_tensors(pool, counts, WIDTH, torch.empty(0, dtype=torch.bfloat16, device=device))
+    rows = TaskRows.of(counts, device)
+    calls = [LAUNCHES[name] for name in SAME_TILE.get(kernel, (kernel,))]
+    _refuse_spills(lambda: [call(t, rows, pool) for call in calls])
+    return sum(triton.testing.do_bench(lambda call=call: call(t, rows, pool), return_mode="median") for call in calls)
+
+
+def _refuse_spills(launches: Callable[[], object]) -> None:
+    run = JITFunction.run
+
+    def checked(self, *args, **options):
+        compiled = run(self, *args, **options)
+        if compiled.n_spills:
+            raise Spills
+        return compiled
+
+    JITFunction.run = checked
+    try:
+        launches()
+    finally:
+        JITFunction.run = run
+
+
+def time_way(way: str, tokens: int, device: torch.device) -> float:
+    """Milliseconds of the FFN's forward and backward pass."""
+    pool, counts = parse_pool("16/3/1/4"), (tokens // TASKS,) * TASKS
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    t, rows = make_tensors(pool, counts, WIDTH, like), TaskRows.of(counts, device)
+    packed = Packed.empty((WIDTH, 4 * WIDTH, WIDTH), (t["a"], t["b"], t["routers"]), like.dtype)
+    packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))
+    packed.fill(t["a"], t["b"], t["routers"])
+
+    def step():
+        _, _, _, h, z, u = ffn_forward(t["x"], packed, t["routers"], rows, pool, way)
+        ffn_backward((t["x"], t["dp"]), (t["x"], u, h, z), packed, t["routers"], rows, pool, way)
+
+    return triton.testing.do_bench(step, return_mode="median")
+
+
+def classes(kernel: str) -> Iterator[tuple[str, str]]:
+    """(limit of columns, the widest pool that falls under it) of every class in the default table."""
+    limits = sorted(map(int, tiles.TABLES["default"][kernel]["2"]))
+    by_limit = {}
+    for name in POOLS:
+        pool = parse_pool(name)
+        held = pool.padded * (pool.rank + 1)
+        by_limit[min(limit for limit in limits if held <= limit)] = name
+    return ((str(limit), name) for limit, name in by_limit.items())
+
+
+def tune_kernel(kernel: str, row: Table, device: torch.device) -> None:
+    """Writes the fastest tiles of ``kernel`` into ``row``, the architecture's part of tiles.TABLES."""
+    row.setdefault(kernel, json.loads(json.dumps(tiles.TABLES["default"][kernel])))
+    for limit, pool in tqdm(list(classes(kernel)), kernel, leave=False):
+        tile = row[kernel]["2"]
+
+        def time(candidate, tile=tile, limit=limit, pool=pool):
+            tile[limit] = list(candidate)
+            return time_launch(kernel, pool, device)
+
+        present = tuple(tile[limit])
+        tile[limit] = list(fastest(present, list(itertools.product(*SPACE[kernel])), time))
+
+
+def tune_ffn(row: Table, device: torch.device) -> None:
+    """The same for the way of the FFN, by number of tokens."""
+    present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
+    for name, tokens in TOKENS.items():
+        present[name] = fastest(present[name], list(WAYS), lambda way, n=tokens: time_way(way, n, device))
+
+
+def difference(before: Table, after: Table) -> list[str]:
+    """One line for every entry of an architecture that changed."""
+    old, new = dict(_entries(before)), dict(_entries(after))
+    return [f"{name:40} {old.get(name, 'default')!s:>24} -> {value}" for name, value in new.items()
+            if old.get(name) != value]
+
+
+def _entries(table: Table, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in table.items():
+        path = f"{prefix} {name}".strip()
+        yield from _entries(value, path) if isinstance(value, dict) else [(path, value)]
+
+
+def dump(tables: Table) -> str:
+    """JSON with one line for every kernel and element size, as the file is kept."""
+    text = json.dumps(tables, indent=2)
+    for innermost in (r"\[[^\]]*\]", r"\{[^{}]*\}"):
+        text = re.sub(innermost, lambda found: found[0][0] + " ".join(found[0][1:-1].split()) + found[0][-1], text)
+    return text + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=[*SPACE, "ffn"])
+    parser.add_argument("--out", type=Path, default=Path(tiles.__file__).with_name("tables.json"))
+    chosen = parser.parse_args(arguments)
+    if unknown := [name for name in chosen.kernels if name not in (*SPACE, "ffn")]:
+        parser.error(f"unknown kernel {unknown[0]!r}: choose among {', '.join([*SPACE, 'ffn'])}")
+    if not torch.cuda.is_available():
+        print("bench.tune measures: it needs a GPU that torch can use", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    name = tiles.architecture(device)
+    before = json.loads(json.dumps(tiles.TABLES.get(name, {})))
+    row = tiles.TABLES.setdefault(name, {})
+    for kernel in chosen.kernels:
+        tune_ffn(row, device) if kernel == "ffn" else tune_kernel(kernel, row, device)
+    chosen.out.write_text(dump(tiles.TABLES))
+    print("\n".join(difference(before, row)) or f"nothing is faster than what {name} has")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""matmul: a product over tokens whose result no pass need touch again.
+
+    forward     y = [a | H'] [W2 | B]^T + b2                (T, D)
+    backward    dx = [du | dH] [W1 ; A] + dz W_task         (T, d)
+
+Grid (tile, task): tiles of BM tokens by BN columns, no tile with two tasks; eight rows of tiles are walked column by
+column, so that their tokens stay in the L2. The routers' part, fp32, is the last step of the same sum.
+Bytes: T (K es + N es), weights from the L2. FLOPs: 2 T K N.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device import dot_exact, task_rows
+from kernels.pool import Pool
+from kernels.rows import TaskRows
+from kernels.tiles import tile
+
+
+def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight + bias."""
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def matmul_routed_reference(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, rows: TaskRows) -> Tensor:
+    """x weight + dz W_task."""
+    through_routers = [run @ router for run, router in zip(dz.split(rows.counts), routers, strict=True)]
+    return x @ weight + torch.cat(through_routers).to(x.dtype)
+
+
+@triton.jit
+def matmul_kernel(
+    x, weight, bias, dz, routers, y, offsets, x_stride, weight_inner, weight_outer, K, WIDTH, C,
+    BIAS: tl.constexpr, ROUTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr = 8,
+):
+    columns = tl.cdiv(WIDTH, BN)
+    group, place = tl.program_id(0) // (GROUP * columns), tl.program_id(0) % (GROUP * columns)
+    height = tl.minimum(tl.num_programs(0) // columns - group * GROUP, GROUP)
+    rows, inside = task_rows(offsets, group * GROUP + place % height, BM)
+    outer = (place // height * BN + tl.arange(0, BN))[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inner = start + tl.arange(0, BK)
+        across, down = inner[None, :], inner[:, None]
+        tokens = tl.load(x + rows * x_stride + across, inside & (across < K), 0.0)
+        weights = tl.load(weight + down * weight_inner + outer * weight_outer, (down < K) & (outer < WIDTH), 0.0)
+        total = tl.dot(tokens, weights, total, input_precision="ieee")
+    if ROUTED:
+        for start in range(0, C, 16):
+            column, row = start + tl.arange(0, 16)[None, :], start + tl.arange(0, 16)[:, None]
+            logits = tl.load(dz + rows * C + column, inside & (column < C), 0.0).to(x.dtype.element_ty)
+            router = routers + (tl.program_id(1) * C + row) * WIDTH + outer
+            total = dot_exact(logits, tl.load(router, (row < C) & (outer < WIDTH), 0.0), total)
+    if BIAS:
+        total += tl.load(bias + outer, outer < WIDTH, 0.0).to(tl.float32)
+    tl.store(y + rows * WIDTH + outer, total.to(y.dtype.element_ty), inside & (outer < WIDTH))
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, rows: TaskRows, pool: Pool) -> Tensor:
+    """x weight + bias (T, N); x (T, K) with any row stride, weight (K, N) with any strides, bias (N,) or None."""
+    return _launch(x, weight, bias, None, rows, pool)
+
+
+def matmul_routed(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
+    """x weight + dz W_task (T, N); dz (T, C) and routers (tasks, C, N) fp32."""
+    return _launch(x, weight, None, (dz, routers), rows, pool)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routed: tuple[Tensor, Tensor] | None, rows: TaskRows, pool: Pool
+) -> Tensor:
+    y = x.new_empty(len(x), weight.shape[1])
+    dz, routers = routed or (x, x)  # not read where there are none, and so is bias
+    sizes = tile("matmul", x, pool)
+    blocks, tasks = rows.grid(sizes["BM"])
+    matmul_kernel[(blocks * triton.cdiv(y.shape[1], sizes["BN"]), tasks)](
+        x, weight, x if bias is None else bias, dz, routers, y, rows.offsets, x.stride(0), *weight.stride(),
+        *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
+    )
+    return y
