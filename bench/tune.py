@@ -32,12 +32,12 @@ SPACE = {  # of sizes in the order of tiles.NAMES, then warps and stages
     "route_shrink": ((64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
     "expand": ((64, 128), (16, 32, 64, 128), (4, 8), (2, 3)),
     "grad_rank": ((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
+    "grad_rank_given": ((16, 32, 64, 128), (4, 8), (1,)),
     "gram_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "gram_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "matmul": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
 }
-SAME_TILE = {"expand": ("expand", "expand_backward"), "grad_rank": ("grad_rank", "grad_rank_given"),
-             "matmul": ("matmul", "matmul_routed")}
+SAME_TILE = {"expand": ("expand", "expand_backward"), "matmul": ("matmul", "matmul_routed")}
 GAIN = 0.98
 Table = dict[str, dict]
 

@@ -54,7 +54,7 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 def grad_rank_kernel(
     dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, held, width, D, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
-    GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
@@ -120,7 +120,7 @@ def _launch(
     (h, z, dp), (dh, held) = known, space
     dy, b = product or (dh, dh)
     dz, gated = torch.empty_like(z), torch.empty_like(h)
-    sizes = tile("grad_rank", h, pool)
+    sizes = tile("grad_rank" if product else "grad_rank_given", h, pool)
     blocks, tasks = rows.grid(sizes["BM"])
     peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
     grad_rank_kernel[blocks, tasks](

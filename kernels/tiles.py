@@ -25,7 +25,7 @@ LARGE = 16_384  # tokens from which the FFN's way is that of large products
 # architecture: {kernel: {element size in bytes: {up to so many columns: (the sizes of NAMES, warps, stages)}}}
 TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())
 NAMES = {
-    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "grad_rank": ("BM", "BK"),
+    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "grad_rank": ("BM", "BK"), "grad_rank_given": ("BM",),
     "gram_a": ("BW", "BT"), "gram_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
 }  # fmt: skip
 
