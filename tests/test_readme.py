@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from train.check import main as check
 from train.cli import main
 from train.report import table
 
@@ -25,7 +26,7 @@ IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest", "pytest bench
 
 def test_every_command_is_tried_somewhere():
     for command in COMMANDS:
-        assert command in IN_CI or "python -m train " in command, command
+        assert command in IN_CI or "python -m train" in command, command
     script = (ROOT / ".ci" / "run").read_text()
     assert "pip install --quiet -e .\n" in script
     assert "pip install --quiet -e '.[test]'" in script and "\npytest\n" in script and "pytest bench/" in script
@@ -43,6 +44,12 @@ def test_training_commands_run(command, tmp_path, request):
     if "--data" in argv:
         quick += ["--image-size", "64", "--model", "vit_tiny", "--partial-labels"]
     assert main([*argv, *quick, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train.check " in c])
+def test_checking_commands_run(command, tmp_path, pascal_mini):
+    argv = shlex.split(command.replace("PASCAL_MT", str(pascal_mini)))[3:]
+    assert check([*argv, "--out", str(tmp_path)]) == 0
 
 
 def test_python_examples_run():

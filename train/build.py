@@ -8,7 +8,8 @@ from torch import nn
 from fastmoe_lora import add_lora, add_moe
 from kernels import UserError, resolve
 from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
-from train.data.pascal_mt import PascalMT
+from train.data.pascal_mt import Access, PascalMT
+from train.data.protocols import build_protocol
 from train.data.scenes import Scenes
 from train.settings import Settings
 from train.tasks import output_channels
@@ -30,8 +31,9 @@ def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT
     if not settings.data:
         lengths = {"train": settings.scenes, "val": settings.val_scenes}
         return tuple(Scenes(split, size, n, seed, tasks) for split, n in lengths.items())
-    partial = settings.partial_labels
-    train, val = (PascalMT(settings.data, split, tasks, size, seed, partial) for split in ("train", "val"))
+    protocol = build_protocol(settings.protocol, size)
+    access = Access(settings.partial_labels, settings.cache, settings.skip_bad, settings.workers)
+    train, val = (PascalMT(settings.data, split, tasks, protocol, seed, access) for split in ("train", "val"))
     print(f"tree      {train.tree}")
     return train, val
 

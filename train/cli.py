@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
+from train.data.protocols import PROTOCOLS
 from train.settings import Settings, recipe_names
 
 DESCRIPTION = """\
@@ -17,14 +18,14 @@ Without --data it trains on rendered scenes (recipe 'scenes', minutes on two CPU
 tree. OUT receives results.json, last (the newest checkpoint), predictions.png and routing.png."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, not the whole usage."""
-        self.exit(2, f"error: {message} (python -m train --help explains)\n")
+        self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m train", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,7 +40,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tasks", metavar="A,B", help="of seg, parts, sal, normals, edge (default: all five)")
     group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree; left out: rendered scenes")
     group.add_argument("--partial-labels", action="store_true", help="a missing label file means: void for that task")
-    group.add_argument("--image-size", type=int, metavar="N", help="side of the square input, pixels (224; scenes 64)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out images with a damaged or missing file")
+    group.add_argument("--protocol", choices=PROTOCOLS, help="what images and labels go through, which published "
+                       "numbers rest on (ase)")
+    group.add_argument("--image-size", type=int, metavar="N", help="side of the square input, pixels (the protocol's; "
+                       "scenes 64)")
     group.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
 
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,26 +98,35 @@ def set_up(settings: Settings, fresh: bool) -> Run:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from None
+    if skipped := [fault for dataset in data for fault in dataset.skipped]:
+        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
     run = Run(settings, out, device, data, model, build.build_optimizer(settings, model))
     print(announce(run), flush=True)
     return run
 
 
 def announce(run: Run) -> str:
-    s, (train_set, val_set) = run.settings, run.data
+    s, train_set = run.settings, run.data[0]
     total, trainable = count_parameters(run.model)
     adaptation = "backbone frozen" if s.pretrained else "no --pretrained, so the backbone is trained in full"
     moe = s.moe_config
     default = " (default)" if moe and not s.gating else ""
     return "\n".join([
-        f"data      {train_set.name}: {len(train_set)} train, {len(val_set)} val images at {s.image_size} px, "
-        f"protocol {train_set.protocol}",
+        f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, protocol {train_set.protocol}",
         f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
         f"{trainable / 1e6:.2f} M trainable; {adaptation}",
         f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {resolve(s.kernel, run.device)}"
         if moe else "moe       none",
         f"run       {run.total} steps of {s.batch_size} images on {run.device} -> {run.out}",
     ])
+
+
+def count_images(run: Run) -> str:
+    """How many images of each split are used and, where some are not, how many are skipped."""
+    train_set, val_set = run.data
+    text = f"{len(train_set)} train, {len(val_set)} val images"
+    skipped = len(train_set.skipped), len(val_set.skipped)
+    return f"{text} ({skipped[0]} and {skipped[1]} skipped, see skipped.txt)" if any(skipped) else text
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -236,7 +245,8 @@ def finish(run: Run, speed: float, losses: dict[str, float]) -> dict[str, Any]:
     results = results_of(run, speed, losses, metrics)
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
-    print(f"\n{table(columns)}\n\n{run.out}/: results.json, last, predictions.png, routing.png, tensorboard")
+    print(f"\n{table(columns)}\n{count_images(run)}\n")
+    print(f"{run.out}/: results.json, last, predictions.png, routing.png, tensorboard")
     return results
 
 
@@ -248,7 +258,10 @@ def results_of(run: Run, speed: float, losses: dict[str, float], metrics: Metric
         "format": 1,
         "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
         "protocol": train_set.protocol,
-        "dataset": {"name": train_set.name, "train": len(train_set), "val": len(val_set), "image_size": s.image_size},
+        "dataset": {
+            "name": train_set.name, "train": len(train_set), "val": len(val_set), "image_size": s.image_size,
+            "skipped": {"train": len(train_set.skipped), "val": len(val_set.skipped)},
+        },
         "model": {"name": s.model, "head": s.head, "site": s.site, "backbone": "frozen" if s.pretrained else "trained"},
         "moe": s.moe,
         "gating": moe.gating_name if moe else None,
@@ -271,14 +284,9 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     from train import pictures
 
     s, val_set = run.settings, run.data[1]
-    batch = collate([val_set[index, 0] for index in picture_indices(val_set.groups)], s.task_names).to(run.device)
+    indices = pictures.spread(val_set.groups, PICTURES)
+    batch = collate([val_set[index, 0] for index in indices], s.task_names).to(run.device)
     run.model.eval()
     pictures.save_predictions(run.out / "predictions.png", batch, run.model(batch.images), val_set.classes)
     if routing is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)
-
-
-def picture_indices(groups: Sequence[Sequence[int]]) -> list[int]:
-    """About PICTURES validation images, equally many of each group, spread over it."""
-    each = max(PICTURES // len(groups), 1)
-    return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]

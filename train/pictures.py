@@ -1,34 +1,27 @@
-"""Pictures of a run: predictions beside labels, and what the routers chose."""
+"""Pictures of a data set and of a run: labels, predictions beside labels, and what the routers chose."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastmoe_lora import RoutingStatistics
 from train.data.batches import Batch
-from train.tasks import VOID
+from train.data.voc import PALETTE
+from train.tasks import TASKS, VOID
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
 from matplotlib.patches import Patch  # noqa: E402
 
 GREY = np.array([160, 160, 160], dtype=np.uint8)
-
-
-def _voc_colours(count: int) -> np.ndarray:
-    """The field's colours (count, 3) uint8: bit k of the three channels comes from bits 3k, 3k+1, 3k+2 of the class."""
-    ids = np.arange(count)
-    colours = np.zeros((count, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
-
-
-PALETTE = _voc_colours(256)
+BLANK = 242  # grey of a label that there is none of
+CELL = 224  # side of a cell on a contact sheet, pixels
+CAPTION = 20  # height in it that is left for the id
 
 
 def paint_label(task: str, label: Tensor) -> np.ndarray:
@@ -55,6 +48,49 @@ def paint_prediction(task: str, prediction: Tensor) -> np.ndarray:
     return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
 
 
+def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
+    """About ``count`` indices, equally many of each group, spread over it."""
+    each = max(count // len(groups), 1)
+    return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
+
+
+def save_contact_sheet(
+    path: Path, images: dict[str, dict[str, np.ndarray]], classes: dict[str, tuple[str, ...]]
+) -> None:
+    """A grid of ``images[id]["image" or a task]``, painted (H, W, 3) uint8 of any size, two images side by side. A task
+    that an image has no label for is left blank."""
+    names = [name for name in ("image", *TASKS) if any(name in image for image in images.values())]
+    rows = -(-len(images) // 2)
+    halves = [list(images)[:rows], list(images)[rows:]]
+    columns = [(name, [_cell(images[i], name) for i in half]) for half in halves if half for name in names]
+    for _, cells in columns:
+        cells += [np.full_like(cells[0], 255)] * (rows - len(cells))
+    figure, axis = plt.subplots(figsize=(1.5 * len(columns), 1.5 * rows + 1.1), layout="constrained")
+    pitch = _draw_grid(axis, columns)
+    for column, half in enumerate(halves):
+        for row, (i, image) in enumerate((i, images[i]["image"]) for i in half):
+            left, below = column * len(names) * pitch, row * pitch + _fitted(image.shape)[0]
+            axis.text(left + CELL / 2, below + CAPTION / 4, i, ha="center", va="top", fontsize=6, color="dimgrey")
+    _draw_legends(figure, names, classes)
+    figure.savefig(path, dpi=170)
+    plt.close(figure)
+
+
+def _fitted(shape: Sequence[int]) -> tuple[int, int]:
+    """(height, width) at which a picture fits into a cell above its caption."""
+    scale = min((CELL - CAPTION) / shape[0], CELL / shape[1])
+    return max(int(scale * shape[0]), 1), max(int(scale * shape[1]), 1)
+
+
+def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """A white cell (CELL, CELL, 3) with the picture in the middle of its upper edge."""
+    picture = image.get(name, np.full_like(image["image"], BLANK))
+    height, width = _fitted(picture.shape)
+    fitted = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+    left = (CELL - width) // 2
+    return np.pad(fitted, ((0, CELL - height), (left, CELL - width - left), (0, 0)), constant_values=255)
+
+
 def save_predictions(
     path: Path, batch: Batch, predictions: dict[str, Tensor], classes: dict[str, tuple[str, ...]]
 ) -> None:
@@ -68,15 +104,14 @@ def save_predictions(
         columns.append(("predicted", [paint_prediction(task, output) for output in outputs]))
     figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
     _draw_grid(axis, columns)
-    for task, corner in (("seg", "left"), ("parts", "right")):
-        if task in predictions:
-            _draw_legend(figure, task, classes[task], corner)
+    _draw_legends(figure, predictions, classes)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> None:
-    """Columns of equally large pictures under their titles, as one image with white gaps."""
+def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
+    """Columns of equally large square pictures under their titles, as one image with white gaps; returns the pixels
+    from one picture to the next."""
     side = columns[0][1][0].shape[0]
     gap = max(side // 24, 2)
     frame = ((0, 0), (0, gap), (0, gap), (0, 0))
@@ -85,13 +120,17 @@ def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> N
     axis.axis("off")
     for i, (title, _) in enumerate(columns):
         axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=9)
+    return side + gap
 
 
-def _draw_legend(figure: plt.Figure, task: str, names: tuple[str, ...], corner: str) -> None:
-    entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(names)]
-    figure.legend(
-        handles=entries, title=task, loc=f"outside lower {corner}", ncols=7, fontsize=7, title_fontsize=8, frameon=False
-    )
+def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: dict[str, tuple[str, ...]]) -> None:
+    for task, corner in (("seg", "left"), ("parts", "right")):
+        if task in tasks:
+            entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
+            figure.legend(
+                handles=entries, title=task, loc=f"outside lower {corner}", ncols=7, fontsize=7, title_fontsize=8,
+                frameon=False,
+            )
 
 
 def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:

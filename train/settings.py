@@ -16,18 +16,19 @@ import yaml
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS
+from train.data.protocols import PROTOCOLS, build_protocol
 from train.losses import LOSS_WEIGHTS
 from train.tasks import TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
 CHOICES = {
     "model": VITS, "head": HEADS, "site": SITES, "kernel": KERNELS, "precision": PRECISIONS,
-    "normalisation": ("", *NORMALISATIONS),
+    "normalisation": ("", *NORMALISATIONS), "protocol": PROTOCOLS,
 }
 # What a checkpoint's weights and batches were made with: another value would not continue the run.
 FIXED_ON_RESUME = (
     "tasks", "model", "head", "moe", "gating", "site", "lora_rank", "lora_targets", "image_size", "batch_size", "seed",
-    "normalisation",
+    "normalisation", "protocol",
 )
 
 
@@ -37,7 +38,10 @@ class Settings:
 
     tasks: str = ",".join(TASKS)
     data: str = ""
+    protocol: str = "ase"
     partial_labels: bool = False
+    skip_bad: bool = False
+    cache: str = ""
     pretrained: str = ""
     normalisation: str = ""
     recipe: str = ""
@@ -50,7 +54,7 @@ class Settings:
     lora_rank: int = 4
     lora_targets: str = "qkv,proj"
     mi_weight: float = 0.005
-    image_size: int = 224
+    image_size: int = 0
     epochs: int = 40
     steps: int = 0
     batch_size: int = 8
@@ -72,10 +76,12 @@ class Settings:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(choices)}")
-        for name in ("image_size", "batch_size", "scenes", "val_scenes"):
+        for name in ("batch_size", "scenes", "val_scenes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("epochs", "steps", "workers", "seed", "lora_rank", "lr", "warmup", "eval_every", "mi_weight"):
+        for name in (
+            "image_size", "epochs", "steps", "workers", "seed", "lora_rank", "lr", "warmup", "eval_every", "mi_weight",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
         if not (self.epochs or self.steps):
@@ -163,7 +169,10 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def resolve(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
-    """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint."""
+    """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
+
+    An image size of 0 becomes the protocol's own.
+    """
     flags = layer(flags, "command line")
     below = checkpoint or {}
     recipe = flags.get("recipe", "")
@@ -172,6 +181,8 @@ def resolve(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> 
     values = {**below, **(read_recipe(recipe) if recipe else {}), **flags}
     if recipe:
         values["recipe"] = recipe
+    if not values.get("image_size"):
+        values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
     for name in FIXED_ON_RESUME if checkpoint else ():
         if values[name] != checkpoint[name]:
             raise UserError(f"{name} was {checkpoint[name]!r} and cannot become {values[name]!r} when a run is resumed")

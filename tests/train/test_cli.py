@@ -7,7 +7,7 @@ from importlib import resources
 import pytest
 from safetensors.torch import save_file
 
-from kernels import resolve
+from kernels.backend import RESOLVED
 from model import VITS, ViT
 from train.build import build_model
 from train.cli import build_parser, main
@@ -55,7 +55,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, capsys, tmp_path):
 
 def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    resolve.cache_clear()
+    RESOLVED.clear()
     assert main(["--kernel", "triton", "--device", "cpu", "--out", str(tmp_path / "run"), *QUICK]) == 2
     error = capsys.readouterr().err
     assert "no GPU in use (device cpu); set TRITON_INTERPRET=1" in error and error.count("\n") == 1

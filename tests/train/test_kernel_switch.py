@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from kernels import resolve
+from kernels.backend import RESOLVED
 from train.cli import main
 
 if not torch.cuda.is_available():
@@ -27,7 +27,7 @@ def results_of(kernel, folder):
 def test_two_steps_lose_the_same_under_both_kernels(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    resolve.cache_clear()  # another test may have asked without the interpreter
+    RESOLVED.clear()  # another test may have asked without the interpreter
     triton, reference = results_of("triton", tmp_path), results_of("reference", tmp_path)
     assert (triton["kernel"], reference["kernel"]) == ("triton", "reference")
     # Two steps of AdamW, whose first is as large for a gradient of 1e-8 as for one of 1: rounding may grow.

@@ -41,7 +41,9 @@ def test_results_name_everything_a_reader_needs(results):
     assert list(results["final_losses"]) == ALL.split(",")
     for column in ("metrics", "metrics_constant", "metrics_untrained"):
         assert {task: set(values) for task, values in results[column].items()} == {
-            "seg": {"mIoU"}, "parts": {"mIoU"}, "sal": {"maxF", "mIoU"}, "normals": {"mErr"}, "edge": {"loss", "odsF"},
+            "seg": {"mIoU", "mIoU_field"}, "parts": {"mIoU", "mIoU_field"},
+            "sal": {"maxF", "maxF_invpt", "mIoU", "maxF_A"},
+            "normals": {"mErr", "median", "rmse", "within_11.25", "within_22.5", "within_30"}, "edge": {"loss", "odsF"},
         }
         assert results[column]["edge"]["odsF"] is None
 
@@ -105,5 +107,5 @@ def test_real_images_and_weights(tmp_path, pascal_mini, vit_tiny_weights):
     small = ["--image-size", "64", "--steps", "5", "--out", str(out)]
     assert main([*argv, "--model", "vit_tiny", "--recipe", "mini", *small]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["protocol"] == "mini" and results["model"]["backbone"] == "frozen"
+    assert results["protocol"] == "mini@64" and results["model"]["backbone"] == "frozen"
     assert results["parameters"]["trainable"] < 0.35 * results["parameters"]["total"]

@@ -20,6 +20,29 @@ def test_with_data_the_papers_setting_applies():
     assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}
 
 
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ({}, 224), ({"protocol": "invpt"}, 512), ({"protocol": "mtinet", "image_size": 448}, 448),
+        ({"recipe": "mini"}, 224),
+    ],
+)
+def test_images_have_the_size_of_their_protocol_unless_said_otherwise(flags, size):
+    assert resolve({"data": "somewhere"} | flags).image_size == size
+
+
+@pytest.mark.parametrize(("recipe", "protocol"), [("paper", "ase"), ("mini", "mini")])
+def test_a_recipe_names_its_protocol(recipe, protocol):
+    assert resolve({"recipe": recipe, "data": "somewhere"}).protocol == protocol
+
+
+def test_a_resumed_run_keeps_its_protocol_and_size():
+    before = asdict(resolve({"data": "somewhere", "protocol": "invpt"}))
+    assert resolve({"image_size": 512}, before).image_size == resolve({}, before).image_size == 512
+    with pytest.raises(UserError, match="protocol was 'invpt' and cannot become 'mtinet' when a run is resumed"):
+        resolve({"protocol": "mtinet"}, before)
+
+
 def test_flags_override_a_recipe():
     assert resolve({"recipe": "mini", "batch_size": 4}).batch_size == 4
     assert resolve({"recipe": "mini"}).batch_size == 8
@@ -80,6 +103,8 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"normalisation": "none"}, "unknown normalisation 'none'"),
         ({"lr": "nan"}, "lr is nan"),
+        ({"image_size": -8}, "image_size is -8"),
+        ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):

@@ -1,5 +1,6 @@
 """One broken file, one line."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,24 @@ from kernels.errors import UserError
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a decoder raises on a broken file, each its own kinds of error, into one line with the path."""
+    """Turns what a decoder raises on a broken file, each its own kinds of error, into one line with the path.
+
+    What a decoder warns of counts as well: it has then made up a part of what it returns.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            for category in (UserWarning, RuntimeWarning):  # scipy's and Pillow's
+                warnings.simplefilter("error", category)
+            yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} cannot be read ({reason}): restore the file") from error
+        raise UserError(f"{path} cannot be read ({reason}): restore it") from error
+
+
+def require_file(path: Path) -> None:
+    """UserError where ``path`` is a folder, a pipe, which would be waited for, or a link to nowhere."""
+    with reading(path):
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: restore it")

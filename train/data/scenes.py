@@ -266,6 +266,7 @@ class Scenes:
 
     name = "scenes"
     protocol = "scenes"
+    skipped = ()
     classes = {"seg": SEG_NAMES, "parts": PART_NAMES}
 
     def __init__(self, split: str, size: int, length: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> None:

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.errors import UserError
-from train.data.reading import reading
+from train.data.reading import reading, require_file
+from train.data.voc import PERSON
 
 IMAGE_ID = re.compile(r"[\w-]+")
-PERSON = 15  # the VOC class
 OFFICIAL = {  # of several files the first that exists counts
     "seg": ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),
     "parts": ("human_parts/{}.mat",),
@@ -71,10 +71,11 @@ class Tree:
 
 def find_tree(given: Path) -> Tree:
     """The tree at ``given`` or in its folder PASCAL_MT or PASCALContext, in whichever layout it is."""
-    for root in (given, given / "PASCAL_MT", given / "PASCALContext"):
-        if (root / "JPEGImages").is_dir():
-            return _recognise(root)
-    problem = "holds no folder JPEGImages" if given.is_dir() else "is not a folder"
+    with reading(given):
+        for root in (given, given / "PASCAL_MT", given / "PASCALContext"):
+            if (root / "JPEGImages").is_dir():
+                return _recognise(root)
+        problem = "holds no folder JPEGImages" if given.is_dir() else "is not a folder"
     raise UserError(
         f"{given} {problem}: give the folder PASCAL_MT or PASCALContext of the unpacked data set, or the one around it"
     )
@@ -91,10 +92,11 @@ def _recognise(root: Path) -> Tree:
 def read_split(tree: Tree, split: str) -> list[str]:
     """The ids of a split in the order of its list; UserError for what is no id, and for an id given twice."""
     path = tree.root / f"ImageSets/Context/{split}.txt"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path} does not exist: name a split whose list is in that folder, or restore the list")
+    require_file(path)
     with reading(path):
-        ids = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     seen = set()
     for image_id in ids:
         if not IMAGE_ID.fullmatch(image_id):
@@ -108,42 +110,83 @@ def read_split(tree: Tree, split: str) -> list[str]:
 
 
 def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
-    """Those ``ids`` that ImageSets/Parts lists with a person; all of them where the tree has no such list."""
+    """Those ``ids`` that ImageSets/Parts lists with a person, or not at all; all where the tree has no such list."""
     path = tree.root / f"ImageSets/Parts/{split}.txt"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ids
+    require_file(path)
     with reading(path):
-        objects = json.loads(path.read_text())
-        return [image_id for image_id in ids if PERSON in objects.get(image_id, ())]
+        objects = json.loads(path.read_text("utf-8-sig"))
+        return [image_id for image_id in ids if PERSON in objects.get(image_id, (PERSON,))]
 
 
-def find_labels(
-    tree: Tree, split: str, ids: list[str], tasks: Sequence[str], partial_labels: bool
-) -> dict[str, dict[str, Path]]:
-    """For each id the label file of every task that has one; UserError for what must exist and does not."""
-    exists = _Listing()
-    photos = [tree.photo(image_id) for image_id in ids]
-    if lost := [path for path in photos if path not in exists]:
-        raise UserError(f"{lost[0]} does not exist ({len(lost)} of {len(ids)} photos are missing): restore them")
-    labels: dict[str, dict[str, Path]] = {image_id: {} for image_id in ids}
-    missing = []
+@dataclass(frozen=True)
+class ImageFiles:
+    """The files of one image.
+
+    ``labels`` by task, of those asked for. ``label_map`` says where normals count, ``guide`` is the segmentation where
+    a crop needs it and it is no label; both None where there is no such file. ``missing``: files that should exist.
+    """
+
+    id: str
+    photo: Path
+    labels: dict[str, Path]
+    label_map: Path | None
+    guide: Path | None
+    missing: tuple[Path, ...]
+
+    @property
+    def read(self) -> dict[str, Path]:
+        """The label files to read by task, the guide as "seg"."""
+        return self.labels | ({"seg": self.guide} if self.guide else {})
+
+
+def list_images(
+    tree: Tree, split: str, tasks: Sequence[str], partial_labels: bool = False, guided: bool = False
+) -> list[ImageFiles]:
+    """The images of a split in the order of its list, without reading any.
+
+    With ``partial_labels`` a missing label file means that its image is not labelled for that task, and images without
+    any label are left out. As is usual in the field, ``tasks == ("parts",)`` keeps the images that show a person.
+    """
+    exists, guides = _Listing(), ("seg",) if guided and "seg" not in tasks else ()
+    ids = read_split(tree, split)
+    if tuple(tasks) == ("parts",):
+        ids = with_persons(tree, split, ids)
+    images = []
+    for image_id in ids:
+        photo, label_map = tree.photo(image_id), tree.label_map(image_id)
+        choices = {task: tree.labels(task, image_id) for task in (*tasks, *guides)}
+        found = {task: next((path for path in paths if path in exists), None) for task, paths in choices.items()}
+        labels = {task: found[task] for task in tasks if found[task]}
+        lacking = [] if partial_labels else [choices[task][0] for task in tasks if not found[task]]
+        missing = (*([] if photo in exists else [photo]), *lacking)
+        if labels or missing:
+            label_map, guide = label_map if label_map in exists else None, found["seg"] if guides else None
+            images.append(ImageFiles(image_id, photo, labels, label_map, guide, missing))
+    if partial_labels:
+        _require_labels(tree, split, tasks, images)
+    return images
+
+
+def _require_labels(tree: Tree, split: str, tasks: Sequence[str], images: list[ImageFiles]) -> None:
+    """UserError for a task that no image is labelled for."""
     for task in tasks:
-        for image_id in ids:
-            choices = tree.labels(task, image_id)
-            if path := next((path for path in choices if path in exists), None):
-                labels[image_id][task] = path
-            else:
-                missing.append(choices[0])
-    if missing and not partial_labels:
+        if not any(task in image.labels for image in images):
+            folder = tree.labels(task, "")[0].parent
+            raise UserError(f"{folder} has no label for {task!r} in split {split!r}: add its files, or drop the task")
+
+
+def require_complete(split: str, images: Sequence[ImageFiles]) -> None:
+    """UserError for the photos that are missing, else for the labels."""
+    missing = [path for image in images for path in image.missing]
+    if photos := [image.photo for image in images if image.photo in image.missing]:
+        raise UserError(f"{photos[0]} does not exist ({len(photos)} of {len(images)} photos are missing): restore them")
+    if missing:
         raise UserError(
             f"{missing[0]} does not exist ({len(missing)} label files of split {split!r} are missing): "
             "restore them, or pass --partial-labels to use the labels there are"
         )
-    for task in tasks:
-        if not any(task in paths for paths in labels.values()):
-            folder = tree.labels(task, "")[0].parent
-            raise UserError(f"{folder} has no label for {task!r} in split {split!r}: add its files, or drop the task")
-    return labels
 
 
 class _Listing:
@@ -155,5 +198,6 @@ class _Listing:
     def __contains__(self, path: Path) -> bool:
         folder, name = os.path.split(path)
         if folder not in self.names:
-            self.names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            with reading(Path(folder)):
+                self.names[folder] = set(os.listdir(folder)) if os.path.lexists(folder) else set()
         return name in self.names[folder]

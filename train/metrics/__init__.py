@@ -1,7 +1,8 @@
 """Metrics: small objects that add up over batches and processes.
 
 ``update(prediction, label)`` takes the raw output of a head, ``state`` is one tensor that may be summed over
-processes, and ``compute()`` gives the scores by name.
+processes, and ``compute()`` gives the scores by name. :mod:`train.metrics.odsf` scores edges against whole LabelMaps,
+:mod:`train.metrics.delta` sums up all tasks.
 """
 
 from typing import NamedTuple

@@ -25,6 +25,6 @@ class EdgeLoss(Metric):
         self.add(torch.stack([total, (label != VOID).sum()]))
 
     def compute(self) -> dict[str, float | None]:
-        """``loss``; ``odsF``, the F-measure of the benchmark, needs boundary matching and is not computed."""
+        """``loss``; ``odsF``, the F-measure of the benchmark, takes LabelMaps: see :mod:`train.metrics.odsf`."""
         total, pixels = self.state
         return {"loss": (total / pixels).item(), "odsF": None}

@@ -10,8 +10,10 @@ from train.tasks import VOID
 class ConfusionIoU(Metric):
     """Mean over classes of TP / (TP + FP + FN), each counted over the valid pixels of the whole set.
 
-    The background is a class like any other. Classes that no label of the set shows are left out of the mean
-    (their false positives still count against the class that the label names).
+    The background is a class like any other. A class that no label of the set shows is left out of ``mIoU`` (its
+    false positives still count against the class that the label names) and counts as 0 in ``mIoU_field``, as the
+    field's TP / max(TP + FP + FN, 1e-8) has it. The two are equal where the set shows all classes, as the whole of
+    PASCAL-Context's validation set does.
 
     ``state`` (C, C) counts pixels by label (row) and predicted class (column).
     """
@@ -34,5 +36,7 @@ class ConfusionIoU(Metric):
         return torch.where(labelled > 0, iou, torch.nan)
 
     def compute(self) -> dict[str, float | None]:
-        """``mIoU`` in percent."""
-        return {"mIoU": self.per_class().nanmean().item()}
+        """``mIoU`` and ``mIoU_field`` in percent."""
+        iou = self.per_class()
+        field = iou.nan_to_num().mean() if self.state.any() else iou.nanmean()
+        return {"mIoU": iou.nanmean().item(), "mIoU_field": field.item()}

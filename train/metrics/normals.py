@@ -1,22 +1,28 @@
-"""Surface normals: the mean angular error."""
+"""Surface normals: the angular errors."""
 
 import torch
 from torch import Tensor
 
 from train.losses import unit
-from train.metrics.base import Metric
+from train.metrics.base import Metric, histogram
+
+BINS_PER_DEGREE = 100
+LIMITS = (11.25, 22.5, 30)  # degrees
 
 
 class Normals(Metric):
-    """Mean over the valid pixels of the whole set of the angle between prediction and label, both normalised:
+    """Of the angle between prediction and label, both normalised, over the valid pixels of the whole set:
 
         angle = 2 atan2(|p - g|, |p + g|)
 
-    which keeps its digits near 0, where the arc cosine loses them. ``state`` (2,) is [sum in degrees, valid pixels].
+    which keeps its digits near 0, where the arc cosine loses them.
+
+    ``state`` (18002,) is the sums of the angle in degrees and of its square, then a histogram of it in bins of 0.01
+    degrees. Limits are edges of bins.
     """
 
     def __init__(self) -> None:
-        super().__init__(2)
+        super().__init__(2 + 180 * BINS_PER_DEGREE)
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
@@ -24,12 +30,27 @@ class Normals(Metric):
         p, g = unit(prediction.float()), unit(label)
         degrees = torch.rad2deg(2 * torch.atan2(_length(p - g), _length(p + g)))
         valid = (label != 0).any(1)
-        self.add(torch.stack([(degrees * valid).sum(dtype=torch.float64), valid.sum()]))
+        bins = len(self.state) - 2
+        counts = histogram((degrees * BINS_PER_DEGREE).long().clamp(max=bins - 1), valid, bins)
+        degrees = (degrees * valid).double()
+        self.add(torch.cat([degrees.sum()[None], degrees.square().sum()[None], counts]))
 
     def compute(self) -> dict[str, float | None]:
-        """``mErr`` in degrees."""
-        total, pixels = self.state
-        return {"mErr": (total / pixels).item()}
+        """In degrees ``mErr``, the mean, ``median``, to half a bin, and ``rmse``; in percent ``within_11.25``,
+        ``within_22.5`` and ``within_30``, the pixels whose error is smaller.
+
+        The ``rmse`` of the field's training logs is the mean by mistake; this is the root of the mean square.
+        """
+        (total, squares), cumulative = self.state[:2], self.state[2:].cumsum(0)
+        pixels = cumulative[-1]
+        # Of an even number of pixels the median is the mean of the middle two.
+        middle = torch.stack([((pixels - 1) / 2).floor(), (pixels / 2).floor()])
+        median = (torch.searchsorted(cumulative, middle, right=True) + 0.5).mean() / BINS_PER_DEGREE
+        scores = {"mErr": total / pixels, "median": median.where(pixels > 0, torch.nan)}
+        scores["rmse"] = (squares / pixels).sqrt()
+        for limit in LIMITS:
+            scores[f"within_{limit}"] = 100 * cumulative[int(limit * BINS_PER_DEGREE) - 1] / pixels
+        return {name: score.item() for name, score in scores.items()}
 
 
 def _length(vectors: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""PASCAL_MT: each rule of the labels, the layout, the flip, the groups and the user's mistakes."""
+"""PASCAL_MT in protocol mini: each rule of the labels, the layout, the flip, the groups and the user's mistakes.
+
+test_labels.py has the labels as they are stored, test_damage.py every kind of damaged file.
+"""
 
 import os
 
@@ -11,7 +14,10 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels.errors import UserError
-from train.data.pascal_mt import PascalMT, centres, group_by_tasks, resize_nearest, valid_classes
+from train.data.labels import valid_classes
+from train.data.pascal_mt import Access, PascalMT, group_by_tasks
+from train.data.protocols import build_protocol
+from train.data.transforms import centres, resize_nearest
 from train.tasks import TASKS
 
 SIZE = 32
@@ -20,8 +26,8 @@ CROWD, NO_PERSON, NO_PARTS, CONTEXT_ONLY, SPECK, ALL_PARTS = (f"2008_{n:06d}" fo
 PIL_NEAREST = Image.Resampling.NEAREST
 
 
-def read(root, tasks=TASKS, split="all", **options):
-    return PascalMT(root, split, tasks, options.pop("size", SIZE), options.pop("seed", 0), **options)
+def read(root, tasks=TASKS, split="all", protocol="mini", size=SIZE, seed=0, **access):
+    return PascalMT(root, split, tasks, build_protocol(protocol, size), seed, Access(**access))
 
 
 def item(root, id, *tasks, **options):
@@ -67,7 +73,7 @@ def test_photo_is_rgb_and_bilinear_with_antialiasing(pascal_tree):
 
 
 def test_a_grey_photo_becomes_rgb(pascal_copy):
-    Image.fromarray(np.full((20, 30), 77, np.uint8)).save(pascal_copy / f"JPEGImages/{CROWD}.jpg")
+    Image.fromarray(np.full((37, 50), 77, np.uint8)).save(pascal_copy / f"JPEGImages/{CROWD}.jpg")
     np.testing.assert_array_equal(item(pascal_copy, CROWD, "sal")["image"], np.full((SIZE, SIZE, 3), 77))
 
 
@@ -91,12 +97,6 @@ def test_nearest_works_for_any_dtype_and_bands(dtype, bands):
     resized = resize_nearest(array, SIZE)
     assert resized.dtype == dtype
     np.testing.assert_array_equal(resized, nearest(array))
-
-
-def test_a_label_need_not_have_the_size_of_its_photo(pascal_copy):
-    label = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    Image.fromarray(label).save(pascal_copy / f"semseg/VOC12/{CROWD}.png")
-    np.testing.assert_array_equal(item(pascal_copy, CROWD, "seg")["seg"], nearest(label))
 
 
 # seg
@@ -232,6 +232,39 @@ def test_val_is_never_flipped(pascal_tree):
         np.testing.assert_array_equal(val[0, epoch]["image"], plain[plain.ids.index(val.ids[0]), 0]["image"])
 
 
+@pytest.mark.parametrize("protocol", ["invpt", "mtinet", "ase", "mini"])
+def test_a_sample_is_a_function_of_seed_epoch_and_index(pascal_tree, protocol):
+    """Whatever was read before; the rng of an item is that of (seed, epoch, index)."""
+    train, again = (read(pascal_tree, split="train", protocol=protocol, size=320, seed=3) for _ in range(2))
+    once, others = train[5, 1], [train[5, epoch]["image"] for epoch in range(2, 12)]
+    again[2, 1]
+    for name, array in again[5, 1].items():
+        np.testing.assert_array_equal(array, once[name])
+    assert any(not np.array_equal(once["image"], other) for other in others)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_crop_is_guided_by_a_segmentation_that_is_no_task(pascal_tree, split):
+    """Family B: the same crop with and without seg among the tasks, and no label that was not asked for."""
+    alone, both = (read(pascal_tree, tasks, split, "invpt", 320) for tasks in (("sal",), ("seg", "sal")))
+    for index in range(len(alone)):
+        sample, guided = alone[index, 4], both[index, 4]
+        assert set(sample) == {"image", "sal"}
+        np.testing.assert_array_equal(sample["sal"], guided["sal"])
+
+
+def test_a_guide_that_does_not_exist_is_not_missed(pascal_copy):
+    for folder in ("VOC12", "pascal-context"):
+        for path in (pascal_copy / "semseg" / folder).iterdir():
+            path.unlink()
+    assert set(read(pascal_copy, ("sal",), "train", "invpt", 320)[0, 0]) == {"image", "sal"}
+
+
+def test_a_photo_that_the_protocol_cannot_take_is_named(pascal_tree):
+    dataset = read(pascal_tree, ("sal",), "val", "invpt", 16)
+    assert mistake(lambda: dataset[0, 0]).startswith(f"{pascal_tree}/JPEGImages/{dataset.ids[0]}.jpg: a photo of ")
+
+
 # Layout, groups, partial labels
 
 
@@ -359,23 +392,10 @@ def test_a_truncated_file(pascal_copy, task, file, kept):
     assert mistake(lambda: item(pascal_copy, CROWD, task)).startswith(f"{path} cannot be read (")
 
 
-def test_a_mat_file_without_its_variable(pascal_copy):
-    path = pascal_copy / f"pascal-context/trainval/{CROWD}.mat"
-    savemat(path, {"labelmap": np.zeros((3, 3))})
-    assert mistake(lambda: item(pascal_copy, CROWD, "edge")).startswith(f"{path} cannot be read (KeyError: 'LabelMap')")
-
-
 def test_a_damaged_list_of_persons(pascal_copy):
     path = pascal_copy / "ImageSets/Parts/all.txt"
     path.write_text(path.read_text()[:-1])
     assert mistake(lambda: read(pascal_copy, ("parts",))).startswith(f"{path} cannot be read (JSONDecodeError")
-
-
-@pytest.mark.parametrize("pixels", [np.zeros((9, 9, 3), np.uint8), np.full((9, 9), 21, np.uint8)], ids=["colour", "21"])
-def test_a_segmentation_that_holds_no_class_indices(pascal_copy, pixels):
-    path = pascal_copy / f"semseg/VOC12/{CROWD}.png"
-    Image.fromarray(pixels).save(path)
-    assert f"{path} is not an image of class indices 0..20 and 255" in mistake(lambda: item(pascal_copy, CROWD, "seg"))
 
 
 # Real images
@@ -384,7 +404,7 @@ def test_a_segmentation_that_holds_no_class_indices(pascal_copy, pixels):
 @pytest.mark.parametrize("split, sizes", [("train", [750, 300, 75, 300]), ("val", [250, 80, 25, 200])])
 def test_groups_of_pascal_mini(pascal_mini, split, sizes):
     dataset = read(pascal_mini, split=split, partial_labels=True)
-    tasks = [tuple(dataset.labels[group[0]]) for group in dataset.groups]
+    tasks = [tuple(dataset.images[group[0]].labels) for group in dataset.groups]
     assert tasks == [("seg", "sal"), ("parts", "sal"), ("normals",), ("edge",)]
     assert [len(group) for group in dataset.groups] == sizes
 

@@ -7,6 +7,7 @@ import pytest
 
 from kernels import UserError
 from train.data.pascal_mt import PascalMT
+from train.data.protocols import build_protocol
 from train.data.tree import find_tree, read_split
 from train.tasks import TASKS
 
@@ -38,8 +39,8 @@ def lay_out(layout, source, folder):
 @pytest.mark.parametrize("given", ["tree", "folder around it"])
 def test_every_layout_gives_identical_samples(layout, given, pascal_tree, tmp_path):
     root = lay_out(layout, pascal_tree, tmp_path)
-    official = PascalMT(pascal_tree, "all", TASKS, 32, 0)
-    dataset = PascalMT(root if given == "tree" else root.parent, "all", TASKS, 32, 0)
+    official = PascalMT(pascal_tree, "all", TASKS, build_protocol("mini", 32), 0)
+    dataset = PascalMT(root if given == "tree" else root.parent, "all", TASKS, build_protocol("mini", 32), 0)
     assert str(dataset.tree) == f"layout {layout} at {root}"
     assert dataset.ids == official.ids
     for index in range(len(official)):

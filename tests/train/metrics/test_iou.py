@@ -26,22 +26,22 @@ def test_by_hand():
     # class 0: 1 of 1 + 1 FN + 1 FP = 1/3; class 1: 2 of 2 + 1 FP = 2/3; class 2: 0 of 1 FN = 0; void is nobody's.
     metric = scored([0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 2, VOID], count=3)
     torch.testing.assert_close(metric.per_class(), torch.tensor([100 / 3, 200 / 3, 0], dtype=torch.float64))
-    assert metric.compute() == {"mIoU": pytest.approx(100 / 3, rel=1e-12)}
+    assert metric.compute() == pytest.approx({"mIoU": 100 / 3, "mIoU_field": 100 / 3}, rel=1e-12)
 
 
-def test_classes_without_labels_are_left_out():
+def test_classes_without_labels_are_left_out_or_count_as_0():
     # Class 2 is predicted once and never labelled: its false positive is class 1's false negative.
     metric = scored([0, 2, 1], [0, 1, 1], count=4)
     assert metric.per_class()[:2].tolist() == [100, 50]
     assert metric.per_class()[2:].isnan().all()
-    assert metric.compute()["mIoU"] == 75
+    assert metric.compute() == {"mIoU": 75, "mIoU_field": 37.5}
 
 
 def test_perfect_prediction():
     label = torch.randint(5, (2, 6, 6), dtype=torch.uint8)
     metric = ConfusionIoU(5)
     metric.update(logits_of(label, 5), label)
-    assert metric.compute()["mIoU"] == 100
+    assert metric.compute() == {"mIoU": 100, "mIoU_field": 100}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,9 +63,21 @@ def test_random_batches_equal_the_naive_loop(dtype):
             labelled[c] += g.sum()
     expected = 100 * (hits / unions)[labelled > 0]
     np.testing.assert_allclose(metric.per_class()[:5], expected, rtol=1e-12)
-    assert metric.compute()["mIoU"] == pytest.approx(expected.mean(), rel=1e-12)
+    scores = {"mIoU": expected.mean(), "mIoU_field": expected.sum() / 6}
+    assert metric.compute() == pytest.approx(scores, rel=1e-12)
+
+
+def test_random_batches_equal_scikit_learn():
+    jaccard_score = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed").jaccard_score
+    random = torch.Generator().manual_seed(1)
+    prediction = torch.randn(3, 6, 9, 8, generator=random)
+    label = torch.randint(5, (3, 9, 8), generator=random, dtype=torch.uint8)
+    metric = ConfusionIoU(6)
+    metric.update(prediction, label)
+    expected = 100 * jaccard_score(label.flatten(), prediction.argmax(1).flatten(), labels=range(6), average="macro")
+    assert metric.compute()["mIoU_field"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_without_labels_there_is_no_score():
     metric = scored([0, 1], [VOID, VOID], count=3)
-    assert math.isnan(metric.compute()["mIoU"])
+    assert all(math.isnan(score) for score in metric.compute().values())

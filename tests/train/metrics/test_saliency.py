@@ -1,4 +1,4 @@
-"""maxF and mIoU against hand arithmetic and one pass per threshold in NumPy."""
+"""The F-measures and mIoU against hand arithmetic and one pass per threshold in NumPy."""
 
 import math
 
@@ -32,6 +32,31 @@ def naive_max_f(probability: np.ndarray, label: np.ndarray) -> float:
             precision, recall = hits / (p >= t).sum(), hits / g.sum()
             best = max(best, 1.3 * precision * recall / (0.3 * precision + recall))
     return 100 * best
+
+
+def naive_max_f_invpt(probability: np.ndarray, label: np.ndarray) -> float:
+    """The code of InvPT: the sigmoid of a probability."""
+    return naive_max_f(1 / (1 + np.exp(-probability)), label)
+
+
+def naive_max_f_a(probability: np.ndarray, label: np.ndarray) -> float:
+    scores = []
+    for t in np.linspace(0.2, 0.9, 15, dtype=np.float32):
+        pairs = []
+        for p, g in zip(probability, label):
+            valid = g != VOID
+            if valid.any():
+                above, salient = p[valid] > t, g[valid] == 1
+                hits = (above & salient).sum()
+                pairs.append((hits / (above.sum() + 1e-12), hits / (salient.sum() + 1e-12)))
+        precision, recall = np.mean(pairs, axis=0)
+        scores.append(2 * precision * recall / (precision + recall + 1e-12))
+    return 100 * max(scores)
+
+
+def naive_scores(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    functions = {"maxF": naive_max_f, "maxF_invpt": naive_max_f_invpt, "mIoU": naive_miou, "maxF_A": naive_max_f_a}
+    return {name: function(probability, label) for name, function in functions.items()}
 
 
 def naive_miou(probability: np.ndarray, label: np.ndarray) -> float:
@@ -97,7 +122,27 @@ def test_empty_images_count_and_void_images_do_not():
 def test_perfect_prediction():
     label = [[0, 1, 1, 0], [0, 0, 0, 0]]
     scores = scored([[0.01, 0.99, 0.99, 0.01], [0.01, 0.01, 0.01, 0.01]], label)
-    assert scores == {"maxF": 100, "mIoU": 100}
+    assert (scores["maxF"], scores["mIoU"]) == (100, 100)
+    # The empty image has P = R = 0, and squashing twice changes nothing.
+    assert scores["maxF_A"] == pytest.approx(50) and scores["maxF_invpt"] == 100
+
+
+def test_two_empty_images_of_three_leave_a_third_of_max_f_a():
+    scores = scored([[0.99, 0.01], [0.01, 0.01], [0.99, 0.01]], [[1, 0], [0, 0], [0, 0]])
+    # Image 1: P = R = 1; image 2 predicts nothing, image 3 wrongly something: P = R = 0.
+    assert scores["maxF_A"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("threshold", [0.2007, 0.4055, 0.6190, 0.8473])
+def test_squashing_twice_leaves_four_thresholds(threshold):
+    scores = scored([[threshold - 1e-3, threshold + 1e-3]], [[0, 1]])
+    assert scores["maxF_invpt"] == 100
+
+
+@pytest.mark.parametrize("low, high", [(0.01, 0.19), (0.21, 0.39), (0.41, 0.61), (0.63, 0.84), (0.86, 0.99)])
+def test_squashing_twice_blurs_what_lies_between(low, high):
+    """No threshold parts them, so the best is "all is salient": P = 1/2, R = 1."""
+    assert scored([[low, high]], [[0, 1]])["maxF_invpt"] == pytest.approx(100 * 1.3 * 0.5 / (0.3 * 0.5 + 1))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,8 +157,7 @@ def test_random_batches_equal_one_pass_per_threshold(seed):
     metric = Saliency()
     metric.update(logits, label)
     probability = logits.double().softmax(1)[:, 1].numpy()
-    expected = {"maxF": naive_max_f(probability, label.numpy()), "mIoU": naive_miou(probability, label.numpy())}
-    assert metric.compute() == pytest.approx(expected, rel=1e-12)
+    assert metric.compute() == pytest.approx(naive_scores(probability, label.numpy()), rel=1e-10)
 
 
 def test_probabilities_on_the_thresholds_equal_one_pass_per_threshold():
@@ -123,15 +167,13 @@ def test_probabilities_on_the_thresholds_equal_one_pass_per_threshold():
     probability = torch.tensor([0.3333, 0.5, 0.6666])[torch.randint(3, label.shape, generator=random)]
     metric = Saliency()
     metric.update(logits_of(probability), label)
-    pair = probability.numpy(), label.numpy()
-    expected = {"maxF": naive_max_f(*pair), "mIoU": naive_miou(*pair)}
-    assert metric.compute() == pytest.approx(expected, rel=1e-12)
+    assert metric.compute() == pytest.approx(naive_scores(probability.numpy(), label.numpy()), rel=1e-10)
 
 
 def test_without_salient_pixels_there_is_no_max_f():
     scores = scored([[0.3, 0.8]], [[0, 0]])
-    assert math.isnan(scores["maxF"])
-    assert scores["mIoU"] == 100
+    assert math.isnan(scores["maxF"]) and math.isnan(scores["maxF_invpt"])
+    assert (scores["mIoU"], scores["maxF_A"]) == (100, 0)
 
 
 def test_without_labels_there_is_no_score():

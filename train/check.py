@@ -1,0 +1,166 @@
+"""``python -m train.check --data PASCAL_MT``: reads every file of a tree and says what is in it and what is wrong."""
+
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels import UserError
+from train.cli import Parser
+from train.data.cache import open_cache
+from train.data.inspection import Finding, inspect_images
+from train.data.labels import Reader
+from train.data.pascal_mt import PascalMT, group_by_tasks
+from train.data.transforms import unit_normals, void_absent_parts
+from train.data.tree import ImageFiles, Tree, find_tree, list_images
+from train.tasks import TASKS, VOID, parse_tasks
+
+OFFICIAL_IMAGES = {"train": 4998, "val": 5105}
+VALUES = PascalMT.classes | {"sal": ("rest", "salient"), "normals": ("void", "valid"), "edge": ("rest", "edges")}
+SHOWN_FAULTS = 10
+PICTURES = 12
+
+DESCRIPTION = """\
+Read every photo and label of a PASCAL_MT tree, as training would, and print what is in it and what is wrong with it.
+OUT receives sheet.png, a dozen images with their labels, and faults.txt.
+Exit status: 0 nothing is wrong, 1 files are missing or damaged, 2 a user's mistake."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split's images and, of each, what was found."""
+
+    name: str
+    images: list[ImageFiles]
+    findings: list[Finding]
+
+    @property
+    def faults(self) -> list[str]:
+        return [fault for finding in self.findings for fault in finding.faults]
+
+    def pixels(self, task: str) -> Counter[int]:
+        """Pixels of each value of a label, over all images."""
+        total: Counter[int] = Counter()
+        for finding in self.findings:
+            total.update(finding.pixels.get(task, {}))
+        return total
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m train.check", description=DESCRIPTION, allow_abbrev=False,
+                    formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder around it")
+    parser.add_argument("--tasks", metavar="A,B", default=",".join(TASKS), help="of %(default)s (default: all five)")
+    parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
+    parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--cache", metavar="DIR", default="", help="keep edges and parts there, for training too")
+    parser.add_argument("--out", metavar="DIR", default="runs/check", help="(%(default)s)")
+    return parser
+
+
+def check(tree: Tree, tasks: Sequence[str], partial_labels: bool, reader: Reader, workers: int) -> list[Split]:
+    """Everything that is in the splits train and val."""
+    listed = {split: list_images(tree, split, tasks, partial_labels) for split in OFFICIAL_IMAGES}
+    return [Split(split, images, inspect_images(images, reader, workers, split)) for split, images in listed.items()]
+
+
+def describe(splits: Sequence[Split], tasks: Sequence[str]) -> str:
+    """Tables: the splits, then per task the labelled images and the share of each class in their pixels."""
+    rows = [["split", "images", "official", "faulty", "width", "height"]]
+    for split in splits:
+        faulty = sum(bool(finding.faults) for finding in split.findings)
+        sizes = np.array([finding.size for finding in split.findings if finding.size])
+        sides = ["/".join(f"{np.quantile(side, q):.0f}" for q in (0, 0.5, 1)) for side in sizes.T[::-1]] or ["-", "-"]
+        counts = len(split.images), OFFICIAL_IMAGES[split.name], faulty
+        rows.append([split.name, *map(str, counts), *sides])
+    tables = [align(rows) + "\n(width and height: smallest/median/largest)"]
+    return "\n\n".join([*tables, *(align(_task_rows(task, splits)) for task in tasks)])
+
+
+def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
+    labelled = [sum(task in finding.pixels for finding in split.findings) for split in splits]
+    rows = [[task, *(f"{split.name} %" for split in splits)], ["images", *map(str, labelled)]]
+    pixels = [split.pixels(task) for split in splits]
+    names = dict(enumerate(VALUES[task])) | ({VOID: "void"} if any(VOID in counts for counts in pixels) else {})
+    for value, name in names.items():
+        rows.append([name, *(share(counts[value], counts.total()) for counts in pixels)])
+    return rows
+
+
+def share(part: int, whole: int) -> str:
+    """Percent with three decimals; what is there never shows as 0."""
+    if not part:
+        return "-"
+    return f"{100 * part / whole:.3f}" if 100 * part >= 0.0005 * whole else "<0.001"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest entry, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def describe_faults(faults: Sequence[str]) -> str:
+    if not faults:
+        return "nothing is wrong"
+    more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    return "\n  ".join([f"faults: {len(faults)}", *faults[:SHOWN_FAULTS], *more])
+
+
+def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
+    """A dozen images without fault, of every group of equally labelled images, with their labels."""
+    from train import pictures
+
+    whole = [image for split in splits for image, finding in zip(split.images, split.findings) if not finding.faults]
+    if not whole:
+        return
+    rng, painted = np.random.default_rng(), {}  # the steps below draw nothing
+    for index in pictures.spread(group_by_tasks([tuple(image.labels) for image in whole]), PICTURES):
+        sample = unit_normals(void_absent_parts(reader.sample(whole[index]), rng), rng)
+        labels = {task: torch.tensor(sample[task]) for task in whole[index].labels}
+        painted[whole[index].id] = {"image": sample["image"]} | {
+            task: pictures.paint_label(task, label) for task, label in labels.items()
+        }
+    pictures.save_contact_sheet(path, painted, PascalMT.classes)
+
+
+def run(options: Any) -> int:
+    tree, tasks = find_tree(Path(options.data)), parse_tasks(options.tasks)
+    if options.workers < 0:
+        raise UserError(f"workers is {options.workers}: it must not be negative")
+    reader, out = Reader(open_cache(options.cache, tree.root)), Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from None
+    print(f"tree  {tree}", flush=True)
+    splits = check(tree, tasks, options.partial_labels, reader, options.workers)
+    faults = [fault for split in splits for fault in split.faults]
+    (out / "faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
+    draw(out / "sheet.png", splits, reader)
+    print(f"\n{describe(splits, tasks)}\n\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
+    return 1 if faults else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    try:
+        return run(build_parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""MATLAB's files of versions 5 to 7.2, read without trust.
+
+scipy.io.loadmat takes a damaged file at its word: a wrong type code ends the process (scipy/scipy#25349), a wrong count
+keeps it busy for ever. Here whatever does not add up is a ValueError. The format is MathWorks' "MAT-File Level 5": a
+header of 128 bytes and then elements, each a type, a size and that many bytes, which may be elements in turn.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LIMIT = 2**30  # bytes that a variable may take once decompressed
+NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+MATRIX, COMPRESSED = 14, 15
+ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+CELL, STRUCT, CHAR = 1, 2, 4
+ARRAYS = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+IS_COMPLEX = 0x800
+
+
+def load_variable(path: Path, name: str) -> Any:
+    """A variable, or KeyError. Numbers come as an array of their shape, text as str, a struct array as a list of dicts,
+    a cell array as a tuple, both in MATLAB's order."""
+    content = memoryview(path.read_bytes())
+    order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
+    if order is None:
+        raise ValueError("it has no header of a MATLAB file")
+    elements = Elements(content[128:], order)
+    while elements.rest:
+        kind, data = elements.take()
+        if kind == COMPRESSED:
+            kind, data = Elements(_decompress(data), order).take()
+        if kind == MATRIX:
+            head, body = _head(Elements(data, order))
+            if head.name == name:
+                return _value(head, body)
+    raise KeyError(name)
+
+
+@dataclass
+class Elements:
+    """The elements that are left in a stretch of bytes; ``order`` is that of the bytes in a number, "<" or ">"."""
+
+    rest: memoryview
+    order: str
+
+    def take(self) -> tuple[int, memoryview]:
+        """(type, bytes) of the next element."""
+        kind, size = self._integers(8)
+        start = 8
+        if kind >> 16:  # up to 4 bytes stand in the place of the size
+            kind, size, start = kind & 0xFFFF, kind >> 16, 4
+        end = 8 if start == 4 else start + size
+        if start + size > end or end > len(self.rest):
+            raise ValueError("an element is larger than what holds it")
+        data = self.rest[start : start + size]
+        self.rest = self.rest[end if kind == COMPRESSED else -(-end // 8) * 8 :]
+        return kind, data
+
+    def numbers(self) -> NDArray:
+        """The next element's, (n,)."""
+        kind, data = self.take()
+        if kind not in NUMBERS:
+            raise ValueError(f"type {kind} stands where numbers are due")
+        return np.frombuffer(data, self.order + NUMBERS[kind])
+
+    def text(self) -> str:
+        kind, data = self.take()
+        if kind not in ENCODINGS:
+            raise ValueError(f"type {kind} stands where text is due")
+        wide = {"<": "-le", ">": "-be"}[self.order] if ENCODINGS[kind] in ("utf-16", "utf-32") else ""
+        return str(data, ENCODINGS[kind] + wide)
+
+    def _integers(self, size: int) -> list[int]:
+        if len(self.rest) < size:
+            raise ValueError("it ends too early")
+        return np.frombuffer(self.rest[:size], self.order + "u4").tolist()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What precedes the content of a matrix."""
+
+    kind: int
+    is_complex: bool
+    shape: tuple[int, ...]
+    name: str
+
+
+def _decompress(data: memoryview) -> memoryview:
+    stream = zlib.decompressobj()
+    content = stream.decompress(data, LIMIT)
+    if not stream.eof:
+        raise ValueError("its compressed data ends too early, or is too much")
+    return memoryview(content)
+
+
+def _head(elements: Elements) -> tuple[Head, Elements]:
+    flags, shape, name = elements.numbers(), elements.numbers(), elements.text()
+    if len(flags) != 2 or len(shape) < 2 or (shape < 0).any():
+        raise ValueError("a matrix has no proper head")
+    return Head(int(flags[0]) & 0xFF, bool(flags[0] & IS_COMPLEX), tuple(shape.tolist()), name), elements
+
+
+def _matrix(elements: Elements) -> Any:
+    """The next element, which is a matrix; without content it is MATLAB's []."""
+    kind, data = elements.take()
+    if kind != MATRIX:
+        raise ValueError(f"type {kind} stands where a matrix is due")
+    return _value(*_head(Elements(data, elements.order))) if data else np.zeros((0, 0))
+
+
+def _value(head: Head, body: Elements) -> Any:
+    if head.kind in ARRAYS and not head.is_complex:
+        return body.numbers().reshape(head.shape, order="F").astype(ARRAYS[head.kind])
+    if head.kind == CHAR:
+        return body.text()
+    count = math.prod(head.shape)
+    if head.kind == CELL:
+        _require_room(count, body)
+        return tuple(_matrix(body) for _ in range(count))
+    if head.kind == STRUCT:
+        fields = _field_names(body)
+        _require_room(count * max(len(fields), 1), body)
+        return [{field: _matrix(body) for field in fields} for _ in range(count)]
+    raise ValueError(f"a matrix is of kind {head.kind}{' (complex)' if head.is_complex else ''}, which no label has")
+
+
+def _field_names(body: Elements) -> list[str]:
+    """Each fills its share of one text up to a zero."""
+    (length,), names = body.numbers().tolist(), body.text()
+    if length < 1 or len(names) % length:
+        raise ValueError("the names of a struct's fields do not add up")
+    return [names[i : i + length].partition("\0")[0] for i in range(0, len(names), length)]
+
+
+def _require_room(matrices: int, body: Elements) -> None:
+    if 8 * matrices > len(body.rest):
+        raise ValueError("it has fewer matrices than it says")

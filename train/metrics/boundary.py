@@ -1,0 +1,152 @@
+"""Boundary maps and how they are compared: what the benchmarks of BSDS and SEISM do with MATLAB, in NumPy and SciPy.
+
+Maps are (H, W). Nothing here uses more than one thread.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import convolve1d, map_coordinates
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
+
+Mask = NDArray[np.bool_]
+Map = NDArray[np.float64]
+Words = NDArray[np.uint64]
+
+WORD = np.dtype("<u8")  # 64 pixels, the leftmost in the lowest bit
+
+
+def boundaries(label_map: NDArray[np.integer]) -> Mask:
+    """Pixels whose label differs from that of their right, lower or lower right neighbour (``seg2bmap``).
+
+    The last row and column have one neighbour each, the last pixel none. The map is not thinned, and lies half a
+    pixel up and left of the true boundary.
+
+    SEISM first gives each 4-connected component a label of its own. That changes nothing: of all neighbours only
+    the lower right one can have the same label and be of another component, and then the other two, which touch
+    both, have other labels.
+    """
+    below, right = label_map[:-1] != label_map[1:], label_map[:, :-1] != label_map[:, 1:]
+    found = np.zeros(label_map.shape, bool)
+    found[:-1] |= below
+    found[:, :-1] |= right
+    found[:-1, :-1] |= label_map[:-1, :-1] != label_map[1:, 1:]
+    return found
+
+
+def thin(mask: Mask) -> Mask:
+    """Lines one pixel wide, connected as ``mask`` is: ``bwmorph(mask, "thin", Inf)``, ``skimage.morphology.thin``.
+
+    Guo and Hall's two passes, as Lam, Lee and Suen give them (PAMI 14(9), 1992, p. 879), until neither removes a
+    pixel. Each works on 64 pixels at once, the bits of a word. The words of all rows lie in one line, with a row of
+    zeros above and below; a zero pixel ends every row and so also separates it from the next.
+    """
+    height, width = mask.shape
+    words = width // 64 + 1
+    padded = np.zeros((height + 2, 64 * words), bool)
+    padded[1:-1, :width] = mask
+    bits = np.packbits(padded, axis=1, bitorder="little").view(WORD).ravel()
+    inside = bits[words:-words]
+    before = None
+    while before is None or (before != inside).any():
+        before = inside.copy()
+        inside &= ~_removable(*_ring(bits, words))
+        ring = _ring(bits, words)
+        inside &= ~_removable(*ring[4:], *ring[:4])  # the second pass is the first turned by 180 degrees
+    rows = np.unpackbits(inside.view(np.uint8), bitorder="little").reshape(height, -1)
+    return rows[:, :width].astype(bool)
+
+
+def _ring(bits: Words, words: int) -> list[Words]:
+    """The eight neighbours of every pixel: east, north-east and so on counter-clockwise."""
+    east, west = bits >> 1, bits << 1
+    east[:-1] |= bits[1:] << 63
+    west[1:] |= bits[:-1] >> 63
+    above, inside, below = slice(None, -2 * words), slice(words, -words), slice(2 * words, None)
+    return [
+        east[inside], east[above], bits[above], west[above], west[inside], west[below], bits[below], east[below],
+    ]
+
+
+def _removable(x1: Words, x2: Words, x3: Words, x4: Words, x5: Words, x6: Words, x7: Words, x8: Words) -> Words:
+    """Where the neighbours let the first pass remove the pixel between them: conditions G1, G2 and G3."""
+    corners = x2 | x3, x4 | x5, x6 | x7, x8 | x1
+    sides = x1 | x2, x3 | x4, x5 | x6, x7 | x8
+    b1, b2, b3, b4 = corners[0] & ~x1, corners[1] & ~x3, corners[2] & ~x5, corners[3] & ~x7
+    one_crossing = (b1 ^ b2 ^ b3 ^ b4) & ~(b1 & b2 | b3 & b4)
+    two_or_three = _at_least_two(*corners) & _at_least_two(*sides) & ~(_all(*corners) & _all(*sides))
+    return one_crossing & two_or_three & ~(x1 & (x2 | x3 | ~x8))
+
+
+def _at_least_two(a: Words, b: Words, c: Words, d: Words) -> Words:
+    return a & b | c & d | (a | b) & (c | d)
+
+
+def _all(a: Words, b: Words, c: Words, d: Words) -> Words:
+    return a & b & c & d
+
+
+def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
+    """The most pairs of a predicted and a true pixel at most ``radius`` pixels apart, each pixel in one pair at most.
+
+    BSDS' ``correspondPixels`` finds pairs of least total distance, where a pixel without a partner costs 100 radii.
+    That gives as many pairs, unless one more took rearranging a hundred others, but for a few that it loses to
+    random links between outliers: F differs by 0.0002 on average.
+    """
+    reach = int(radius)
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
+    near = dy**2 + dx**2 <= radius**2
+
+    number = np.full(np.add(true.shape, 2 * reach), -1, np.int32)  # of each true pixel, in a frame of none
+    number[reach : reach + true.shape[0], reach : reach + true.shape[1]][true] = np.arange(np.count_nonzero(true))
+    width = number.shape[1]
+    y, x = np.nonzero(predicted)
+    place = (y + reach) * width + x + reach
+    partner = number.ravel()[place[:, None] + (dy * width + dx)[near]]
+    linked = partner >= 0
+
+    starts = np.concatenate([[0], linked.sum(1).cumsum()])
+    partners = partner[linked]
+    graph = csr_array((np.ones(len(partners), bool), partners, starts), (len(place), np.count_nonzero(true)))
+    return np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0)
+
+
+def suppress_non_maxima(edges: Map, reach: int, margin: float = 1.01, frame: int = 5) -> Map:
+    """``edges`` where ``margin`` times it is at least every sample up to ``reach`` pixels away along its orientation.
+
+    Zero elsewhere, and faded linearly to zero over the ``frame`` pixels at each border. Samples are bilinear, at
+    whole distances both ways, those outside taken from the border.
+    """
+    angle = orientation(edges)
+    step = np.stack([np.sin(angle), np.cos(angle)])
+    place = np.indices(edges.shape, np.float64)
+    kept = np.ones(edges.shape, bool)
+    for distance in range(1, reach + 1):
+        for sign in (-1, 1):
+            sample = map_coordinates(edges, place + sign * distance * step, order=1, mode="nearest")
+            kept &= margin * edges >= sample
+    return edges * kept * np.multiply.outer(*(_fade(size, frame) for size in edges.shape))
+
+
+def orientation(edges: Map) -> Map:
+    """Radians in [0, pi) from x towards y, roughly across the edges, from second derivatives of the smoothed map.
+
+    The estimate of Dollar's edge toolbox to the letter: its tangent is the square of the true one, so it is up to
+    13 degrees off between the axes and the diagonals, and it is 0, along the edge, on a perfectly horizontal one.
+    """
+    gradient_y, gradient_x = np.gradient(smooth(edges, 4))
+    xx = np.gradient(gradient_x, axis=1)
+    yy, xy = np.gradient(gradient_y)
+    return np.arctan(yy * np.sign(-xy) / (xx + 1e-5)) % np.pi
+
+
+def smooth(image: Map, radius: int) -> Map:
+    """Convolution with the triangle of this radius along both axes, the border mirrored: ``convTri``."""
+    rising = np.arange(1, radius + 2)
+    triangle = np.concatenate([rising, rising[-2::-1]]) / (radius + 1) ** 2
+    return convolve1d(convolve1d(image, triangle, 0), triangle, 1)
+
+
+def _fade(size: int, frame: int) -> Map:
+    distance = np.arange(size)
+    return np.minimum(np.minimum(distance, distance[::-1]) / frame, 1)

@@ -1,0 +1,187 @@
+"""odsF, oisF and AP of boundaries as SEISM has them (https://github.com/jponttuset/seism, measure ``fb``), with no
+MATLAB.
+
+A prediction is the uint8 (H, W) that the field writes to a PNG, at the size of its LabelMap; :func:`quantise` makes
+it. At each threshold it becomes a mask, which is thinned and matched with the thinned boundaries of the LabelMap,
+within 0.0075 of the diagonal. What is counted are integers, so any division of a set over processes gives the same.
+Published numbers differ in how the prediction becomes a mask: that is the variant.
+"""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from operator import length_hint
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels.errors import UserError
+from train.metrics.base import Additive
+from train.metrics.boundary import Map, Mask, boundaries, count_matches, smooth, suppress_non_maxima, thin
+
+MAX_DISTANCE = 0.0075  # of the diagonal
+PERCENT = np.arange(1, 100) / 100
+
+Prediction = NDArray[np.uint8]
+Counts = NDArray[np.int64]
+Load = Callable[[], tuple[Prediction, NDArray[np.integer]]]
+
+
+class Variant(NamedTuple):
+    """How a prediction is read: its values in [0, 1], and the thresholds that they have to exceed or, if
+    ``inclusive``, to reach. Values are compared as float64, so that 51 / 255 equals 0.2."""
+
+    read: Callable[[Prediction], Map]
+    thresholds: Map
+    inclusive: bool
+
+
+def _as_it_is(prediction: Prediction) -> Map:
+    return prediction / 255
+
+
+def _suppressed(prediction: Prediction) -> Map:
+    return suppress_non_maxima(prediction / 255, reach=1)
+
+
+def _smoothed_suppressed(prediction: Prediction) -> Map:
+    """Rounded to steps of 1 / 255: a PNG lies in between."""
+    return np.floor(255 * suppress_non_maxima(smooth(prediction / 255, 1), reach=4) + 0.5) / 255
+
+
+VARIANTS = {
+    # InvPT, TaskPrompter, MLoRE and MTMamba (their Boundary-Detection-Evaluation-Tools), ASTMT, RCM, TADFormer
+    "seism": Variant(_suppressed, np.concatenate([[0.001], PERCENT, [0.999]]), inclusive=False),
+    # Multi-Task-Learning-PyTorch (MTI-Net)
+    "none": Variant(_as_it_is, PERCENT, inclusive=True),
+    # MTDP and SAK (innovator-zero/seism)
+    "iz": Variant(_smoothed_suppressed, PERCENT, inclusive=True),
+}
+
+
+def quantise(logits: Tensor) -> Prediction:
+    """The field's PNG of edge logits of any shape: 255 x their sigmoid, cut off and not rounded."""
+    return (255 * logits.float().sigmoid()).to(torch.uint8).cpu().numpy()
+
+
+def count_image(prediction: Prediction, label_map: NDArray[np.integer], variant: str) -> Counts:
+    """SEISM's counts (thresholds, 4): cntR, sumR, cntP, sumP, the pixels matched and all, true and predicted."""
+    if prediction.shape != label_map.shape:
+        raise UserError(f"a prediction {prediction.shape} and its LabelMap {label_map.shape} differ in size")
+    read, thresholds, inclusive = VARIANTS[variant]
+    passed = np.searchsorted(thresholds, read(prediction), side="right" if inclusive else "left")
+    occurs = np.bincount(passed.ravel(), minlength=len(thresholds) + 1) > 0
+
+    true = thin(boundaries(label_map))
+    radius = MAX_DISTANCE * np.hypot(*label_map.shape)
+    counts = np.empty((len(thresholds), 4), np.int64)
+    for i in range(len(thresholds)):
+        # Where no value lies between two thresholds, the mask is the same.
+        same = i and not occurs[i]
+        counts[i] = counts[i - 1] if same else _count_mask(passed > i, true, radius)
+    return counts
+
+
+def _count_mask(mask: Mask, true: Mask, radius: float) -> tuple[int, int, int, int]:
+    predicted = thin(mask)
+    matched = count_matches(predicted, true, radius)
+    return matched, np.count_nonzero(true), matched, np.count_nonzero(predicted)
+
+
+class BoundaryScore(Additive):
+    """The scores of a set of images.
+
+    ``state`` (thresholds + 1, 4) sums the counts of :func:`count_image` over the images, its last row those of each
+    image at the threshold that is best for it, the lowest of equals.
+    """
+
+    def __init__(self, variant: str) -> None:
+        self.thresholds = VARIANTS[variant].thresholds
+        super().__init__(len(self.thresholds) + 1, 4)
+
+    def add_image(self, counts: Counts) -> None:
+        """Take in an image by its counts."""
+        best = f_measure(*precision_recall(counts)).argmax()
+        self.add(torch.from_numpy(np.concatenate([counts, counts[best, None]])))
+
+    def compute(self) -> dict[str, float]:
+        """``odsF``, ``oisF``, ``AP`` in percent, ``threshold`` in [0, 1]; NaN for a set without a boundary.
+
+        - ``odsF`` is the best F over the thresholds, one for all images, nothing interpolated between them;
+        - ``oisF`` takes for each image the threshold that is best for it;
+        - ``AP`` is the mean precision over recalls, by :func:`average_precision`;
+        - ``threshold`` is that of odsF, the lowest of equals.
+        """
+        counts = self.state.cpu().numpy()
+        if not counts[-1, 1]:
+            return dict.fromkeys(("odsF", "oisF", "AP", "threshold"), np.nan)
+        precision, recall = precision_recall(counts)
+        f = 100 * f_measure(precision, recall)
+        best = f[:-1].argmax()
+        ap = 100 * average_precision(precision[:-1], recall[:-1])
+        return {
+            "odsF": float(f[best]), "oisF": float(f[-1]), "AP": ap, "threshold": float(self.thresholds[best]),
+        }
+
+
+def precision_recall(counts: NDArray) -> tuple[Map, Map]:
+    """Of counts (..., 4); with nothing predicted (1, 0), with nothing true but something predicted (0, 1)."""
+    matched_true, true, matched, predicted = np.moveaxis(counts, -1, 0)
+    precision = np.where(predicted > 0, matched / np.maximum(predicted, 1), 1)
+    recall = np.where(true > 0, matched_true / np.maximum(true, 1), predicted > 0)
+    return precision, recall
+
+
+def f_measure(precision: Map, recall: Map) -> Map:
+    """2 P R / (P + R), which is 0 where both are."""
+    total = precision + recall
+    return 2 * precision * recall / np.where(total > 0, total, 1)
+
+
+def average_precision(precision: Map, recall: Map) -> float:
+    """A hundredth of the sum of the precisions at the recalls 0, 0.01 .. 1, 0 outside the range of those measured.
+
+    Between two recalls the precision is linear; of equal recalls the first counts. One recall alone gives 0. As the
+    sum has 101 terms, a perfect curve has 1.01.
+    """
+    recall, first = np.unique(recall, return_index=True)
+    if len(recall) < 2:
+        return 0.0
+    return float(np.interp(np.arange(101) / 100, recall, precision[first], left=0, right=0).sum() / 100)
+
+
+def score_boundaries(jobs: Iterable[Load], variant: str, workers: int, title: str) -> BoundaryScore:
+    """The score of the images that ``jobs`` load, the same for any number of ``workers``; 0 starts no process.
+
+    Each job is called by a worker and gives (prediction, LabelMap). It has to be picklable; one that only holds
+    paths costs least. Jobs are taken from the iterable as workers become free, so it may also make the predictions.
+    """
+    score = BoundaryScore(variant)
+    count = partial(_count_job, variant=variant)
+    results = _map_in_pool(count, jobs, workers) if workers else map(count, jobs)
+    for counts in tqdm(results, title, total=length_hint(jobs) or None, leave=False, disable=None):
+        score.add_image(counts)
+    return score
+
+
+def _count_job(load: Load, variant: str) -> Counts:
+    return count_image(*load(), variant)
+
+
+def _map_in_pool(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """``map`` in processes, with two items of each on their way: as many as memory has to hold."""
+    # A forked process would inherit the locks of the threads of torch.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
