@@ -1,56 +1,120 @@
-"""The adapted FFN beside the frozen one: forward, and forward with backward.
+"""The adapted FFN beside the frozen one, beside its peers and beside the physical limit.
 
-    pytest bench/ --benchmark-only [--kernel=auto|triton|reference]
+    pytest bench/ --benchmark-only [--kernel=auto|triton|reference] [--benchmark-json FILE]
+
+Every row is checked against the reference before it is timed, and timed in turns with the frozen FFN of the same run,
+the faster of eager and compiled. What a row holds is in bench/README.md; `python -m bench.report` tabulates and draws.
 """
+
+from functools import cache
 
 import pytest
 import torch
 
-from fastmoe_lora import MoEConfig, adapt
+from bench import layers, measure
+from bench.floor import floor_seconds, work
+from bench.peers import PEERS
+from bench.peers.base import Peer
 from kernels import resolve
-from model import ViT, ViTConfig
 
-TASKS = 5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# (width, tokens): a CPU gets a shape that two cores finish in a moment.
-WIDTH, TOKENS, DTYPE = (768, 40_960, torch.bfloat16) if DEVICE.type == "cuda" else (192, 1_970, torch.float32)
-CONFIGS = ["frozen", "16/3/1/4", "32/6/2/2", "64/12/4/1", "16/4/0/4"]
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# (width, tokens): ViT-S, -B and -L; 8 images of 197 tokens, the same for five tasks, and a large batch.
+SHAPES = [(w, t) for w in (384, 768, 1024) for t in (1_575, 7_880, 40_960)] if ON_GPU else [(192, 985)]
+CONFIGS = ["16/3/1/4", "32/6/2/2", "64/12/4/1", "16/4/0/4"]
+OURS = Peer("ours", lambda layer: layer)
 
 
-def make_ffn(config: str, kernel: str) -> torch.nn.Module:
-    """One FFN of a ViT, frozen, with the experts of ``config`` beside it."""
-    torch.manual_seed(0)
-    vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=WIDTH // 64), 32).to(DEVICE, DTYPE).requires_grad_(False)
-    if config != "frozen":
-        routing = adapt(vit, MoEConfig.parse(config), TASKS, lora_rank=0, kernel=kernel)
-        routing.assign([TOKENS // TASKS] * TASKS)
-        torch.nn.init.normal_(vit.blocks[0].mlp.lora_B, std=0.02)
-    return vit.to(DEVICE).blocks[0].mlp
+@cache
+def problem(width: int, tokens: int, config: str, kernel: str) -> layers.Problem:
+    return layers.Problem(layers.Shape(width, tokens, config, DTYPE, DEVICE), kernel)
 
 
-def synchronised(step):
-    """``step`` that returns when the device is done."""
-
-    def run():
-        step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+@cache
+def compiled_frozen(p: layers.Problem):
+    return torch.compile(p.frozen)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def bench_ffn(benchmark, kernel: str, config: str, backward: bool) -> None:
-    benchmark.group = f"FFN, width {WIDTH}, {TOKENS} tokens, {DTYPE}, {DEVICE.type}"
-    benchmark.extra_info["kernel"] = resolve(kernel, DEVICE)
-    ffn = make_ffn(config, kernel)
-    x = torch.randn(TOKENS, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=backward)
+@cache
+def ceilings() -> dict[str, float]:
+    return measure.ceilings(DEVICE)
 
+
+def forward_step(forward, inputs):
+    @torch.no_grad()
     def step():
-        y = ffn(x)
-        if backward:
-            y.backward(torch.ones_like(y))
+        return forward(next(inputs)[0])
 
-    with torch.set_grad_enabled(backward):
-        benchmark(synchronised(step))
+    return step
+
+
+def training_step(forward, inputs):
+    def step():
+        x, dy = next(inputs)
+        x.grad = None
+        forward(x).backward(dy)
+
+    return step
+
+
+STEPS = {"forward": forward_step, "forward+backward": training_step}
+
+
+@pytest.mark.parametrize("direction", STEPS)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("width", "tokens"), SHAPES)
+@pytest.mark.parametrize("subject", ["ours", *PEERS])
+def bench_ffn(benchmark, kernel, subject, width, tokens, config, direction) -> None:
+    peer, p = PEERS.get(subject, OURS), problem(width, tokens, config, kernel)
+    benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
+    benchmark.extra_info |= {"suite": "layer", "subject": subject, "width": width, "tokens": tokens, "config": config,
+                             "direction": direction, "kernel": resolve(kernel, DEVICE)}
+    benchmark.extra_info["absent"] = peer.absent(DEVICE)
+    if benchmark.extra_info["absent"]:
+        benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
+        return
+    layers.check(peer, p)
+    step, row = measured(p, peer, direction, float(benchmark._max_time) / 4)
+    benchmark.extra_info |= row
+    benchmark.pedantic(step, rounds=3)
+
+
+def measured(p: layers.Problem, peer: Peer, direction: str, seconds: float) -> tuple[measure.Step, dict]:
+    """(the step, the numbers of its row)."""
+    backward, forward = direction != "forward", peer.build(p.layer)
+    inputs = measure.rotate(list(zip(p.x, p.dy, strict=True)))
+    subjects = {"subject": forward, "frozen": p.frozen, "frozen_compiled": compiled_frozen(p)}
+    steps = {name: STEPS[direction](subject, inputs) for name, subject in subjects.items()}
+    times = {name: measure.summary(taken) for name, taken in measure.paired(steps, seconds, DEVICE).items()}
+    taken, frozen = times["subject"]["median"], min(times[name]["median"] for name in ("frozen", "frozen_compiled"))
+    moved, multiplied = work(p.shape, backward)
+    floor = floor_seconds(p.shape, backward, frozen, ceilings())
+    row = {
+        "seconds": times, "ratio": taken / frozen, "added_seconds": taken - frozen,
+        "floor_ratio": floor / frozen, "of_floor": floor / taken, "ceilings": ceilings(),
+        "bytes_per_second": moved / taken, "flops_per_second": multiplied / taken,
+        "saved_bytes": measure.saved_bytes(forward, p.x[0], p.weights), **correctness(p, peer, forward),
+    }
+    return steps["subject"], row | (on_gpu(p, steps, seconds) if ON_GPU else {})
+
+
+def correctness(p: layers.Problem, peer: Peer, forward) -> dict:
+    """The errors to fp64, and whether a second run gives the same bits."""
+    first, second = p.results(forward), p.results(forward)
+    return {
+        "error": layers.errors(first, p.exact(peer.reference)),
+        "bitwise": all(torch.equal(first[name], second[name]) for name in first),
+    }
+
+
+def on_gpu(p: layers.Problem, steps: dict[str, measure.Step], seconds: float) -> dict:
+    """What only a GPU has: CUDA graphs, time in kernels, peak memory. A step that waits for the host has no graph."""
+    busy = {name: measure.kernel_seconds(step) for name, step in steps.items()}
+    row = {"kernel_seconds": busy, "peak_bytes": {name: measure.peak_bytes(step) for name, step in steps.items()}}
+    try:
+        graphs = {name: measure.graphed(steps[name]) for name in ("subject", "frozen")}
+    except RuntimeError as error:
+        return row | {"graph": None, "graph_error": str(error).splitlines()[0]}
+    taken = {name: measure.summary(t) for name, t in measure.paired(graphs, seconds, DEVICE).items()}
+    return row | {"graph": {"seconds": taken, "ratio": taken["subject"]["median"] / taken["frozen"]["median"]}}

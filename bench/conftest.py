@@ -1,4 +1,7 @@
-"""Timings need a machine that runs what is timed."""
+"""What benchmarks share: the implementation that was asked for, and the machine that results name."""
+
+import platform
+from importlib import metadata
 
 import pytest
 import torch
@@ -10,3 +13,17 @@ def kernel(request: pytest.FixtureRequest) -> str:
     if chosen == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU: the interpreter's time says nothing about the kernels; tests/kernels counts traffic")
     return chosen
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """What bench.report prints above its tables."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {name: _version(name) for name in ("torch", "triton")}
+    machine_info["summary"] = {"gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -31,8 +31,9 @@ class FrozenFFN:
 
     @property
     def frozen(self) -> bool:
-        """Whether no gradient of the FFN's own weights is wanted, which the fused kernels do not compute."""
-        return not any(parameter.requires_grad for parameter in self.ffn.parameters())
+        """Whether the FFN is still plain and no gradient of its own weights is wanted, which the fused kernels do not
+        compute."""
+        return is_plain_ffn(self.ffn) and not any(parameter.requires_grad for parameter in self.ffn.parameters())
 
     def refresh(self, adapters: tuple[Tensor, Tensor, Tensor]) -> None:
         """Copies what has changed since the last call: after an optimiser's step (A, B, routers), nothing else."""

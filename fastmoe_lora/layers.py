@@ -51,20 +51,20 @@ class LoRAMoE(nn.Module):
         columns = config.gating.router_columns(config.experts)
         self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
         self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
-        self._ffn = FrozenFFN(base) if is_plain_ffn(base) else None
+        self.ffn = FrozenFFN(base) if is_plain_ffn(base) else None
         routing.layers.append(self)
 
     @property
     def fused(self) -> bool:
         """Whether base and experts are one operation, which needs Triton and an FFN that is not trained."""
         device = self.lora_A.device
-        return self._ffn is not None and self._ffn.frozen and resolve(self.routing.kernel, device) == "triton"
+        return self.ffn is not None and self.ffn.frozen and resolve(self.routing.kernel, device) == "triton"
 
     def refresh(self) -> None:
         """Bring what the fused kernels read up to date with the parameters. Costs nothing where nothing changed;
         a compiled or captured forward pass relies on it, by way of ``routing.assign``."""
         if self.fused:
-            self._ffn.refresh((self.lora_A, self.lora_B, self.routers))
+            self.ffn.refresh((self.lora_A, self.lora_B, self.routers))
 
     def forward(self, x: Tensor) -> Tensor:
         run = self._run_fused if self.fused else self._run_beside
@@ -86,11 +86,13 @@ class LoRAMoE(nn.Module):
     def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
         if not torch.compiler.is_compiling():
             self.refresh()
-        tokens = x.to(self._ffn.packed.up.dtype).flatten(0, -2)
+        if self.ffn.packed is None:
+            raise ValueError("the experts' weights are not packed yet: call routing.assign() before a compiled pass")
+        tokens = x.to(self.ffn.packed.up.dtype).flatten(0, -2)
         rows = self.routing.rows(len(tokens), x.device)
         lora = self.lora_A, self.lora_B
         with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_ffn(tokens, self._ffn.packed, lora, self.routers, rows, self.config.gating), rows
+            return *lora_moe_ffn(tokens, self.ffn.packed, lora, self.routers, rows, self.config.gating), rows
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

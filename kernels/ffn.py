@@ -25,6 +25,7 @@ from kernels.gram import gram_a, gram_b
 from kernels.matmul import matmul, matmul_routed
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
+from kernels.ranges import span
 from kernels.route_shrink import route_shrink
 from kernels.rows import TaskRows
 
@@ -48,16 +49,18 @@ def ffn_forward(
     hidden, up = packed.hidden, packed.up
     inner = x.new_empty(len(x), up.shape[1])
     a = packed.down[hidden : hidden + pool.ranks]
-    h, z, g, p = route_shrink(x, a, routers, inner[:, hidden:], rows, pool)
-    u = F.linear(x, packed.down[:hidden], packed.bias_down)
-    gelu(u, inner[:, :hidden])
-    if way == "columns":
-        y = F.linear(inner, up, packed.bias_up)
-    elif way == "matmul":
-        y = matmul(inner, up.t(), packed.bias_up, rows, pool)
-    else:
-        base = F.linear(inner[:, :hidden], up[:, :hidden], packed.bias_up)
-        y = expand(base, inner[:, hidden:], up[:, hidden:], rows, pool)
+    with span("route"):
+        h, z, g, p = route_shrink(x, a, routers, inner[:, hidden:], rows, pool)
+    with span("ffn"):
+        u = F.linear(x, packed.down[:hidden], packed.bias_down)
+        gelu(u, inner[:, :hidden])
+        if way == "columns":
+            y = F.linear(inner, up, packed.bias_up)
+        elif way == "matmul":
+            y = matmul(inner, up.t(), packed.bias_up, rows, pool)
+        else:
+            base = F.linear(inner[:, :hidden], up[:, :hidden], packed.bias_up)
+            y = expand(base, inner[:, hidden:], up[:, hidden:], rows, pool)
     return y, g, p, h, z, u
 
 

@@ -94,10 +94,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dg, dp, dh, dz):
-    x, h, z, _, b, routers, _ = ctx.saved_tensors
+    x, h, z, _, b, routers, _ = saved = ctx.saved_tensors  # asked for once, as checkpointing requires
     through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
     through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
-    gradients = lora_moe_backward_op(through_y, through_p, *ctx.saved_tensors, *ctx.static)
+    gradients = lora_moe_backward_op(through_y, through_p, *saved, *ctx.static)
     return gradients[0], dy, *gradients[1:], None, None, None, None, None
 
 
@@ -178,10 +178,10 @@ def _save_ffn(ctx, inputs, output):
 
 
 def _ffn_backward(ctx, dy, dg, dp, dh, dz, du):
-    x, _, _, z, _, b, routers, *_ = ctx.saved_tensors
+    x, _, _, z, _, b, routers, *_ = saved = ctx.saved_tensors
     through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
     through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
-    gradients = lora_moe_ffn_backward_op(through_y, through_p, *ctx.saved_tensors, *ctx.static)
+    gradients = lora_moe_ffn_backward_op(through_y, through_p, *saved, *ctx.static)
     return *gradients, *[None] * 10
 
 

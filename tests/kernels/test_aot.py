@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from bench import aot
-from kernels import Gating
-from kernels.pool import Pool
-from kernels.tiles import TABLE, tile
+from bench.launches import LAUNCHES, POOLS, parse_pool
+from kernels import gelu, tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -21,6 +22,8 @@ RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older on
 
 # More than 272 columns of ranks and gates leave grad_rank 32 rows: with the 64 that wgmma needs it would spill.
 NARROW = {("grad_rank", "64/12/4/4"), ("grad_rank", "128/8/4/2")}
+NO_PRODUCT = ("grad_rank_given", "gelu", "gelu_backward")  # nothing there for tensor cores
+SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul"}
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
 
@@ -32,7 +35,7 @@ def assert_promises(row, spills=True):
     if row["dtype"] == "fp32":  # TF32 keeps 10 bits of 23
         assert row["tf32"] == 0, row
     elif row["target"] == "sm_90" and (row["kernel"], row["pool"]) not in NARROW:
-        assert row["wgmma"] > 0, row
+        assert (row["wgmma"] > 0) == (row["kernel"] not in NO_PRODUCT), row
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes,
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     lengths = [len(names.split(",")) for names in (pool, dtypes, targets)]
-    assert len(rows) == len(aot.LAUNCHES) * lengths[0] * lengths[1] * lengths[2]
+    assert len(rows) == len(LAUNCHES) * lengths[0] * lengths[1] * lengths[2]
     for row in rows:
         assert_promises(row, spills=RECENT)
 
@@ -63,22 +66,33 @@ def test_committed_results_keep_the_promises(committed):
         assert_promises(row)
 
 
-def test_committed_results_are_of_the_tiles_that_ship(committed):
-    measured = {tuple(row[name] for name in ("kernel", "pool", "dtype", "target")) for row in committed}
-    assert measured == {(k, p, d, t) for k in aot.LAUNCHES for p in aot.POOLS for d in aot.DTYPES for t in aot.TARGETS}
-    entries = set()
-    for row in committed:
-        experts, k, shared, rank = map(int, row["pool"].split("/"))
-        pool = Pool(experts, experts, rank, Gating("ase", k, shared))
-        kernel = "expand" if row["kernel"] == "expand_backward" else row["kernel"]
-        dtype = aot.DTYPES[row["dtype"]]
-        sizes = tile(kernel, dtype, pool)
+def test_committed_results_are_of_every_launch(committed):
+    measured = [tuple(row[name] for name in ("kernel", "pool", "dtype", "target")) for row in committed]
+    assert sorted(measured) == sorted(product(LAUNCHES, POOLS, aot.DTYPES, aot.TARGETS))
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeypatch):
+    """Of every row that the table has for this architecture, its own or the default's."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: target)
+    measured = set()
+    for row in (row for row in committed if row["target"] == target):
+        if row["kernel"] in ("gelu", "gelu_backward"):
+            assert row["tile"] == f"{gelu.BM}x{gelu.BN}", row
+            continue
+        kernel, pool = SAME_TILE.get(row["kernel"], row["kernel"]), parse_pool(row["pool"])
+        x = torch.empty(0, dtype=aot.DTYPES[row["dtype"]])
+        sizes = tiles.tile(kernel, x, pool)
         assert row["tile"] == "x".join(str(n) for name, n in sizes.items() if name.startswith("B")), row
         assert (row["num_warps"], row["num_stages"]) == (sizes["num_warps"], sizes["num_stages"]), row
-        limit = min(limit for limit in TABLE[kernel][dtype.itemsize] if experts * (rank + 1) <= limit)
-        entries.add((kernel, dtype.itemsize, limit))
-    table = {(kernel, size, limit) for kernel, sizes in TABLE.items() for size, rows in sizes.items() for limit in rows}
-    assert entries == table
+        limits = tiles._row(kernel, x.device)[str(x.element_size())]
+        measured.add((kernel, x.element_size(), min(n for n in map(int, limits) if pool.padded * (pool.rank + 1) <= n)))
+    table = {kernel: tiles._row(kernel, x.device) for kernel in tiles.NAMES}
+    assert measured == {(k, int(size), int(limit)) for k in table for size, rows in table[k].items() for limit in rows}
+
+
+def test_every_architecture_with_rows_of_its_own_is_compiled_for():
+    assert set(tiles.TABLES) - {"default"} <= set(aot.TARGETS)
 
 
 def test_compiling_under_the_interpreter_is_refused_in_one_line():

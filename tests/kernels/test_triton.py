@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -421,7 +422,6 @@ class TestLayouts:
             names = RESULTS[3:] if output == 0 else ("dx", "drouters")
             assert_same_bits(dict(zip(names, actual, strict=True)), expected, names)
 
-
     def test_no_tokens_at_all(self, problem_of, make_problem, device):
         problem = typed(make_problem("ase", (8, 2, 1, 4), (0, 0), "random", 0, 24, 40), torch.float32, device)
         results = everything(problem)
@@ -481,6 +481,18 @@ class TestRepeatability:
 
 
 class TestMemory:
+    def test_a_checkpointed_pass_has_the_gradients_of_a_plain_one(self, problem_of):
+        problem = problem_of("ase", (8, 2, 1, 4), (20, 0, 5))
+        dy, dp = cotangents(problem)
+
+        def run(*leaves):
+            return forward(replace(problem, **dict(zip(("x", "base", "a", "b", "routers"), leaves, strict=True))))
+
+        y, _, means = checkpoint(run, *problem.leaves, use_reentrant=False)
+        gradients = torch.autograd.grad((y, means), problem.leaves, (dy, dp))
+        expected = everything(problem, weights=(dy, dp))
+        assert_same_bits(dict(zip(RESULTS[3:], gradients, strict=True)), expected, RESULTS[3:])
+
     @EVERY_DTYPE
     @EVERY_GATING
     @pytest.mark.parametrize("shape", [(16, 3, 1, 4), (5, 2, 2, 1), (32, 4, 8, 8)], ids=str)

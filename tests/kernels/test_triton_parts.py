@@ -16,8 +16,10 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import Gating, TaskRows, reference  # noqa: E402
 from kernels.expand import expand, expand_backward, expand_backward_reference, expand_reference  # noqa: E402
-from kernels.grad_rank import grad_rank, grad_rank_reference  # noqa: E402
+from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
+from kernels.grad_rank import grad_rank, grad_rank_given, grad_rank_reference  # noqa: E402
 from kernels.gram import gram_a, gram_a_reference, gram_b, gram_b_reference  # noqa: E402
+from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
 from kernels.pool import Pool  # noqa: E402
 from kernels.route_shrink import route_shrink, route_shrink_reference  # noqa: E402
 
@@ -86,6 +88,8 @@ class Inputs:
         self.z, self.dz = (self.full(self.tokens, columns) for _ in range(2))
         self.g = self.full(self.tokens, experts).abs()
         self.dp = self.full(tasks, columns, scale=self.tokens)
+        self.weight, self.bias = self.half(d, self.width, scale=d**-0.5), self.half(self.width)
+        self.to_width = self.full(tasks, columns, self.width, scale=columns**-0.5)
         self.pool = Pool.of(self.a, self.routers, self.gating)
 
     def full(self, *shape, scale=1.0):
@@ -148,11 +152,90 @@ class TestKernels:
         assert drouters[absent].eq(0).all()
 
 
+class Between:
+    """Columns of a wider buffer, ``target``, with other columns on both sides, which the kernels are to leave alone."""
+
+    def __init__(self, tokens, columns, dtype, device):
+        self.buffer = torch.full((tokens, columns + 13), torch.nan, dtype=dtype, device=device)
+        self.target = self.buffer[:, 8 : 8 + columns]
+
+    def left_alone(self):
+        return bool(self.buffer[:, :8].isnan().all() and self.buffer[:, 8 + self.target.shape[1] :].isnan().all())
+
+
+def multiple_of_8(n):
+    return -(-n // 8) * 8
+
+
+@EVERY_DTYPE
+@EVERY_CASE
+class TestKernelsOfTheFFN:
+    """Those that write beside other columns, and the products."""
+
+    def test_route_shrink_pads_with_zeros(self, inputs):
+        i, ranks = inputs, inputs.pool.ranks
+        alone, wide = torch.empty_like(i.h), Between(i.tokens, multiple_of_8(ranks), i.dtype, i.device)
+        outputs = (route_shrink(i.x, i.a, i.routers, gated, i.rows, i.pool) for gated in (alone, wide.target))
+        assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
+        assert torch.equal(wide.target[:, :ranks], alone) and wide.target[:, ranks:].eq(0).all()
+        assert wide.left_alone()
+
+    @pytest.mark.parametrize("room", [False, True], ids=["alone", "with columns for dz"])
+    def test_grad_rank_given(self, inputs, room):
+        i, ranks, (tasks, columns) = inputs, inputs.pool.ranks, inputs.dp.shape
+        held = multiple_of_8(ranks)
+        space = Between(i.tokens, held + room * multiple_of_8(tasks * columns), i.dtype, i.device)
+        space.target[:, :ranks] = i.dh
+        dh, dz, gated, peak = grad_rank_given(space.target, held, i.h, i.z, i.dp, i.rows, i.pool)
+        assert dh.data_ptr() == space.target.data_ptr(), "dH takes the place of dH'"
+        # dH' I is dH', exactly.
+        given = i.dh, torch.eye(ranks, dtype=i.dtype, device=i.device), i.h, i.z, i.dp, i.rows, i.gating
+        assert_as_good_as(grad_rank_reference, given, (dh.contiguous(), dz, gated, peak))
+        assert space.target[:, ranks:held].eq(0).all() and space.left_alone()
+        spread = torch.zeros_like(space.target[:, held:])
+        first = 0
+        for task, count in enumerate(i.rows.counts if room else ()):
+            run = slice(first, first := first + count)
+            spread[run, task * columns : (task + 1) * columns] = dz[run]
+        assert torch.equal(space.target[:, held:], spread)
+
+    def test_gelu(self, inputs):
+        i = inputs
+        # Where GELU bends, and far out, where it is u or 0: products of 0 with large numbers must not spoil it.
+        u = torch.cat([2 * i.base, 50 * i.base, 1e4 * i.base.sign()], 1)
+        wide = Between(i.tokens, u.shape[1], i.dtype, i.device)
+        target = wide.target
+        gelu(u, target)
+        bent, far = slice(0, i.width), slice(i.width, None)
+        for part in (bent, far):  # apart, or the error of the large would hide that of the small
+            assert_as_good_as(gelu_reference, (u[:, part],), target[:, part].contiguous())
+        target.copy_(i.dy.repeat(1, 3))
+        gelu_backward(u, target)
+        for part in (bent, far):
+            given = u[:, part], i.dy.repeat(1, 3)[:, part]
+            assert_as_good_as(gelu_backward_reference, given, target[:, part].contiguous())
+        assert wide.left_alone()
+
+    @pytest.mark.parametrize("biased", [False, True], ids=["alone", "with bias"])
+    def test_matmul(self, inputs, biased):
+        i = inputs
+        bias = i.bias if biased else None
+        y = matmul(i.x, i.weight, bias, i.rows, i.pool)
+        assert_as_good_as(matmul_reference, (i.x, i.weight, bias), y)
+        transposed = i.weight.t().contiguous().t()
+        assert torch.equal(matmul(i.x, transposed, bias, i.rows, i.pool), y)
+
+    def test_matmul_routed(self, inputs):
+        i = inputs
+        y = matmul_routed(i.x, i.weight, i.dz, i.to_width, i.rows, i.pool)
+        assert_as_good_as(matmul_routed_reference, (i.x, i.weight, i.dz, i.to_width, i.rows), y)
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 class TestLayouts:
     def test_rows_may_lie_apart(self, inputs):
-        """x, base and dy are the wide matrices; the kernels take their row strides, no copy is made."""
+        """The kernels take row strides, no copy is made."""
         i = inputs
 
         def apart(matrix):
@@ -170,6 +253,10 @@ class TestLayouts:
             (lambda dy: grad_rank(dy, i.b, i.h, i.z, i.dp, i.rows, i.pool), i.dy),
             (lambda dy: gram_b(dy, i.h, i.rows, i.pool), i.dy),
             (lambda x: gram_a(x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.x),
+            (lambda base: expand_backward(base, i.dh, i.dz, i.a, i.routers, i.rows, i.pool), i.x),
+            (lambda x: matmul(x, i.weight, i.bias, i.rows, i.pool), i.x),
+            (lambda weight: matmul(i.x, weight, i.bias, i.rows, i.pool), i.weight),
+            (lambda x: matmul_routed(x, i.weight, i.dz, i.to_width, i.rows, i.pool), i.x),
         )
         for call, matrix in calls:
             for left, right in zip(listed(call(apart(matrix))), listed(call(matrix)), strict=True):

@@ -2,7 +2,8 @@
 
 import numpy as np
 from scipy.ndimage import laplace
-from skimage.morphology import thin
+
+from train.thinning import thin
 
 
 def edges_from_label_map(label_map: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from skimage.morphology import thin as skimage_thin
 
 from train.data.mat import read_label_map
 from train.metrics import boundary
-from train.metrics.boundary import boundaries, count_matches, suppress_non_maxima, thin
+from train.metrics.boundary import boundaries, count_matches, suppress_non_maxima
+from train.thinning import thin
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
 

@@ -13,7 +13,7 @@ from skimage.morphology import thin as skimage_thin
 from kernels.errors import UserError
 from train.data.mat import read_label_map
 from train.metrics import odsf
-from train.metrics.boundary import boundaries, count_matches, smooth, suppress_non_maxima, thin
+from train.metrics.boundary import boundaries, count_matches, smooth, suppress_non_maxima
 from train.metrics.odsf import (
     VARIANTS,
     BoundaryScore,
@@ -23,6 +23,7 @@ from train.metrics.odsf import (
     quantise,
     score_boundaries,
 )
+from train.thinning import thin
 
 
 def squares(seed: int, height: int = 60, width: int = 80) -> np.ndarray:

@@ -1,0 +1,117 @@
+"""Clocks and counters. Everything that is compared is timed in turns, so that a drifting clock favours nobody."""
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import quantiles
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+Step = Callable[[], object]
+
+
+def paired(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step by name, one round of all of them after the other for about ``seconds`` per step and at
+    least three rounds. On a GPU a time is between two events around the step."""
+    for step in steps.values():
+        step()  # compiles, allocates
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    spent = 0.0
+    while spent < seconds * len(steps) or len(times[next(iter(steps))]) < 3:
+        for name, step in steps.items():
+            times[name].append(timed(step, device))
+            spent += times[name][-1]
+    return times
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Seconds of one step."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    low, _, _, high = quantiles(times, n=5, method="inclusive")
+    return {"median": float(torch.tensor(times, dtype=torch.float64).quantile(0.5)), "p20": low, "p80": high}
+
+
+def graphed(step: Step) -> Step:
+    """The step captured in a CUDA graph, without the launches' cost on the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def kernel_seconds(step: Step) -> float:
+    """Seconds that the GPU spends in kernels during one step, summed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+
+
+def peak_bytes(step: Step) -> int:
+    """Memory above what was there before, at its highest."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, known: list[Tensor]) -> int:
+    """What a forward pass keeps for backward beside x and the ``known`` tensors, each storage once."""
+    mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *known)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        _keep = forward(x)  # noqa: F841  freed storages would be counted twice
+    return sum(kept.values())
+
+
+def rotate(inputs: list) -> Iterator:
+    """The inputs in turn, for ever."""
+    while True:
+        yield from inputs
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Bytes per second of a large copy, reading and writing counted, and FLOPs per second of a large product."""
+    large = device.type == "cuda"
+    dtype = torch.bfloat16 if large else torch.float32
+    elements, side = (2**30, 8192) if large else (2**24, 1024)
+    source, target = (torch.rand(elements, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = paired({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 0.3, device)
+    best = {name: min(values) for name, values in times.items()}
+    return {
+        "bytes_per_second": 2 * elements * dtype.itemsize / best["copy"],
+        "flops_per_second": 2 * side**3 / best["product"],
+    }

@@ -1,0 +1,76 @@
+"""What every peer is, and the routing that those share which work on selected experts only."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmoe_lora import LoRAMoE
+from kernels import TaskRows, reference
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def plain(layer: LoRAMoE) -> Forward:
+    """The layer's own function by the reference, whichever kernel the layer runs: what a peer must agree with."""
+
+    def forward(x: Tensor) -> Tensor:
+        lora = layer.lora_A, layer.lora_B
+        return reference.lora_moe(x, layer.base(x), lora, layer.routers, rows_of(layer, x), layer.config.gating)[0]
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``build`` makes of an adapted layer a function x (T, d) -> y (T, D) that uses the layer's own parameters, so
+    that its gradients are theirs. ``reference`` builds what it must equal: the layer's function, except where a peer
+    can do less. ``install`` says how to get the package, ``gpu`` that it needs one."""
+
+    name: str
+    build: Callable[[LoRAMoE], Forward]
+    reference: Callable[[LoRAMoE], Forward] = plain
+    package: str = ""
+    install: str = ""
+    gpu: bool = False
+
+    def absent(self, device: torch.device) -> str:
+        """Why it cannot run here; empty where it can."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"not installed ({self.install})"
+        return "needs a GPU" if self.gpu and device.type != "cuda" else ""
+
+
+def rows_of(layer: LoRAMoE, x: Tensor) -> TaskRows:
+    return layer.routing.rows(len(x), x.device)
+
+
+def select(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The active experts of every token, (T, k + S) int64, and their gates, fp32: equations (6) to (9), torch.topk."""
+    gating, experts = layer.config.gating, layer.config.experts
+    z = reference.router_logits(x, layer.routers, rows_of(layer, x))
+    sparse = experts - gating.shared
+    chosen = z[:, :sparse].topk(gating.k).indices
+    shared = torch.arange(sparse, experts, device=x.device).expand(len(x), -1)
+    active = torch.cat([chosen, shared], dim=1)
+    if gating.name == "naive-shared":
+        return active, torch.cat([z.softmax(-1).gather(1, chosen), torch.ones_like(shared, dtype=z.dtype)], dim=1)
+    if gating.name == "topk":
+        return active, z.softmax(-1).gather(1, chosen)
+    return active, z.gather(1, active).softmax(-1)
+
+
+def experts_of(layer: LoRAMoE, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (N, r, d) and B (N, D, r), expert by expert."""
+    experts, rank = layer.config.experts, layer.config.rank
+    a = layer.lora_A.to(dtype).unflatten(0, (experts, rank))
+    return a, layer.lora_B.to(dtype).unflatten(1, (experts, rank)).transpose(0, 1)
+
+
+def pad_rank(a: Tensor, b: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Zeros up to a rank that grouped products take."""
+    missing = -a.shape[1] % multiple
+    return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))

@@ -1,0 +1,49 @@
+"""Peers of plain PyTorch: dense with a mask, the same compiled, a loop over experts, an einsum over all of them."""
+
+import torch
+from torch import Tensor
+
+from bench.peers.base import Forward, Peer, experts_of, plain, rows_of, select
+from fastmoe_lora import LoRAMoE
+from kernels.reference import gates, router_logits
+
+
+def compiled(layer: LoRAMoE) -> Forward:
+    """Under torch.compile, which fuses what lies between the products."""
+    return torch.compile(plain(layer))
+
+
+def loop(layer: LoRAMoE) -> Forward:
+    """Expert by expert, over the tokens that selected it (MixLoRA)."""
+
+    def forward(x: Tensor) -> Tensor:
+        active, weights = select(layer, x)
+        a, b = experts_of(layer, x.dtype)
+        y = layer.base(x)
+        for expert in range(layer.config.experts):
+            token, place = torch.where(active == expert)
+            gate = weights[token, place].to(x.dtype)[:, None]
+            y = y.index_add(0, token, (x[token] @ a[expert].T) @ b[expert].T * gate)
+        return y
+
+    return forward
+
+
+def einsum(layer: LoRAMoE) -> Forward:
+    """All experts' outputs, then their weighted sum (PEFT's arrow)."""
+
+    def forward(x: Tensor) -> Tensor:
+        g = gates(router_logits(x, layer.routers, rows_of(layer, x)), layer.config.gating).to(x.dtype)
+        a, b = experts_of(layer, x.dtype)
+        outputs = torch.einsum("tnr,nor->tno", torch.einsum("td,nrd->tnr", x, a), b)
+        return layer.base(x) + torch.einsum("tno,tn->to", outputs, g)
+
+    return forward
+
+
+PEERS = (
+    Peer("dense", plain),  # every expert for every token in four products, inactive ones at gate 0: our reference
+    Peer("dense-compiled", compiled),
+    Peer("expert-loop", loop),
+    Peer("arrow-einsum", einsum),
+)

@@ -1,0 +1,26 @@
+"""ScatterMoE: sorts indices instead of tokens; its products gather and scatter as they load and store."""
+
+from torch import Tensor
+
+from bench.peers.base import Forward, Peer, experts_of, select
+from fastmoe_lora import LoRAMoE
+
+
+def scattermoe(layer: LoRAMoE) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+        active, weights = select(layer, x)
+        a, b = experts_of(layer, x.dtype)
+        sorting = flatten_sort_count(active, num_experts=layer.config.experts)
+        hidden = parallel_linear(x, a.transpose(1, 2), active.shape[1], *sorting, grouped_out=True)
+        gates = weights.to(x.dtype)
+        return layer.base(x) + parallel_linear(hidden, b.transpose(1, 2), 1, *sorting, gates=gates, grouped_in=True)
+
+    return forward
+
+
+PEERS = (
+    Peer("scattermoe", scattermoe, package="scattermoe", install="pip install git+https://github.com/shawntan/scattermoe",
+         gpu=True),
+)

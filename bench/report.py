@@ -1,0 +1,143 @@
+"""Tables and plots of benchmark results.
+
+    python -m bench.report RESULTS.json ... [--markdown] [--plots DIR]
+
+RESULTS.json is what `pytest bench/ --benchmark-only --benchmark-json=RESULTS.json` wrote. Rows of different machines or
+runs are never in one table.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+Row = dict
+BOUND = "lorafusion"  # computes less than the layer: shown, but not the peer to beat
+
+
+def read(path: Path) -> tuple[dict, list[Row]]:
+    """(machine and versions, the rows of the layer and training suites); ValueError for what is no such file."""
+    try:
+        data = json.loads(path.read_text())
+        rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]
+        facts = {"date": data["datetime"][:10], "commit": data["commit_info"].get("id", "unknown")[:10],
+                 "cpu": data["machine_info"]["cpu"].get("brand_raw", "unknown"), **data["machine_info"]["summary"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of pytest-benchmark ({error}): bench/README.md tells how") from None
+    return facts, [row for row in rows if row.get("suite") in ("layer", "train")]
+
+
+def aligned(cells: list[list[str]], markdown: bool) -> str:
+    """The first line is the head; the first two columns are text, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    pad = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+           for line in cells]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in pad)
+    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [pad[0], rule, *pad[1:]])
+
+
+def best_peer(rows: list[Row], row: Row) -> Row | None:
+    """The fastest peer of the same problem."""
+    same = ("width", "tokens", "config", "direction")
+    peers = [other for other in rows if other["suite"] == "layer" and other["subject"] not in ("ours", BOUND)
+             and "ratio" in other and all(other[name] == row[name] for name in same)]
+    return min(peers, key=lambda peer: peer["added_seconds"], default=None)
+
+
+def problems(rows: list[Row]) -> list[tuple]:
+    """(width, tokens, direction, config) in the order of the suite."""
+    return list(dict.fromkeys((r["width"], r["tokens"], r["direction"], r["config"]) for r in layer_rows(rows)))
+
+
+def layer_rows(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["suite"] == "layer"]
+
+
+def microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:,.0f}"
+
+
+def spread(times: dict[str, float]) -> str:
+    return f"{microseconds(times['median'])} ({microseconds(times['p20'])}..{microseconds(times['p80'])})"
+
+
+HEAD = ["width, tokens", "experts, subject", "median (p20..p80) us", "/ frozen", "in graphs", "floor", "of floor",
+        "added us", "/ best peer", "GB/s", "TFLOP/s", "peak MB", "saved MB", "error", "bitwise"]
+
+
+def layer_table(rows: list[Row], direction: str, markdown: bool) -> str:
+    """One line for every row of a direction; peers that are not installed are named below."""
+    chosen = [row for row in layer_rows(rows) if row["direction"] == direction]
+    timed = [layer_line(row, best_peer(rows, row)) for row in sorted(chosen, key=_order) if "ratio" in row]
+    absent = dict.fromkeys(f"{row['subject']}: {row['absent']}" for row in chosen if row.get("absent"))
+    return "\n".join([aligned([HEAD, *timed], markdown), *(f"absent  {line}" for line in absent)])
+
+
+def _order(row: Row) -> tuple:
+    return row["width"], row["tokens"], row["config"], row["subject"] != "ours", row.get("ratio", 0)
+
+
+def layer_line(row: Row, peer: Row | None) -> list[str]:
+    graph, peak = row.get("graph"), row.get("peak_bytes")
+    versus = "" if peer is None or row["subject"] != "ours" else f"{row['added_seconds'] / peer['added_seconds']:.2f}"
+    return [
+        f"{row['width']}, {row['tokens']:,}", f"{row['config']} {row['subject']}", spread(row["seconds"]["subject"]),
+        f"{row['ratio']:.3f}", f"{graph['ratio']:.3f}" if graph else "", f"{row['floor_ratio']:.3f}",
+        f"{100 * row['of_floor']:.0f} %", microseconds(row["added_seconds"]), versus,
+        f"{row['bytes_per_second'] / 1e9:,.0f}", f"{row['flops_per_second'] / 1e12:.2f}",
+        f"{peak['subject'] / 2**20:,.0f}" if peak else "", f"{row['saved_bytes'] / 2**20:,.1f}",
+        f"{max(row['error'].values()):.0e}", "yes" if row["bitwise"] else "no",
+    ]
+
+
+TRAIN_HEAD = ["model", "subject", "images/s", "/ plain LoRA", "peak MB", "heads", "loader images/s", "40 epochs"]
+
+
+def train_table(rows: list[Row], markdown: bool) -> str:
+    chosen = [row for row in rows if row["suite"] == "train"]
+    plain = {row["model"]: row["images_per_second"] for row in chosen if row["subject"] == "plain-lora"}
+    lines = [
+        [row["model"], row["subject"], f"{row['images_per_second']:,.1f}",
+         f"{plain[row['model']] / row['images_per_second']:.3f}" if row["model"] in plain else "",
+         f"{row['peak_bytes'] / 2**20:,.0f}" if row.get("peak_bytes") else "", f"{100 * row['heads_share']:.0f} %",
+         f"{row['loader_images_per_second']:,.0f}", f"{row['paper_minutes']:,.1f} min"]
+        for row in chosen
+    ]
+    return aligned([TRAIN_HEAD, *lines], markdown) if lines else ""
+
+
+def text(path: Path, markdown: bool) -> str:
+    facts, rows = read(path)
+    title = f"{path.name}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+    parts = [f"## {title}" if markdown else title]
+    for direction in dict.fromkeys(row["direction"] for row in layer_rows(rows)):
+        parts.append(f"\n{'### ' if markdown else ''}FFN, {direction}\n\n{layer_table(rows, direction, markdown)}")
+    if table := train_table(rows, markdown):
+        parts.append(f"\n{'### ' if markdown else ''}Training step, five tasks\n\n{table}")
+    return "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw, one PNG per file and plot")
+    chosen = parser.parse_args(arguments)
+    try:
+        for path in chosen.results:
+            print(text(path, chosen.markdown), end="\n\n")
+            if chosen.plots:
+                from bench.plots import draw
+
+                for picture in draw(path.stem, read(path)[1], chosen.plots):
+                    print(picture)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
