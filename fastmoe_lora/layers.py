@@ -10,6 +10,7 @@ from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.frozen import FrozenFFN, is_plain_ffn
 from fastmoe_lora.routing import Routing
 from kernels import TaskRows, lora_moe, lora_moe_ffn, resolve
+from kernels.ranges import span
 
 
 def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
@@ -73,11 +74,12 @@ class LoRAMoE(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
-        base = self.base(x)
+        with span("ffn"):
+            base = self.base(x)
         tokens = x.to(base.dtype).flatten(0, -2)
         rows = self.routing.rows(len(tokens), x.device)
         # Autocast would send the fp32 logits to half precision; lora_moe casts what may be cast by itself.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), span("experts"):
             return *lora_moe(
                 tokens, base.flatten(0, -2), (self.lora_A, self.lora_B), self.routers, rows, self.config.gating,
                 self.routing.kernel,

@@ -1,6 +1,10 @@
 """Named ranges in a profiler's timeline (NVTX): nothing at all until :func:`enable` was called."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 _NOTHING = nullcontext()
 _on = False
@@ -21,3 +25,15 @@ def span(name: str) -> AbstractContextManager:
     import nvtx
 
     return nvtx.annotate(name, domain="fastmoe_lora")
+
+
+def spanned(name: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, the wait for each of them in a range."""
+    iterator = iter(items)
+    while True:
+        with span(name):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item

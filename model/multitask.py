@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import Routing
+from kernels.ranges import span
 from model.heads import HEADS
 from model.vit import ViT
 
@@ -41,8 +42,10 @@ class MultiTaskViT(nn.Module):
         counts = [len(index[task]) if task in index else 0 for task in self.tasks]
         if self.routing is not None:
             self.routing.assign(counts)
-        tokens = self.vit.embed((images / 255 - self.image_mean) / self.image_std)
-        pairs = [tokens[index[task]] + e_t for task, e_t in zip(self.tasks, self.task_embed) if task in index]
-        runs = self.vit.encode(torch.cat(pairs)).split(counts)
+        with span("backbone"):
+            tokens = self.vit.embed((images / 255 - self.image_mean) / self.image_std)
+            pairs = [tokens[index[task]] + e_t for task, e_t in zip(self.tasks, self.task_embed) if task in index]
+            runs = self.vit.encode(torch.cat(pairs)).split(counts)
         grid = images.shape[-2] // self.vit.patch, images.shape[-1] // self.vit.patch
-        return {task: self.heads[task](run, grid) for task, run in zip(self.tasks, runs) if task in index}
+        with span("heads"):
+            return {task: self.heads[task](run, grid) for task, run in zip(self.tasks, runs) if task in index}

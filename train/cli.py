@@ -72,6 +72,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
                        "end")
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    group.add_argument("--nvtx", action="store_true", help="name the parts of a step in a profiler's timeline")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
     group.add_argument("--resume", nargs="?", const="", metavar="FILE", help="continue from a checkpoint folder; "
                        "without FILE from OUT/last")

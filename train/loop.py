@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
-from kernels import UserError, resolve
+from kernels import UserError, ranges, resolve
+from kernels.ranges import span, spanned
 from model import MultiTaskViT
 from train import build, checkpoint
 from train.data.batches import Batch, collate, eval_loader, train_loader
-from train.evaluate import Metrics, evaluate, score_constant
+from train.scoring import Metrics, evaluate, score_constant
 from train.losses import LOSSES
 from train.report import table, versions, write_json
 from train.settings import Settings
@@ -90,6 +91,8 @@ def run_folder(settings: Settings, fresh: bool) -> Path:
 
 def set_up(settings: Settings, fresh: bool) -> Run:
     """Build everything, make the run's folder and say what will happen."""
+    if settings.nvtx:
+        ranges.enable()
     device = build.build_device(settings)
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
@@ -144,14 +147,17 @@ def training_step(run: Run, batch: Batch) -> Tensor:
         group["lr"] = build.learning_rate(s, run.step, run.total)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         predictions = run.model(batch.images, batch.index)
-    losses = {task: LOSSES[task](prediction, batch.labels[task]) for task, prediction in predictions.items()}
-    objective = sum(s.task_weights[task] * loss for task, loss in losses.items())
-    if run.model.routing is not None:
-        objective = objective + s.mi_weight * run.model.routing.mi_loss()
+    with span("losses"):
+        losses = {task: LOSSES[task](prediction, batch.labels[task]) for task, prediction in predictions.items()}
+        objective = sum(s.task_weights[task] * loss for task, loss in losses.items())
+        if run.model.routing is not None:
+            objective = objective + s.mi_weight * run.model.routing.mi_loss()
     run.optimizer.zero_grad()
-    objective.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
-    run.optimizer.step()
+    with span("backward"):
+        objective.backward()
+    with span("optimiser"):
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
+        run.optimizer.step()
     return torch.stack([losses[task] for task in run.model.tasks]).detach()
 
 
@@ -169,7 +175,7 @@ def fit(run: Run) -> tuple[float, dict[str, float]]:
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     with SummaryWriter(run.out / "tensorboard") as board, progress_bar(run) as bar:
         started = time.perf_counter()
-        for batch in loader:
+        for batch in spanned("data", loader):
             recent.append(training_step(run, batch.to(run.device)))
             run.step += 1
             seconds += time.perf_counter() - started if run.step > first + 1 else 0

@@ -70,6 +70,7 @@ class Settings:
     seed: int = 0
     workers: int = 1
     device: str = ""
+    nvtx: bool = False
     out: str = ""
 
     def __post_init__(self) -> None:
