@@ -42,6 +42,8 @@ class Traffic:
 
     tokens: int
     launches: Counter = field(default_factory=Counter)
+    operators: Counter = field(default_factory=Counter)  # of PyTorch, those that move something
+    everything: int = 0  # distinct bytes of all tensors
     grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     issued: Counter = field(default_factory=Counter)
     distinct: Counter = field(default_factory=Counter)
@@ -97,6 +99,7 @@ class _Recorder:
         fresh = [t for t in outputs if t.untyped_storage().data_ptr() not in storages]
         if not fresh and not func._schema.is_mutable:
             return
+        self.traffic.operators[str(func)] += 1
         for way, tensors in (("read", inputs), ("written", outputs)):
             for t in tensors:
                 # A broadcast dimension (stride 0) is read once.
@@ -121,6 +124,7 @@ class _Recorder:
         key = where, name, way
         if not issued and not distinct:
             return
+        self.traffic.everything += distinct
         if tensor.dim() and tensor.shape[0] == self.traffic.tokens:
             self.traffic.issued[key] += issued
             self.traffic.distinct[key] += distinct

@@ -10,6 +10,7 @@ from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.frozen import FrozenFFN, is_plain_ffn
 from fastmoe_lora.routing import Routing
 from kernels import TaskRows, lora_moe, lora_moe_ffn, resolve
+from kernels.packed import aligned
 from kernels.ranges import span
 
 
@@ -23,7 +24,11 @@ def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.P
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + B A x, around an existing linear layer whose parameters (and their names) it keeps."""
+    """y = W x + b + B A x, around an existing linear layer whose parameters (and their names) it keeps.
+
+    Where W is frozen, LoRA is r more columns of its product: a pass over y to add a second one would take longer than
+    copying x to where A x stands beside it.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -32,7 +37,36 @@ class LoRALinear(nn.Linear):
         self.lora_A, self.lora_B = _lora(rank, shape, linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        a, b, weight = (tensor.to(x.dtype) for tensor in (self.lora_A, self.lora_B, self.weight))
+        if self.weight.requires_grad:
+            return F.linear(x, weight, self.bias) + F.linear(F.linear(x, a), b)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        y = _FurtherColumns.apply(x.flatten(0, -2), weight, bias, a, b)
+        return y.view(*x.shape[:-1], -1)
+
+
+class _FurtherColumns(torch.autograd.Function):
+    """y = [x | x A^T] [W | B]^T + b;  [dx_0 | dH] = dy [W | B],  dx = dx_0 + dH A,  dA = dH^T x,  dB = dy^T x A^T."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        inner = x.new_empty(len(x), x.shape[1] + aligned(len(a)))
+        inner[:, : x.shape[1]] = x
+        inner[:, x.shape[1] :] = F.linear(x, F.pad(a, (0, 0, 0, aligned(len(a)) - len(a))))
+        up = torch.cat([weight, F.pad(b, (0, aligned(len(a)) - len(a)))], dim=1)
+        ctx.save_for_backward(inner, up, a)
+        return F.linear(inner, up, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
+        inner, up, a = ctx.saved_tensors
+        rank, width = a.shape
+        grad = dy @ up
+        dh = grad[:, width : width + rank]
+        da, db = dh.t() @ inner[:, :width], dy.t() @ inner[:, width : width + rank]
+        return grad[:, :width].addmm_(dh, a), None, None, da, db
 
 
 class LoRAMoE(nn.Module):

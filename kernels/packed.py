@@ -8,7 +8,7 @@ from torch import Tensor
 Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
-def _aligned(columns: int) -> int:
+def aligned(columns: int) -> int:
     """Rows of a matrix begin at multiples of 16 bytes, as fast products want them."""
     return -(-columns // 8) * 8
 
@@ -32,7 +32,7 @@ class Packed:
     ) -> "Packed":
         """For an FFN of widths (d, F, D) and the adapters (A, B, routers)."""
         (d, hidden, width), (a, _, routers) = shape, adapters
-        ranks, columns = _aligned(len(a)), _aligned(routers.shape[0] * routers.shape[1])
+        ranks, columns = aligned(len(a)), aligned(routers.shape[0] * routers.shape[1])
         make = {"dtype": dtype, "device": a.device}
         up, down = torch.zeros(width, hidden + ranks, **make), torch.zeros(hidden + ranks + columns, d, **make)
         return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make))

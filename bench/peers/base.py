@@ -28,7 +28,8 @@ def plain(layer: LoRAMoE) -> Forward:
 class Peer:
     """``build`` makes of an adapted layer a function x (T, d) -> y (T, D) that uses the layer's own parameters, so
     that its gradients are theirs. ``reference`` builds what it must equal: the layer's function, except where a peer
-    can do less. ``install`` says how to get the package, ``gpu`` that it needs one."""
+    can do less. ``install`` says how to get the package, ``gpu`` that it needs one, ``compiled`` that another compiler
+    than Triton makes its kernels."""
 
     name: str
     build: Callable[[LoRAMoE], Forward]
@@ -36,6 +37,13 @@ class Peer:
     package: str = ""
     install: str = ""
     gpu: bool = False
+    compiled: bool = False
+
+    @property
+    def countable(self) -> bool:
+        """Whether Triton's interpreter and PyTorch's dispatcher see all that it does."""
+        there = not self.package or importlib.util.find_spec(self.package) is not None
+        return there and not self.compiled
 
     def absent(self, device: torch.device) -> str:
         """Why it cannot run here; empty where it can."""

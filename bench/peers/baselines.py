@@ -43,7 +43,7 @@ def einsum(layer: LoRAMoE) -> Forward:
 
 PEERS = (
     Peer("dense", plain),  # every expert for every token in four products, inactive ones at gate 0: our reference
-    Peer("dense-compiled", compiled),
+    Peer("dense-compiled", compiled, compiled=True),
     Peer("expert-loop", loop),
     Peer("arrow-einsum", einsum),
 )

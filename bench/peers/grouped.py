@@ -56,5 +56,5 @@ class QuackGrouped(torch.autograd.Function):
 PEERS = (
     Peer("grouped-mm", partial(sorted_experts, torch_grouped)),
     Peer("quack", partial(sorted_experts, QuackGrouped.apply), package="quack", install="pip install quack-kernels",
-         gpu=True),
+         gpu=True, compiled=True),
 )

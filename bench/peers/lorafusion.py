@@ -39,5 +39,5 @@ def lora_beside_fc1(layer: LoRAMoE) -> Forward:
 
 PEERS = (
     Peer("lorafusion", lorafusion, reference=lora_beside_fc1, package="lorafusion",
-         install="pip install git+https://github.com/CentML/lorafusion", gpu=True),
+         install="pip install git+https://github.com/CentML/lorafusion", gpu=True, compiled=True),
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoe_lora import (
     LORA_TARGETS,
@@ -151,6 +152,56 @@ class TestLoRALinear:
         missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
         assert (missing, unexpected) == (["lora_A", "lora_B"], [])
         assert torch.equal(layer(x), linear(x))
+
+
+class TestLoRALinearOverFrozenWeights:
+    """LoRA as further columns of the frozen product: the same function without a pass to add it."""
+
+    @pytest.mark.parametrize("rank", [1, 3, 8])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_outputs_and_gradients_are_those_of_two_products(self, bias, rank):
+        trained = spread(LoRALinear(nn.Linear(7, 5, bias), rank).double())
+        frozen = copy.deepcopy(trained)
+        frozen.weight.requires_grad_(False)
+        if bias:
+            frozen.bias.requires_grad_(False)
+        x, dy = torch.randn(4, 6, 7, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
+        results = []
+        for layer in (trained, frozen):
+            leaf = x.clone().requires_grad_()
+            y = layer(leaf)
+            results.append((y, *torch.autograd.grad(y, [leaf, layer.lora_A, layer.lora_B], dy)))
+        for ours, right in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+
+    def test_no_pass_over_the_output_is_added(self):
+        layer = LoRALinear(nn.Linear(7, 11), 3)
+        layer.requires_grad_(False)
+        written = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor) and result.shape == (20, 11) and not func.is_view:
+                    written.append(str(func))
+                return result
+
+        x = torch.randn(20, 7)
+        with Watch():
+            layer(x)
+        assert written == ["aten.addmm.default"]
+
+    def test_autocast_computes_in_its_type(self):
+        layer = spread(LoRALinear(nn.Linear(16, 8), 4))
+        layer.weight.requires_grad_(False)
+        x = torch.randn(5, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+        exact = x @ (layer.weight + layer.lora_B @ layer.lora_A).T + layer.bias
+        assert (y - exact).norm() / exact.norm() < 2**-7  # a few roundings to 8 bits
 
 
 class TestLoRAMoE:

@@ -1,0 +1,89 @@
+"""What the experts add to the frozen FFN, counted without a GPU: launches and bytes per token, ours and the peers'.
+
+    TRITON_INTERPRET=1 python -m bench.counted [--out FILE] [--configs 16/3/1/4,...]
+
+ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, as memory sees it while repeats hit the
+L2; views are free. A peer whose kernels are autotuned is counted with its first configuration.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.runtime.autotuner import Autotuner
+
+from bench.layers import Problem, Shape, check
+from bench.peers import PEERS
+from bench.peers.base import Peer
+from bench.report import aligned
+from bench.traffic import Traffic, counting
+
+WIDTH, TOKENS = 768, 480
+CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
+OURS = Peer("ours", lambda layer: layer)
+HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: forward", "backward", "/ ours"]
+
+
+def first_configuration(self: Autotuner, *args, **kwargs):
+    """Autotuner.run without a clock."""
+    return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+
+
+def count(problem: Problem, forward) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of one pass."""
+    x = problem.x[0]
+    with counting(len(x)) as ahead:
+        y = forward(x)
+    with counting(len(x)) as back:
+        torch.autograd.grad(y, [x, *problem.parameters], problem.dy[0], allow_unused=True)
+    return ahead, back
+
+
+def steps(traffic: Traffic) -> int:
+    return sum(traffic.launches.values()) + sum(traffic.operators.values())
+
+
+def measure(config: str, peer: Peer) -> dict:
+    """One row: launches and bytes per token beyond those of the frozen FFN."""
+    problem = Problem(Shape(WIDTH, TOKENS, config, torch.float16, torch.device("cpu")), "triton")
+    check(peer, problem)
+    frozen, mine = count(problem, problem.frozen), count(problem, peer.build(problem.layer))
+    added = [(own.everything - base.everything) / TOKENS for own, base in zip(mine, frozen, strict=True)]
+    launches = [steps(own) - steps(base) for own, base in zip(mine, frozen, strict=True)]
+    return {"config": config, "subject": peer.name, "launches": launches, "bytes_per_token": added}
+
+
+def table(rows: list[dict]) -> str:
+    ours = {row["config"]: sum(row["bytes_per_token"]) for row in rows if row["subject"] == "ours"}
+    lines = [
+        [row["config"], row["subject"], *map(str, row["launches"]), *(f"{n:,.0f}" for n in row["bytes_per_token"]),
+         f"{sum(row['bytes_per_token']) / ours[row['config']]:.1f}"]
+        for row in rows
+    ]
+    return aligned([HEAD, *lines], markdown=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.counted", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "counted.json")
+    parser.add_argument("--configs", type=lambda text: text.split(","), default=CONFIGS)
+    chosen = parser.parse_args(arguments)
+    if not triton.knobs.runtime.interpret:
+        print("bench.counted counts in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
+    Autotuner.run = first_configuration
+    subjects = [OURS, *(peer for peer in PEERS.values() if peer.countable)]
+    combinations = [(config, peer) for config in chosen.configs for peer in subjects]
+    rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    chosen.out.write_text(json.dumps({"width": WIDTH, "tokens": TOKENS, **versions, "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
