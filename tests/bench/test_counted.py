@@ -57,3 +57,8 @@ def test_every_peer_that_is_here_and_visible_is_counted(committed):
     here = {name for name, peer in PEERS.items() if not peer.compiled}
     assert {row["subject"] for row in committed["rows"]} == {"ours", *here}
     assert layers.TASKS == 5
+
+
+def test_readme_shows_the_committed_counts(committed):
+    readme = (Path(counted.__file__).parents[1] / "README.md").read_text()
+    assert counted.table([row for row in committed["rows"] if row["config"] == "16/3/1/4"]) in readme
