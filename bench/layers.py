@@ -61,7 +61,7 @@ class Problem:
     @property
     def weights(self) -> list[Tensor]:
         """Every tensor of the layer that is there anyway."""
-        packed = self.layer.ffn.packed.tensors if self.layer.fused else ()
+        packed = self.layer.frozen.packed.tensors if self.layer.fused else ()
         return [*self.layer.parameters(), *packed]
 
     def results(self, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

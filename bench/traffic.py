@@ -80,8 +80,9 @@ class _Operators(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         if self.recorder.arguments is None and "empty" not in func.__name__:
-            # ``out`` is written, not read.
-            self.recorder.operator(func, [*args, *(v for k, v in kwargs.items() if k != "out")], result)
+            # ``out`` and what is copied over are written, not read.
+            read = args[1:] if func is torch.ops.aten.copy_.default else args
+            self.recorder.operator(func, [*read, *(v for k, v in kwargs.items() if k != "out")], result)
         return result
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.frozen import FrozenFFN, is_plain_ffn
+from fastmoe_lora.frozen import FrozenBase
 from fastmoe_lora.routing import Routing
-from kernels import TaskRows, lora_moe, lora_moe_ffn, resolve
+from kernels import TaskRows, lora_moe, lora_moe_packed, resolve
 from kernels.packed import aligned
 from kernels.ranges import span
 
@@ -73,8 +73,8 @@ class LoRAMoE(nn.Module):
     """y = base(x) + sum_e g_e(x) B_e A_e x, with one linear router per task: equation (10) without the residual.
 
     ``base`` maps (..., d_in) to (..., d_out): a whole FFN, or one linear layer of it. The experts are shared by
-    the tasks; ``routing`` says which rows of x are whose. A whole FFN that is frozen is fused with its experts where
-    the kernels run: LoRA is then further columns of its products.
+    the tasks; ``routing`` says which rows of x are whose. A frozen FFN, or a frozen linear layer wider than its input,
+    is fused with its experts where the kernels run: LoRA is then further columns of its products.
     """
 
     def __init__(
@@ -86,20 +86,19 @@ class LoRAMoE(nn.Module):
         columns = config.gating.router_columns(config.experts)
         self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
         self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
-        self.ffn = FrozenFFN(base) if is_plain_ffn(base) else None
+        self.frozen = FrozenBase(base)
         routing.layers.append(self)
 
     @property
     def fused(self) -> bool:
-        """Whether base and experts are one operation, which needs Triton and an FFN that is not trained."""
-        device = self.lora_A.device
-        return self.ffn is not None and self.ffn.frozen and resolve(self.routing.kernel, device) == "triton"
+        """Whether base and experts are one operation, which needs Triton and a base that is not trained."""
+        return bool(self.frozen.linears) and resolve(self.routing.kernel, self.lora_A.device) == "triton"
 
-    def refresh(self) -> None:
-        """Bring what the fused kernels read up to date with the parameters. Costs nothing where nothing changed;
-        a compiled or captured forward pass relies on it, by way of ``routing.assign``."""
+    def pack_ahead(self) -> None:
+        """Copy the parameters to where the fused kernels read them. ``routing.assign`` does it for the next pass; a
+        compiled or captured pass relies on that, any other sees to it itself."""
         if self.fused:
-            self.ffn.refresh((self.lora_A, self.lora_B, self.routers))
+            self.frozen.pack_ahead((self.lora_A, self.lora_B, self.routers))
 
     def forward(self, x: Tensor) -> Tensor:
         run = self._run_fused if self.fused else self._run_beside
@@ -120,15 +119,15 @@ class LoRAMoE(nn.Module):
             ), rows
 
     def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
-        if not torch.compiler.is_compiling():
-            self.refresh()
-        if self.ffn.packed is None:
+        compiling = torch.compiler.is_compiling()
+        packed = self.frozen.packed if compiling else self.frozen.for_pass((self.lora_A, self.lora_B, self.routers))
+        if packed is None:
             raise ValueError("the experts' weights are not packed yet: call routing.assign() before a compiled pass")
-        tokens = x.to(self.ffn.packed.up.dtype).flatten(0, -2)
+        tokens = x.to(packed.up.dtype).flatten(0, -2)
         rows = self.routing.rows(len(tokens), x.device)
         lora = self.lora_A, self.lora_B
         with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_ffn(tokens, self.ffn.packed, lora, self.routers, rows, self.config.gating), rows
+            return *lora_moe_packed(tokens, packed, lora, self.routers, rows, self.config.gating), rows
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

@@ -65,7 +65,7 @@ class Routing:
             raise ValueError(f"{len(images)} counts for {self.tasks} tasks")
         self._images = tuple(images)
         for layer in self.layers:
-            layer.refresh()
+            layer.pack_ahead()
 
     def rows(self, tokens: int, device: torch.device) -> TaskRows:
         """The tasks' rows of a matrix of ``tokens`` tokens, every image having equally many."""

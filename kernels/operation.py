@@ -30,11 +30,12 @@ def lora_moe(
     return operators.lora_moe(x, base, lora, routers, rows, gating)
 
 
-def lora_moe_ffn(
+def lora_moe_packed(
     x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same beside the FFN whose fc1 and fc2 are in ``packed``, by the Triton kernels: y, g and P of
-    :func:`kernels.ffn.ffn_reference`. ``packed`` holds the newest values of ``lora`` and ``routers``, in x's type."""
+    """The same beside the FFN or the linear layer in ``packed``, by the Triton kernels: y, g and P of
+    :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`. ``packed`` holds the newest values
+    of ``lora`` and ``routers``, in x's type."""
     from kernels import operators
 
-    return operators.lora_moe_ffn(x, packed, lora, routers, rows, gating)
+    return operators.lora_moe_packed(x, packed, lora, routers, rows, gating)

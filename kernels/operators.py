@@ -1,10 +1,14 @@
 """The operation as PyTorch sees it: custom operators over the kernels, their fake versions and their autograd.
 
-                lora_moe                                        lora_moe_ffn
-    forward     route_shrink, expand                            route_shrink, gelu, two products
-    backward    grad_rank, gram of dB, gram of dA and dW,       a product, gelu, grad_rank, the same grams, a product
-                expand
-    saved       x, H (T, R) in x's type and z (T, C) fp32       the same and u (T, F)
+    lora_moe            forward     route_shrink, expand
+                        backward    grad_rank, gram of dB, gram of dA and dW, expand
+                        saved       x, H (T, R) in x's type and z (T, C) fp32
+    lora_moe_packed     forward     route_shrink, gelu, two products
+    of an FFN           backward    a product, gelu, grad_rank, the same grams, a product
+                        saved       the same and u (T, F)
+    of a linear layer   forward     route_shrink, a copy of x, a product
+                        backward    a product, grad_rank, the same grams, expand
+                        saved       the same, u being (T, 0)
 
 Weights are saved too, no expert's output ever is. What backward gets is never written to: it may run twice.
 """
@@ -17,10 +21,12 @@ from triton import knobs
 
 from kernels.errors import UserError
 from kernels.expand import expand, expand_backward
-from kernels.ffn import Packed, ffn_backward, ffn_forward
+from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gating import Gating
 from kernels.grad_rank import grad_rank
 from kernels.gram import gram_a, gram_b
+from kernels.linear import linear_backward, linear_forward
+from kernels.packed import Packed
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
 from kernels.rows import TaskRows
@@ -36,31 +42,51 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous()
 
 
+def _setting(
+    a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: str | int
+) -> tuple[Tensor, TaskRows, Pool]:
+    """The routers as kernels read them, and what every launch is told."""
+    return _as(routers, torch.float32), TaskRows(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
+
+
+def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, gating: Gating) -> tuple[Tensor, ...]:
+    """(y, g, P, H, z) of x's rows, y so many columns wide."""
+    pool, full = Pool.of(a, routers, gating), {"dtype": torch.float32}
+    return (
+        x.new_empty(len(x), width),
+        x.new_empty(len(x), pool.experts, **full),
+        x.new_empty(len(routers), pool.columns, **full),
+        x.new_empty(len(x), len(a)),
+        x.new_empty(len(x), pool.columns, **full),
+    )
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+
+
+def _given(dy: Tensor | None, dp: Tensor | None, x: Tensor, z: Tensor, width: int, tasks: int) -> tuple[Tensor, Tensor]:
+    """(dY, dP), zeros where nothing comes back."""
+    through_y = x.new_zeros(len(x), width) if dy is None else dy
+    return through_y, z.new_zeros(tasks, z.shape[1]) if dp is None else dp
+
+
 @torch.library.custom_op("fastmoe_lora::lora_moe", mutates_args=())
 def lora_moe_op(
     x: Tensor, base: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
     counts: Sequence[int], gating: str, k: int, shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z)."""
-    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
-    pool = Pool.of(a, routers, gate)
+    exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, base = _rows(x), _rows(base)
     gated = x.new_empty(len(x), pool.ranks)
-    h, z, g, p = route_shrink(x, _as(a, x.dtype), _as(routers, torch.float32), gated, rows, pool)
+    h, z, g, p = route_shrink(x, _as(a, x.dtype), exact, gated, rows, pool)
     return expand(base, gated, _as(b, x.dtype), rows, pool), g, p, h, z
 
 
 @lora_moe_op.register_fake
 def _(x, base, a, b, routers, offsets, counts, gating, k, shared):
-    pool = Pool.of(a, routers, Gating(gating, k, shared))
-    full = {"dtype": torch.float32}
-    return (
-        torch.empty_like(base, memory_format=torch.contiguous_format),
-        x.new_empty(len(x), pool.experts, **full),
-        x.new_empty(len(counts), pool.columns, **full),
-        x.new_empty(len(x), len(a)),
-        x.new_empty(len(x), pool.columns, **full),
-    )
+    return _fake(x, len(b), a, routers, Gating(gating, k, shared))
 
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_backward", mutates_args=())
@@ -69,19 +95,18 @@ def lora_moe_backward_op(
     counts: Sequence[int], gating: str, k: int, shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
-    pool = Pool.of(a, routers, gate)
+    exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
     dh, dz, gated, peak = grad_rank(dy, _as(b, x.dtype), h, z, dp.contiguous(), rows, pool)
     db = gram_b(dy, gated, rows, pool)
     da, drouters = gram_a(x, dh, dz, peak, rows, pool)
-    dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), rows, pool)
+    dx = expand_backward(None, dh, dz, _as(a, x.dtype), exact, rows, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
 @lora_moe_backward_op.register_fake
-def _(dy, dp, x, h, z, a, b, routers, offsets, counts, gating, k, shared):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, a, b, routers))
+def _(dy, dp, x, h, z, a, b, routers, *rest):
+    return _like(x, a, b, routers)
 
 
 def _save(ctx, inputs, output):
@@ -94,10 +119,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dg, dp, dh, dz):
-    x, h, z, _, b, routers, _ = saved = ctx.saved_tensors  # asked for once, as checkpointing requires
-    through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
-    through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
-    gradients = lora_moe_backward_op(through_y, through_p, *saved, *ctx.static)
+    x, _, z, _, b, routers, _ = saved = ctx.saved_tensors  # asked for once, as checkpointing requires
+    gradients = lora_moe_backward_op(*_given(dy, dp, x, z, len(b), len(routers)), *saved, *ctx.static)
     return gradients[0], dy, *gradients[1:], None, None, None, None, None
 
 
@@ -121,80 +144,73 @@ def lora_moe(
     return y, g, p
 
 
-@torch.library.custom_op("fastmoe_lora::lora_moe_ffn", mutates_args=())
-def lora_moe_ffn_op(
+@torch.library.custom_op("fastmoe_lora::lora_moe_packed", mutates_args=())
+def lora_moe_packed_op(
     x: Tensor, a: Tensor, b: Tensor, routers: Tensor, up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
     offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
-    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
-    packed = Packed(up, down, bias_up, bias_down)
-    pool = Pool.of(a, routers, gate)
+    setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
     x = _rows(x)
-    return ffn_forward(x, packed, _as(routers, torch.float32), rows, pool, way or ffn_way(x))
+    if packed.hidden:
+        return ffn_forward(x, packed, *setting, way or ffn_way(x))
+    return *linear_forward(x, packed, *setting), x.new_empty(len(x), 0)
 
 
-@lora_moe_ffn_op.register_fake
+@lora_moe_packed_op.register_fake
 def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k, shared, way):
-    pool = Pool.of(a, routers, Gating(gating, k, shared))
-    full = {"dtype": torch.float32}
-    return (
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), pool.experts, **full),
-        x.new_empty(len(counts), pool.columns, **full),
-        x.new_empty(len(x), len(a)),
-        x.new_empty(len(x), pool.columns, **full),
-        x.new_empty(len(x), len(bias_down)),
-    )
+    return *_fake(x, len(up), a, routers, Gating(gating, k, shared)), x.new_empty(len(x), len(bias_down))
 
 
-@torch.library.custom_op("fastmoe_lora::lora_moe_ffn_backward", mutates_args=())
-def lora_moe_ffn_backward_op(
+@torch.library.custom_op("fastmoe_lora::lora_moe_packed_backward", mutates_args=())
+def lora_moe_packed_backward_op(
     dy: Tensor, dp: Tensor, x: Tensor, u: Tensor, h: Tensor, z: Tensor, a: Tensor, b: Tensor, routers: Tensor,
     up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
     offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    rows, gate = TaskRows(tuple(counts), offsets), Gating(gating, k, shared)
-    packed = Packed(up, down, bias_up, bias_down)
-    gradients, saved = (_rows(dy), dp.contiguous()), (_rows(x), u, h, z)
-    exact, pool = _as(routers, torch.float32), Pool.of(a, routers, gate)
-    dx, da, db, drouters = ffn_backward(gradients, saved, packed, exact, rows, pool, way or ffn_way(x))
+    setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
+    gradients, x = (_rows(dy), dp.contiguous()), _rows(x)
+    if packed.hidden:
+        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, *setting, way or ffn_way(x))
+    else:
+        dx, da, db, drouters = linear_backward(gradients, (x, h, z), packed, *setting)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
-@lora_moe_ffn_backward_op.register_fake
+@lora_moe_packed_backward_op.register_fake
 def _(dy, dp, x, u, h, z, a, b, routers, *rest):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, a, b, routers))
+    return _like(x, a, b, routers)
 
 
-def _save_ffn(ctx, inputs, output):
-    x, a, b, routers, up, down, bias_up, bias_down, offsets, *static = inputs
+def _save_packed(ctx, inputs, output):
+    x, a, b, routers, *packed, offsets = inputs[:9]
     _, g, _, h, z, u = output
-    ctx.static = static
+    # Not saved tensors: another pass may pack the same values once more before this one's backward.
+    ctx.packed, ctx.static = packed, inputs[9:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, u, h, z, a, b, routers, up, down, bias_up, bias_down, offsets)
+    ctx.save_for_backward(x, u, h, z, a, b, routers, offsets)
     ctx.mark_non_differentiable(g, h, z, u)
 
 
-def _ffn_backward(ctx, dy, dg, dp, dh, dz, du):
-    x, _, _, z, _, b, routers, *_ = saved = ctx.saved_tensors
-    through_y = x.new_zeros(len(x), len(b)) if dy is None else dy
-    through_p = z.new_zeros(len(routers), z.shape[1]) if dp is None else dp
-    gradients = lora_moe_ffn_backward_op(through_y, through_p, *saved, *ctx.static)
+def _packed_backward(ctx, dy, dg, dp, dh, dz, du):
+    x, _, _, z, _, b, routers, offsets = saved = ctx.saved_tensors
+    given = _given(dy, dp, x, z, len(b), len(routers))
+    gradients = lora_moe_packed_backward_op(*given, *saved[:-1], *ctx.packed, offsets, *ctx.static)
     return *gradients, *[None] * 10
 
 
-lora_moe_ffn_op.register_autograd(_ffn_backward, setup_context=_save_ffn)
+lora_moe_packed_op.register_autograd(_packed_backward, setup_context=_save_packed)
 
 
-def lora_moe_ffn(
+def lora_moe_packed(
     x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating,
     way: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`kernels.ffn.ffn_reference`, where ``packed`` holds fc1, fc2 and the newest values of ``lora`` and
-    ``routers``, in x's type: fp32, fp16 or bf16. ``way`` is one of :data:`kernels.ffn.WAYS`, by default the fastest."""
+    """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, where ``packed`` holds the
+    frozen weights and the newest values of ``lora`` and ``routers``, in x's type: fp32, fp16 or bf16. ``way``, of an
+    FFN, is one of :data:`kernels.ffn.WAYS`, by default the fastest."""
     _check(x)
     static = rows.counts, gating.name, gating.k, gating.shared, way
-    y, g, p, *_ = lora_moe_ffn_op(x, *lora, routers, *packed.tensors, rows.offsets, *static)
+    y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, rows.offsets, *static)
     return y, g, p

@@ -18,6 +18,7 @@ from model.vit import ViT, ViTConfig  # noqa: E402
 
 IMAGES, TOKENS, WIDTH = (1, 0, 2), 5, 16
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ["triton", "reference"])
+EVERY_CASE = pytest.mark.parametrize(("kernel", "site"), [("triton", "ffn"), ("reference", "ffn"), ("triton", "fc1")])
 # Norm of the difference over the norm: compilers reorder fp32 sums of some hundred products; rounding is 1e-6.
 CLOSE = 1e-5
 
@@ -37,9 +38,9 @@ def _afresh(monkeypatch):
 class Adapted:
     """Block and routing of a small ViT, as trained: B nonzero, routers that tell experts apart."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, site="ffn"):
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=2, patch=8), 16)
-        self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), kernel=kernel)
+        self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), site, kernel=kernel)
         self.block, = vit.blocks
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
@@ -75,15 +76,15 @@ def assert_close(actual, expected):
         assert right.norm() > 0 and (actual[name] - right).norm() <= CLOSE * right.norm(), name
 
 
-@EVERY_KERNEL
-def test_a_block_is_one_graph_without_breaks(kernel, x):
-    explained = torch._dynamo.explain(Adapted(kernel).block)(x)
+@EVERY_CASE
+def test_a_block_is_one_graph_without_breaks(kernel, site, x):
+    explained = torch._dynamo.explain(Adapted(kernel, site).block)(x)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-@EVERY_KERNEL
-def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(kernel, x):
-    eager = Adapted(kernel)
+@EVERY_CASE
+def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(kernel, site, x):
+    eager = Adapted(kernel, site)
     compiled, counter = eager.compiled()
     for tokens in (x, x.flip(1)):
         eager.routing.assign(IMAGES)

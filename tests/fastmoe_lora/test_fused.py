@@ -60,7 +60,8 @@ def spread(module):
 
 def layer_on(base, gating="ase", kernel="triton", frozen=True):
     routing = Routing(len(IMAGES), kernel)
-    layer = spread(LoRAMoE(base.requires_grad_(not frozen), (WIDTH, OUT), CONFIGS[gating], routing, 0))
+    shape = WIDTH, getattr(base, "out_features", OUT)
+    layer = spread(LoRAMoE(base.requires_grad_(not frozen), shape, CONFIGS[gating], routing, 0))
     routing.assign(IMAGES)
     return layer
 
@@ -105,7 +106,7 @@ def assert_close(actual, expected, bound=CLOSE):
 def operations(monkeypatch):
     """Which of the two operations ran, in order."""
     ran = []
-    for name in ("lora_moe", "lora_moe_ffn"):
+    for name in ("lora_moe", "lora_moe_packed"):
         def counted(*arguments, name=name, original=getattr(operators, name)):
             ran.append(name)
             return original(*arguments)
@@ -134,7 +135,7 @@ class TestFused:
         layer = layer_on(Mlp(bias=bias), gating)
         assert layer.fused
         assert_close(results(layer, x), as_reference(layer, x))
-        assert operations == ["lora_moe_ffn"]
+        assert operations == ["lora_moe_packed"]
 
     def test_on_a_vit_whose_blocks_have_timm_s_names(self, operations):
         vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
@@ -143,7 +144,32 @@ class TestFused:
         assert all(block.mlp.fused for block in vit.blocks)
         routing.assign(IMAGES)
         vit.encode(vit.embed(torch.randn(sum(IMAGES), 3, 16, 16)))
-        assert operations == 2 * ["lora_moe_ffn"]
+        assert operations == 2 * ["lora_moe_packed"]
+
+    @pytest.mark.parametrize("gating", GATINGS)
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+    def test_a_linear_layer_wider_than_its_input_has_the_results_of_the_reference(self, gating, bias, x, operations):
+        layer = layer_on(nn.Linear(WIDTH, OUT, bias), gating)
+        assert layer.fused
+        assert_close(results(layer, x), as_reference(layer, x))
+        assert operations == ["lora_moe_packed"]
+
+    @pytest.mark.parametrize(("site", "operation"), [("fc1", "lora_moe_packed"), ("fc2", "lora_moe")])
+    def test_of_the_linear_layers_of_a_vit_the_one_that_widens(self, site, operation, operations):
+        found = []
+        for kernel in ("triton", "reference"):
+            torch.manual_seed(0)
+            vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
+            routing = adapt(vit, CONFIGS["ase"], len(IMAGES), site, kernel=kernel)
+            spread(vit)
+            assert all(layer.fused == (site == "fc1" and kernel == "triton") for layer in routing.layers)
+            routing.assign(IMAGES)
+            y = vit.encode(vit.embed(torch.randn(sum(IMAGES), 3, 16, 16)))
+            loss = F.mse_loss(y, torch.randn(y.shape)) + routing.mi_loss()
+            loss.backward()
+            found.append({"y": y.detach()} | {name: p.grad for name, p in vit.named_parameters() if p.requires_grad})
+        assert_close(*found)
+        assert operations == 2 * [operation]
 
     def test_keeps_the_names_of_the_state_dict(self, layer):
         assert set(layer.state_dict()) == {"routers", "lora_A", "lora_B"} | {
@@ -160,6 +186,11 @@ def with_lora(linear):
 class Silu(Mlp):
     def __init__(self):
         super().__init__(act=nn.SiLU())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 FALLBACKS = {
@@ -181,11 +212,19 @@ class TestFallsBack:
         assert_close(results(layer, x), as_reference(layer, x))
         assert operations == ["lora_moe"]
 
-    def test_where_one_linear_layer_is_the_site(self, operations):
-        vit = ViT(ViTConfig(width=16, depth=1, heads=2, patch=8), 16)
-        routing = adapt(vit, CONFIGS["ase"], len(IMAGES), site="fc1", kernel="triton")
-        routing.assign(IMAGES)
-        vit.encode(vit.embed(torch.randn(sum(IMAGES), 3, 16, 16)))
+    @pytest.mark.parametrize("make", [
+        lambda: nn.Linear(WIDTH, WIDTH), lambda: LoRALinear(nn.Linear(WIDTH, OUT), 2), lambda: Doubled(WIDTH, OUT),
+    ], ids=["no wider than its input", "LoRA", "a subclass"])  # fmt: skip
+    def test_where_a_linear_layer_is_not_one_that_columns_serve(self, make, x, operations):
+        layer = layer_on(spread(make()))
+        assert not layer.fused
+        assert_close(results(layer, x), as_reference(layer, x))
+        assert operations == ["lora_moe"]
+
+    def test_where_a_linear_layer_is_trained(self, x, operations):
+        layer = layer_on(nn.Linear(WIDTH, OUT), frozen=False)
+        assert not layer.fused
+        assert_close(results(layer, x), as_reference(layer, x))
         assert operations == ["lora_moe"]
 
     @pytest.mark.parametrize("frozen", [False, True])
@@ -200,7 +239,7 @@ class TestFallsBack:
         layer.base.fc2.bias.requires_grad_()
         assert not layer.fused
         assert_close(results(layer, x), as_reference(layer, x))
-        assert operations == ["lora_moe_ffn", "lora_moe"]
+        assert operations == ["lora_moe_packed", "lora_moe"]
 
 
 CHANGES = {
@@ -240,7 +279,7 @@ class TestNewestWeights:
             layer.lora_B.zero_()
         torch.testing.assert_close(layer(x), layer.base(x), rtol=CLOSE, atol=CLOSE)
 
-    def test_are_copied_once_after_each_change_and_not_at_all_otherwise(self, x, copies):
+    def test_are_copied_once_for_each_pass_and_the_frozen_ones_once_for_all(self, x, copies):
         layer = layer_on(Mlp())
         assert copies == {"fill_frozen": 1, "fill": 1}
         optimizer = torch.optim.SGD(adapters(layer), 0.1)
@@ -249,7 +288,7 @@ class TestNewestWeights:
             for _ in range(2):  # two batches for one step
                 layer(x).sum().backward()
                 layer.routing.mi_loss()
-            assert copies == {"fill_frozen": 1, "fill": 1 + step}
+            assert copies == {"fill_frozen": 1, "fill": 1 + 2 * (step + 1)}
             optimizer.step()
 
     def test_serve_a_pass_back_that_follows_an_optimiser_s_step(self, layer, x):
@@ -257,7 +296,7 @@ class TestNewestWeights:
         y, expected = layer(x), results(layer, x)
         with torch.no_grad():
             layer.lora_B.mul_(2)
-        layer.refresh()
+        layer.pack_ahead()
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, layer.lora_A, dy)
@@ -268,7 +307,7 @@ class TestNewestWeights:
         layer(x)
         layer.to(dtype)
         layer.routing.assign(IMAGES)
-        assert {t.dtype for t in layer.ffn.packed.tensors} == {dtype}
+        assert {t.dtype for t in layer.frozen.packed.tensors} == {dtype}
         if dtype == torch.float16:  # the interpreter multiplies bf16 wrongly
             y, plain = layer(x.to(dtype)), as_reference(layer, x.to(dtype))["y"]
             assert y.dtype == dtype
@@ -280,7 +319,7 @@ class TestNewestWeights:
         before = results(layer, x)
         with torch.autocast("cpu", dtype):
             layer.routing.assign(IMAGES)
-            assert {t.dtype for t in layer.ffn.packed.tensors} == {dtype}
+            assert {t.dtype for t in layer.frozen.packed.tensors} == {dtype}
             if dtype == torch.float16:
                 within = results(layer, x)
                 assert within["y"].dtype == dtype and within["lora_A"].dtype == within["x"].dtype == torch.float32
@@ -293,7 +332,7 @@ class TestNewestWeights:
     def test_of_a_copy_are_its_own(self, layer, x):
         before = results(layer, x)
         twin = copy.deepcopy(layer)
-        assert twin.ffn.ffn is twin.base
+        assert twin.frozen.base is twin.base
         with torch.no_grad():
             twin.lora_B.mul_(2)
             twin.base.fc1.weight.mul_(2)

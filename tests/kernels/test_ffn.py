@@ -76,7 +76,7 @@ class FFN:
 
     def forward(self, way, x=None, leaves=None):
         x, a, b, routers = leaves or self.leaves if x is None else (x, *self.leaves[1:])
-        return operators.lora_moe_ffn(x, self.packed, (a, b), routers, self.rows, self.gating, way)
+        return operators.lora_moe_packed(x, self.packed, (a, b), routers, self.rows, self.gating, way)
 
     def reference(self, dtype):
         """The results of PyTorch with x, the weights and the sums in ``dtype``, A, B and the routers no less exact."""
@@ -299,7 +299,7 @@ def test_saved_beside_the_weights_are_x_u_h_and_the_logits(way, gating, dtype):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = ffn.forward(way)
-    assert known <= saved.keys() and outputs[0].requires_grad
+    assert {leaf.untyped_storage().data_ptr() for leaf in ffn.leaves} <= saved.keys() and outputs[0].requires_grad
     extra = sum(size for place, size in saved.items() if place not in known)
     columns = ffn.gating.router_columns(experts)
     assert extra == sum(counts) * ((hidden + experts * rank) * dtype.itemsize + 4 * columns)
@@ -320,16 +320,16 @@ class TestOperators:
     def test_forward(self, case):
         *rest, way = case
         ffn = make(*rest)
-        torch.library.opcheck(operators.lora_moe_ffn_op, (*ffn.leaves, *self.arguments(ffn, way)))
+        torch.library.opcheck(operators.lora_moe_packed_op, (*ffn.leaves, *self.arguments(ffn, way)))
 
     @EVERY_CASE
     def test_backward(self, case):
         *rest, way = case
         ffn = make(*rest)
         x, *adapters = (leaf.detach() for leaf in ffn.leaves)
-        *_, h, z, u = operators.lora_moe_ffn_op(x, *adapters, *self.arguments(ffn, way))
+        *_, h, z, u = operators.lora_moe_packed_op(x, *adapters, *self.arguments(ffn, way))
         arguments = *ffn.cotangents, x, u, h, z, *adapters, *self.arguments(ffn, way)
-        torch.library.opcheck(operators.lora_moe_ffn_backward_op, arguments)
+        torch.library.opcheck(operators.lora_moe_packed_backward_op, arguments)
 
 
 class TestRefusals:

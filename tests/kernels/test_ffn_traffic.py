@@ -10,7 +10,7 @@ import triton
 from bench.traffic import Traffic, counting
 from kernels import Gating, TaskRows
 from kernels.ffn import WAYS
-from kernels.operators import lora_moe_ffn
+from kernels.operators import lora_moe_packed
 from kernels.packed import Packed
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def measure(shape, way="columns", gating="ase", counts=(32,) * TASKS) -> tuple[T
     dy, dp = torch.ones(tokens, D, dtype=torch.float16), torch.ones(routers.shape[:2])
     rows = TaskRows.of(tuple(counts), x.device)
     with counting(tokens) as forward:
-        y, _, mean_probs = lora_moe_ffn(x, packed, (a, b), routers, rows, gate, way)
+        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, rows, gate, way)
     with counting(tokens) as backward:
         torch.autograd.grad((y, mean_probs), leaves, (dy, dp))
     return forward, backward

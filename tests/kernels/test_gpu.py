@@ -6,6 +6,7 @@ few minutes. ``bash bench/gpu.sh OUTDIR`` runs these tests beside the sanitizer 
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import Gating, TaskRows, lora_moe  # noqa: E402
 from kernels.ffn import WAYS, ffn_reference  # noqa: E402
-from kernels.operators import lora_moe_ffn  # noqa: E402
+from kernels.linear import linear_reference  # noqa: E402
+from kernels.operators import lora_moe_packed  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -45,6 +47,7 @@ def name(kind) -> str:
 
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=name)
+ways = pytest.mark.parametrize("way", [*WAYS, "linear"])
 base_kinds = pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=name)
 
 
@@ -97,33 +100,39 @@ class Call:
 
 @dataclass
 class FusedCall(Call):
-    """The same on the frozen fc1 and fc2 of ``linears`` (``base`` is not read), computed in ``way``."""
+    """The same on the frozen fc1 and fc2 of ``linears``, or its linear layer (``base`` is not read), computed in
+    ``way``."""
 
-    linears: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    linears: tuple[tuple[Tensor, Tensor], ...]
     packed: Packed
     way: str
 
     def forward(self, kernel: str = "triton") -> tuple[Tensor, Tensor, Tensor]:
         rest = (self.a, self.b), self.routers, self.rows, self.gating
+        if kernel == "reference" and len(self.linears) == 1:
+            return linear_reference(self.x, *self.linears, *rest)
         if kernel == "reference":
             return ffn_reference(self.x, self.linears, *rest)
-        return lora_moe_ffn(self.x, self.packed, *rest, self.way)
+        return lora_moe_packed(self.x, self.packed, *rest, self.way)
 
     def exact_base(self, x: Tensor) -> Tensor:
-        (w1, b1), (w2, b2) = ((t.double() for t in linear) for linear in self.linears)
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+        *down, up = ([t.double() for t in linear] for linear in self.linears)
+        for linear in down:
+            x = F.gelu(F.linear(x, *linear))
+        return F.linear(x, *up)
 
 
-def make_fused(kind=KINDS[0], counts=COUNTS["T=1576"], way: str = "", hidden: int = 4 * WIDTH) -> FusedCall:
+def make_fused(kind=KINDS[0], counts=COUNTS["T=1576"], way: str = "") -> FusedCall:
+    """An FFN, or a linear layer where ``way`` is "linear"."""
     call, rng = make_call(kind, counts), torch.Generator().manual_seed(1)
     adapters, dtype = (call.a, call.b, call.routers), kind[2]
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (std * torch.randn(*size, generator=rng)).to(dtype).to(DEVICE)
 
-    shapes = (hidden, WIDTH), (WIDTH, hidden)
-    linears = tuple((normal(n, m, std=m**-0.5), normal(n)) for n, m in shapes)
-    packed = Packed.empty((WIDTH, hidden, WIDTH), adapters, dtype)
+    widths = (WIDTH, WIDTH) if way == "linear" else (WIDTH, 4 * WIDTH, WIDTH)
+    linears = tuple((normal(n, m, std=m**-0.5), normal(n)) for m, n in pairwise(widths))
+    packed = Packed.empty(widths, adapters, dtype)
     packed.fill_frozen(*linears)
     packed.fill(*adapters)
     return FusedCall(**vars(call), linears=linears, packed=packed, way=way)
@@ -186,14 +195,14 @@ def test_errors_are_those_of_the_type(kind, counts):
 
 @pytest.mark.parametrize("counts", ["T=7880", "uneven"])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], *KINDS[4:]], ids=name)
-@pytest.mark.parametrize("way", WAYS)
-def test_errors_of_the_ffn_are_those_of_the_type(way, kind, counts):
+@ways
+def test_errors_beside_packed_weights_are_those_of_the_type(way, kind, counts):
     assert_errors_are_those_of_the_type(make_fused(kind, COUNTS[counts], way))
 
 
 @base_kinds
-@pytest.mark.parametrize("way", WAYS)
-def test_ten_runs_of_the_ffn_have_the_same_bits_and_never_wait(way, kind):
+@ways
+def test_ten_runs_beside_packed_weights_have_the_same_bits_and_never_wait(way, kind):
     call = make_fused(kind, COUNTS["uneven"], way)
     first = call()
     torch.cuda.synchronize()
