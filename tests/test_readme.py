@@ -3,12 +3,16 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from train.check import main as check
 from train.cli import main
+from train.compare import main as compare
+from train.evaluate import main as evaluate
+from train.predict import main as predict
 from train.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +54,34 @@ def test_training_commands_run(command, tmp_path, request):
 def test_checking_commands_run(command, tmp_path, pascal_mini):
     argv = shlex.split(command.replace("PASCAL_MT", str(pascal_mini)))[3:]
     assert check([*argv, "--out", str(tmp_path)]) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(pascal_mini, tmp_path_factory):
+    """A folder with the RUN, RUN-2 and PHOTOS of the commands, and a few ids."""
+    folder = tmp_path_factory.mktemp("readme")
+    small = ["--image-size", "64", "--model", "vit_micro", "--head", "light", "--set", "lora_rank=0", "--steps", "1"]
+    data = ["--data", str(pascal_mini), "--partial-labels", "--protocol", "mini"]
+    assert main([*data, *small, "--out", str(folder / "RUN")]) == 0
+    shutil.copytree(folder / "RUN", folder / "RUN-2", symlinks=True)
+    ids = [(pascal_mini / "ImageSets/Context/val.txt").read_text().split()[i] for i in (0, 200, 400)]
+    (folder / "ids").write_text("\n".join(ids))
+    (folder / "PHOTOS").mkdir()
+    for image_id in ids:
+        shutil.copy(pascal_mini / f"JPEGImages/{image_id}.jpg", folder / "PHOTOS")
+    return folder
+
+
+def test_commands_about_checkpoints_run(runs, pascal_mini, monkeypatch):
+    """In their order: what one writes the next may read."""
+    monkeypatch.chdir(runs)
+    tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare}
+    quick = {"train.evaluate": ["--set", "ids", "--partial-labels", "--workers", "0"]}
+    commands = [shlex.split(command.replace("PASCAL_MT", str(pascal_mini))) for command in COMMANDS]
+    commands = [words for words in commands if words[2:] and words[2] in tools]
+    assert len(commands) == 4
+    for words in commands:
+        assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 
 
 def test_python_examples_run():

@@ -1,17 +1,21 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmoe_lora import add_lora, add_moe
 from kernels import UserError, resolve
 from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
+from train import checkpoint
 from train.data.pascal_mt import Access, PascalMT
 from train.data.protocols import build_protocol
 from train.data.scenes import Scenes
-from train.settings import Settings
+from train.settings import Settings, layer
 from train.tasks import output_channels
 
 
@@ -52,13 +56,40 @@ def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> Mult
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
         print(f"weights   {settings.pretrained}: {report}{overridden}")
         vit.requires_grad_(False)
+    model = _adapt(vit, settings, classes)
+    model.set_normalisation(*NORMALISATIONS[normalisation])
+    return model
+
+
+def rebuild_model(settings: Settings, classes: dict[str, tuple[str, ...]], tensors: dict[str, Tensor]) -> MultiTaskViT:
+    """The model of a checkpoint by its settings and ``tensors``, the file that it was pretrained from not needed."""
+    registers = tensors.get("vit.reg_token")
+    config = replace(
+        VITS[settings.model],
+        patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
+        registers=0 if registers is None else registers.shape[1],
+    )
+    model = _adapt(ViT(config, settings.image_size), settings, classes)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any]]:
+    """(settings, model, state) of a checkpoint, for evaluation on this machine's device by this machine's kernels."""
+    state = checkpoint.read_state(folder)
+    settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
+    classes = PascalMT.classes if settings.data else Scenes.classes
+    model = rebuild_model(settings, classes, checkpoint.read_weights(folder))
+    return settings, model.to(build_device(settings)), state
+
+
+def _adapt(vit: ViT, settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+    """LoRA, experts and heads."""
     if settings.lora_rank:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
     moe = settings.moe_config
     routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
-    model = MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
-    model.set_normalisation(*NORMALISATIONS[normalisation])
-    return model
+    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:

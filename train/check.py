@@ -20,6 +20,7 @@ from train.data.labels import Reader
 from train.data.pascal_mt import PascalMT, group_by_tasks
 from train.data.transforms import unit_normals, void_absent_parts
 from train.data.tree import ImageFiles, Tree, find_tree, list_images
+from train.report import align, make_folder
 from train.tasks import TASKS, VOID, parse_tasks
 
 OFFICIAL_IMAGES = {"train": 4998, "val": 5105}
@@ -101,13 +102,6 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3f}" if 100 * part >= 0.0005 * whole else "<0.001"
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest entry, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)
-
-
 def describe_faults(faults: Sequence[str]) -> str:
     if not faults:
         return "nothing is wrong"
@@ -137,10 +131,7 @@ def run(options: Any) -> int:
     if options.workers < 0:
         raise UserError(f"workers is {options.workers}: it must not be negative")
     reader, out = Reader(open_cache(options.cache, tree.root)), Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from None
+    make_folder(out)
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
     faults = [fault for split in splits for fault in split.faults]

@@ -10,6 +10,8 @@ A killed run leaves the last good one.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,30 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a checkpoint: give a folder step-N or last of an earlier run") from None
 
 
+def find(given: Path) -> Path:
+    """The folder step-N that a run's folder, its ``last`` or step-N itself leads to."""
+    return ((given / "last") if (given / "last").exists() else given).resolve()
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers."""
+    with _undamaged(folder):
+        return load_file(folder / "model.safetensors")
+
+
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what :func:`save` wrote; nothing is unpickled that could run code."""
-    try:
-        weights = load_file(folder / "model.safetensors")
+    weights = read_weights(folder)
+    with _undamaged(folder):
         moments = torch.load(folder / "optimizer.pt", weights_only=True)
-    except Exception as error:  # readers raise a dozen kinds on damaged bytes; all mean the same to the user
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {folder} is damaged: {reason}; resume from another one") from None
     model.load_state_dict(weights)
     optimizer.load_state_dict(moments)
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # readers raise a dozen kinds on damaged bytes; all mean the same to the user
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {folder} is damaged: {reason}; take another one") from None

@@ -20,9 +20,11 @@ from kernels.ranges import span, spanned
 from model import MultiTaskViT
 from train import build, checkpoint
 from train.data.batches import Batch, collate, eval_loader, train_loader
-from train.scoring import Metrics, evaluate, score_constant
 from train.losses import LOSSES
-from train.report import table, versions, write_json
+from train.metrics import Metrics
+from train.report import make_folder, table, versions, write_json
+from train.results import describe_set
+from train.scoring import evaluate, score_constant
 from train.settings import Settings
 from train.settings import resolve as resolve_settings
 
@@ -97,10 +99,7 @@ def set_up(settings: Settings, fresh: bool) -> Run:
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
     out = run_folder(settings, fresh)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from None
+    make_folder(out)
     if skipped := [fault for dataset in data for fault in dataset.skipped]:
         (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
     run = Run(settings, out, device, data, model, build.build_optimizer(settings, model))
@@ -268,6 +267,7 @@ def results_of(run: Run, speed: float, losses: dict[str, float], metrics: Metric
             "name": train_set.name, "train": len(train_set), "val": len(val_set), "image_size": s.image_size,
             "skipped": {"train": len(train_set.skipped), "val": len(val_set.skipped)},
         },
+        "evaluation": describe_set(val_set, s.task_names, "val", f"{s.image_size} x {s.image_size}"),
         "model": {"name": s.model, "head": s.head, "site": s.site, "backbone": "frozen" if s.pretrained else "trained"},
         "moe": s.moe,
         "gating": moe.gating_name if moe else None,
@@ -293,6 +293,7 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     indices = pictures.spread(val_set.groups, PICTURES)
     batch = collate([val_set[index, 0] for index in indices], s.task_names).to(run.device)
     run.model.eval()
-    pictures.save_predictions(run.out / "predictions.png", batch, run.model(batch.images), val_set.classes)
+    predictions = {"predicted": run.model(batch.images)}
+    pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
     if routing is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from matplotlib.patches import Patch  # noqa: E402
 
 GREY = np.array([160, 160, 160], dtype=np.uint8)
 BLANK = 242  # grey of a label that there is none of
+INK = np.array([20, 30, 90])  # of edges over a photo
 CELL = 224  # side of a cell on a contact sheet, pixels
 CAPTION = 20  # height in it that is left for the id
 
@@ -46,6 +48,34 @@ def paint_prediction(task: str, prediction: Tensor) -> np.ndarray:
         return paint_label(task, torch.nn.functional.normalize(prediction, dim=0))
     probability = prediction.sigmoid()[0] if task == "edge" else prediction.softmax(0)[1]
     return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
+
+
+def overlay(task: str, photo: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A prediction over its photo, (H, W, 3) uint8; ``picture`` is its PNG, see train.predictions.
+
+    Classes are tinted and outlined, what is not salient is in the shade, edges are drawn on the faded photo; normals
+    cover it.
+    """
+    if task == "normals":
+        return picture
+    if task in ("seg", "parts"):
+        outline = _outline(picture)[..., None]
+        tinted = 0.4 * photo + 0.6 * PALETTE[picture]
+        over = np.where(picture[..., None] > 0, np.where(outline, PALETTE[picture], tinted), photo)
+    elif task == "sal":
+        shade = 0.4 * photo.mean(-1, keepdims=True)
+        over = shade + (photo - shade) * (picture[..., None] / 255)
+    else:
+        strength = picture[..., None] / 255
+        over = (1 - strength) * (255 - 0.3 * (255 - photo.astype(np.float32))) + strength * INK
+    return over.astype(np.uint8)
+
+
+def _outline(ids: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) next to another class, nearer than 1/300 of the longer side, at least one pixel."""
+    reach = max(round(max(ids.shape) / 300), 1)
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
 
 
 def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
@@ -92,19 +122,26 @@ def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def save_predictions(
-    path: Path, batch: Batch, predictions: dict[str, Tensor], classes: dict[str, tuple[str, ...]]
+    path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: dict[str, tuple[str, ...]]
 ) -> None:
-    """A grid: one row per image of ``batch``; the image, then label and prediction of each task. ``predictions``
-    {task: (B, C, H, W)} are those of every image, labelled or not; a label that is missing is left blank."""
+    """A grid: one row per image of ``batch``; the image, then per task the label and what each model says.
+
+    ``predictions[model][task]`` (B, C, H, W) are those of every image, labelled or not, the columns' titles the models'
+    names; a label that is missing is left blank.
+    """
     columns = [("image", list(batch.images.permute(0, 2, 3, 1).cpu().numpy()))]
-    for task, outputs in predictions.items():
+    tasks = [task for task in TASKS if any(task in outputs for outputs in predictions.values())]
+    for task in tasks:
         labels = dict(zip(batch.index[task].tolist(), batch.labels[task])) if task in batch.index else {}
         blank = np.full_like(columns[0][1][0], 255)
-        columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in range(len(outputs))]))
-        columns.append(("predicted", [paint_prediction(task, output) for output in outputs]))
+        rows = range(len(batch.images))
+        columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in rows]))
+        for name, outputs in predictions.items():
+            if task in outputs:
+                columns.append((name, [paint_prediction(task, output) for output in outputs[task]]))
     figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
     _draw_grid(axis, columns)
-    _draw_legends(figure, predictions, classes)
+    _draw_legends(figure, tasks, classes)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -119,7 +156,8 @@ def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> i
     axis.imshow(np.concatenate(strips, axis=1), interpolation="nearest")
     axis.axis("off")
     for i, (title, _) in enumerate(columns):
-        axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=9)
+        size = min(9, 108 / len(title))  # points; a long name shrinks to its column
+        axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=size)
     return side + gap
 
 

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from train.cli import main
+
 PERSON, DOG = 15, 12
 FOLDERS = ("JPEGImages", "ImageSets/Context", "ImageSets/Parts", "semseg/VOC12", "semseg/pascal-context",
            "human_parts", "sal_distill", "normals_distill", "pascal-context/trainval")
@@ -124,3 +126,24 @@ def pascal_tree(tmp_path_factory):
 def pascal_copy(pascal_tree, tmp_path):
     """A copy of the fabricated tree that a test may damage."""
     return Path(shutil.copytree(pascal_tree, tmp_path / "PASCAL_MT"))
+
+
+def train_tiny(tree, out, *options):
+    argv = ["--data", str(tree), "--model", "vit_micro", "--head", "light", "--batch-size", "4"]
+    assert main([*argv, "--set", "lora_rank=0", "--workers", "0", *options, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_run(pascal_tree, tmp_path_factory):
+    """A run of three steps on the fabricated tree, protocol mtinet at 64 pixels."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return train_tiny(pascal_tree, out, "--steps", "3", "--protocol", "mtinet", "--image-size", "64")
+
+
+@pytest.fixture(scope="session")
+def padded_run(pascal_tree, tmp_path_factory):
+    """One step without parts, protocol invpt at 128 pixels, which hold the val photos."""
+    out = tmp_path_factory.mktemp("runs") / "padded"
+    options = ["--steps", "1", "--tasks", "seg,sal,normals,edge", "--image-size", "128"]
+    return train_tiny(pascal_tree, out, "--protocol", "invpt", *options)

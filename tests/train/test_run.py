@@ -30,7 +30,7 @@ def results(finished):
 
 def test_results_name_everything_a_reader_needs(results):
     assert list(results) == [
-        "format", "command", "protocol", "dataset", "model", "moe", "gating", "kernel", "seed", "steps",
+        "format", "command", "protocol", "dataset", "evaluation", "model", "moe", "gating", "kernel", "seed", "steps",
         "images_per_second", "parameters", "final_losses", "metrics", "metrics_constant", "metrics_untrained",
         "versions",
     ]

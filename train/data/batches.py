@@ -8,7 +8,7 @@ of each step, and the shapes of the tensors never change.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -126,14 +126,16 @@ class Loader:
     """An iterable of Batch, as often as wanted, fed by ``workers`` processes (0: by this one).
 
     The processes live as long as the loader, each with one thread. A UserError in a process is raised here
-    with the same message. torch's global random state is left alone.
+    with the same message. torch's global random state is left alone. ``gather`` makes a batch of the samples.
     """
 
-    def __init__(self, dataset: DataSet, tasks: Sequence[str], batches: Iterable[list[Key]], workers: int) -> None:
+    def __init__(
+        self, dataset: DataSet, batches: Iterable[list[Key]], workers: int, gather: Callable[[list[Sample]], Any]
+    ) -> None:
         self._loader = DataLoader(
             _Reporting(dataset),
             batch_sampler=batches,
-            collate_fn=partial(_collate_or_report, tasks=tuple(tasks)),
+            collate_fn=partial(_gather_or_report, gather=gather),
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
@@ -142,7 +144,7 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -165,8 +167,8 @@ class _Reporting:
             return error
 
 
-def _collate_or_report(samples: Sequence[Sample | UserError], tasks: tuple[str, ...]) -> Batch | UserError:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples, tasks)
+def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[Sample]], Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or gather(samples)
 
 
 def train_loader(
@@ -174,10 +176,19 @@ def train_loader(
 ) -> Loader:
     """The batches of ``steps``; UserError when ``batch_size`` is smaller than the number of groups."""
     counts = compose([len(group) for group in dataset.groups], batch_size)
-    return Loader(dataset, tasks, BatchSampler(dataset.groups, counts, steps, seed), workers)
+    return Loader(dataset, BatchSampler(dataset.groups, counts, steps, seed), workers, partial(collate, tasks=tasks))
 
 
 def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
     """Every image once, in order, as of epoch 0; the last batch may be smaller."""
+    return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))
+
+
+def sample_loader(dataset: DataSet, batch_size: int, workers: int) -> Loader:
+    """The same images as lists of samples, whose labels may differ in size."""
+    return Loader(dataset, _in_order(dataset, batch_size), workers, list)
+
+
+def _in_order(dataset: DataSet, batch_size: int) -> list[list[Key]]:
     keys = [(index, 0) for index in range(len(dataset))]
-    return Loader(dataset, tasks, [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)], workers)
+    return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]

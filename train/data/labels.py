@@ -76,12 +76,12 @@ def fit(path: Path, label: NDArray, shape: tuple[int, int], interpolation: int =
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
     """RGB (H, W, 3) of a JPEG or PNG in colour or grey."""
-    return np.asarray(_read_image(path, ("RGB", "L"), ("JPEG", "PNG")).convert("RGB"))
+    return np.asarray(read_image(path, ("RGB", "L"), ("JPEG", "PNG")).convert("RGB"))
 
 
 def read_seg(path: Path) -> NDArray[np.uint8]:
     """Class indices 0..20 and 255 (H, W), as stored: a palette only colours them."""
-    image = _read_image(path, ("P", "L"))
+    image = read_image(path, ("P", "L"))
     label = np.asarray(image)
     used = np.flatnonzero(np.bincount(label.ravel()))
     if (strange := used[(used >= len(VOC_CLASSES)) & (used != VOID)]).size:
@@ -102,12 +102,12 @@ def _check_palette(path: Path, used: Sequence[int], palette: NDArray) -> None:
 
 def read_sal(path: Path) -> NDArray[np.uint8]:
     """0 or 1 (H, W): the distilled grey value is a probability."""
-    return (np.asarray(_read_image(path, ("L", "1")).convert("L")) / 255 > 0.5).astype(np.uint8)
+    return (np.asarray(read_image(path, ("L", "1")).convert("L")) / 255 > 0.5).astype(np.uint8)
 
 
 def read_normals(path: Path) -> NDArray[np.uint8]:
     """The stored triples (H, W, 3)."""
-    return np.asarray(_read_image(path, ("RGB",)))
+    return np.asarray(read_image(path, ("RGB",)))
 
 
 def read_edges(path: Path) -> NDArray[np.uint8]:
@@ -136,7 +136,7 @@ def valid_classes() -> NDArray[np.int64]:
     return np.array(sorted(json.loads(text)["ids"].values()))
 
 
-def _read_image(path: Path, modes: Sequence[str], formats: Sequence[str] = ("PNG",)) -> Image.Image:
+def read_image(path: Path, modes: Sequence[str], formats: Sequence[str] = ("PNG",)) -> Image.Image:
     """The whole image, one of Pillow's ``modes`` with 8 bits a sample; UserError where it is another or damaged."""
     require_file(path)
     with reading(path):

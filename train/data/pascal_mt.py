@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from train.data.inspection import inspect_images
 from train.data.labels import Reader
 from train.data.protocols import Protocol
 from train.data.transforms import Sample
-from train.data.tree import ImageFiles, find_tree, list_images, require_complete
+from train.data.tree import ImageFiles, find_tree, list_images, require_complete, with_persons
 from train.data.voc import VOC_CLASSES
 from train.tasks import PART_NAMES, TASKS
 
@@ -35,8 +35,8 @@ class PascalMT:
     """One split of PASCAL_MT as a data set in the sense of :mod:`train.data`.
 
     ``root`` is the tree or the folder around it. The split "train" is augmented as ``protocol`` has it, by (seed,
-    epoch, index). With ``access.skip_bad`` every file is read at once, images with a fault are left out, which one line
-    on stderr says, and ``skipped`` holds the first fault of each.
+    epoch, index). ``only`` keeps the images with these ids. With ``access.skip_bad`` every file is read at once, images
+    with a fault are left out, which one line on stderr says, and ``skipped`` holds the first fault of each.
 
     Raises UserError for a tree that lacks a folder, a list, a photo or a label, and, on reading an item,
     for a file that is damaged.
@@ -47,14 +47,17 @@ class PascalMT:
 
     def __init__(
         self, root: str | Path, split: str, tasks: Sequence[str], protocol: Protocol, seed: int,
-        access: Access = Access(),
+        access: Access = Access(), only: Container[str] | None = None,
     ) -> None:
         self.tree = find_tree(Path(root))
-        self.transforms, self.training, self.seed = protocol, split == "train", seed
+        self.split, self.seed = split, seed
+        self.transforms, self.training = protocol, split == "train"
         self.protocol = protocol.reported
         self._reader = Reader(open_cache(access.cache, self.tree.root), protocol.edges_at_input)
         guided = protocol.needs_seg and self.training
         images = list_images(self.tree, split, tasks, access.partial_labels, guided)
+        if only is not None:
+            images = [image for image in images if image.id in only]
         self.skipped: tuple[str, ...] = ()
         if access.skip_bad:
             images, self.skipped = leave_out_bad(split, images, self._reader, access.workers)
@@ -66,6 +69,11 @@ class PascalMT:
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(image.id for image in self.images)
+
+    def labelled(self, task: str) -> list[str]:
+        """The ids of the images that are scored for ``task``; for parts those that may show a person, as is usual."""
+        ids = [image.id for image in self.images if task in image.labels]
+        return with_persons(self.tree, self.split, ids) if task == "parts" else ids
 
     def __len__(self) -> int:
         return len(self.images)

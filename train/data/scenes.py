@@ -276,6 +276,14 @@ class Scenes:
         self.stream = (seed, SPLITS.index(split))
         self.groups = (np.arange(length),)
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"scene-{self.stream[0]}-{index:05d}" for index in range(self.length))
+
+    def labelled(self, task: str) -> list[str]:
+        """The ids of the images that are scored for ``task``: all."""
+        return list(self.ids)
+
     def __len__(self) -> int:
         return self.length
 

@@ -1,8 +1,8 @@
 """Metrics: small objects that add up over batches and processes.
 
-``update(prediction, label)`` takes the raw output of a head, ``state`` is one tensor that may be summed over
-processes, and ``compute()`` gives the scores by name. :mod:`train.metrics.odsf` scores edges against whole LabelMaps,
-:mod:`train.metrics.delta` sums up all tasks.
+``update(prediction, label)`` takes the raw output of a head, ``count(decided, label)`` what is made of it, which may
+also come from a file; ``state`` is one tensor that may be summed over processes, and ``compute()`` gives the scores by
+name. :mod:`train.metrics.odsf` scores edges against whole LabelMaps, :mod:`train.metrics.delta` sums up all tasks.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from train.metrics.edge import EdgeLoss
 from train.metrics.iou import ConfusionIoU
 from train.metrics.normals import Normals
 from train.metrics.saliency import Saliency
+
+Metrics = dict[str, dict[str, float | None]]  # {task: {score: value}}, None where nothing was labelled
 
 METRICS = {"seg": ConfusionIoU, "parts": ConfusionIoU, "sal": Saliency, "normals": Normals, "edge": EdgeLoss}
 
@@ -29,8 +31,10 @@ HEADLINES = (
     Headline("seg", "mIoU", True, "%"),
     Headline("parts", "mIoU", True, "%"),
     Headline("sal", "maxF", True, "%"),
+    Headline("sal", "maxF_invpt", True, "%"),
     Headline("sal", "mIoU", True, "%"),
     Headline("normals", "mErr", False, "deg"),
+    Headline("edge", "odsF", True, "%"),
     Headline("edge", "loss", False, ""),
 )
 

@@ -28,9 +28,19 @@ class Additive:
 class Metric(Additive, ABC):
     """A score of one task over a set; scores are percent, degrees or a loss, and NaN where no label defines them."""
 
-    @abstractmethod
+    @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Take in a batch: the raw output of the head and the labels, as :mod:`train.losses` gets them."""
+        self.count(self.decide(prediction), label)
+
+    @staticmethod
+    @abstractmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """What a head says by its raw output (n, C, H, W): class ids, probabilities, vectors or logits."""
+
+    @abstractmethod
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """Take in a batch of what :meth:`decide` gives, wherever it comes from, and its labels."""
 
     @abstractmethod
     def compute(self) -> dict[str, float | None]:

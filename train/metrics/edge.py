@@ -18,10 +18,14 @@ class EdgeLoss(Metric):
     def __init__(self) -> None:
         super().__init__(2)
 
-    @torch.no_grad()
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """``prediction`` (n, 1, H, W) logit, ``label`` uint8 (n, H, W)."""
-        total = balanced_bce(prediction, label).sum(dtype=torch.float64)
+    @staticmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """Logits (n, 1, H, W), as they are."""
+        return prediction
+
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """``decided`` logits (n, 1, H, W), ``label`` uint8 (n, H, W)."""
+        total = balanced_bce(decided, label).sum(dtype=torch.float64)
         self.add(torch.stack([total, (label != VOID).sum()]))
 
     def compute(self) -> dict[str, float | None]:

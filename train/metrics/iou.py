@@ -21,12 +21,15 @@ class ConfusionIoU(Metric):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, num_classes)
 
-    @torch.no_grad()
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """``prediction`` (n, C, H, W) logits, ``label`` uint8 (n, H, W)."""
+    @staticmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """Logits (n, C, H, W) -> class ids int64 (n, H, W)."""
+        return prediction.max(1).indices  # argmax(1) takes twice the time on a CPU
+
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """``decided`` class ids (n, H, W), ``label`` uint8 (n, H, W)."""
         classes = len(self.state)
-        predicted = prediction.max(1).indices  # argmax(1) takes twice the time on a CPU
-        counts = histogram(label.long() * classes + predicted, label != VOID, classes**2)
+        counts = histogram(label.long() * classes + decided, label != VOID, classes**2)
         self.add(counts.view(classes, classes))
 
     def per_class(self) -> Tensor:

@@ -24,10 +24,14 @@ class Normals(Metric):
     def __init__(self) -> None:
         super().__init__(2 + 180 * BINS_PER_DEGREE)
 
-    @torch.no_grad()
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """``prediction`` (n, 3, H, W) unnormalised, ``label`` float32 (n, 3, H, W)."""
-        p, g = unit(prediction.float()), unit(label)
+    @staticmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """Vectors of any length -> unit vectors, float32 (n, 3, H, W)."""
+        return unit(prediction.float())
+
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """``decided`` unit vectors, ``label`` of any length, both float32 (n, 3, H, W)."""
+        p, g = decided, unit(label)
         degrees = torch.rad2deg(2 * torch.atan2(_length(p - g), _length(p + g)))
         valid = (label != 0).any(1)
         bins = len(self.state) - 2

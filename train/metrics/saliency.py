@@ -31,16 +31,19 @@ class Saliency(Metric):
     def __init__(self) -> None:
         super().__init__(2 * 2 * (len(F_THRESHOLDS) + 1) + 3 * len(A_THRESHOLDS) + 1)
 
-    @torch.no_grad()
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """``prediction`` (n, 2, H, W) logits, ``label`` uint8 (n, H, W)."""
+    @staticmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """Logits (n, 2, H, W) -> p, float32 (n, H, W): the softmax of two."""
         logits = prediction.float()
-        probability = (logits[:, 1] - logits[:, 0]).sigmoid()  # the softmax of two
+        return (logits[:, 1] - logits[:, 0]).sigmoid()
+
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """``decided`` p, float32 (n, H, W), ``label`` uint8 (n, H, W)."""
         pooled = [
             pixels_above(value, label, F_THRESHOLDS, inclusive=True).sum(0).flatten()
-            for value in (probability, probability.sigmoid())
+            for value in (decided, decided.sigmoid())
         ]
-        counts = pixels_above(probability, label, A_THRESHOLDS, inclusive=False)
+        counts = pixels_above(decided, label, A_THRESHOLDS, inclusive=False)
         labelled = counts[:, 0].sum(1) > 0
         self.add(torch.cat([*pooled, _sum_over_images(counts[labelled]).flatten(), labelled.sum()[None]]))
 

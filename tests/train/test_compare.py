@@ -1,0 +1,172 @@
+"""``python -m train.compare``: tables of what may be compared, and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from train.compare import main
+from train.evaluate import main as evaluate
+from train.metrics.delta import published_rows
+from train.report import table
+
+ROWS = published_rows()
+
+
+def scored(run, out, *options):
+    assert evaluate([str(run), "--workers", "0", *map(str, options), "--out", str(out)]) == 0
+    return out
+
+
+def compare(capsys, tmp_path, *argv):
+    capsys.readouterr()
+    status = main([*map(str, argv), "--out", str(tmp_path / "compared")])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def altered(tiny_run, tmp_path):
+    """alter(name, ...) -> a copy of tiny_run's results with some entries changed."""
+
+    def alter(name, **entries):
+        results = json.loads((tiny_run / "results.json").read_text())
+        for key, value in entries.items():
+            results[key] = results[key] | value if isinstance(value, dict) and results.get(key) else value
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        return tmp_path / name
+
+    return alter
+
+
+def test_two_runs_stand_in_one_table_and_one_picture(tiny_run, pascal_tree, tmp_path, capsys):
+    from train.cli import main as train
+
+    argv = ["--data", str(pascal_tree), "--model", "vit_micro", "--head", "light", "--steps", "1", "--batch-size", "4"]
+    options = ["--tasks", "seg,edge", "--protocol", "mtinet", "--image-size", "64", "--moe", "none", "--workers", "0"]
+    assert train([*argv, *options, "--out", str(tmp_path / "other")]) == 0
+    runs = [str(tiny_run), str(tmp_path / "other")]
+    command = [sys.executable, "-m", "train.compare", *runs, "--baseline", str(tiny_run)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    heads, first, second = [line.split("  ") for line in done.stdout.splitlines()[:3]]
+    assert heads[0].strip() == "run" and first[0].strip() == "tiny" and second[0].strip() == "other"
+    assert first[-1].strip() == "+0.00" and second[-1].strip() == "n/a"
+    assert "protocol mtinet@64, labels at 64 x 64, 4 images of val" in done.stdout
+    out = tmp_path / "runs/compare"
+    assert (out / "table.txt").read_text() in done.stdout
+    assert Image.open(out / "predictions.png").width > 1200
+
+
+def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path, capsys):
+    first, second = (scored(tiny_run, tmp_path / name, "--odsf", "fast") for name in ("a", "b"))
+    status, text, _ = compare(capsys, tmp_path, first, second, "--markdown")
+    lines = text.splitlines()
+    assert status == 0 and lines[0].startswith("| run | seg mIoU ↑ |") and "| edge odsF ↑ | edge loss ↓ |" in lines[0]
+    assert lines[1].count("---:") == lines[2].count("|") - 2 and lines[2][3:] == lines[3][3:].replace("| b |", "| a |")
+    assert "odsF over 4 images, variant seism" in text
+    assert (tmp_path / "compared/table.md").read_text() in text
+    assert (tmp_path / "compared/predictions.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "ase"], "protocol mtinet@64 and ase@64"),
+        (["--protocol", "mini"], "protocol mtinet@64 and mini@64"),
+        (["--set", "ONE"], "seg of 4 images ("),
+        (["--split", "all"], "seg of 4 images ("),
+        (["--odsf-variant", "none"], "odsF fast seism and fast none"),
+        (["--odsf", "full"], "odsF fast seism and full seism"),
+    ],
+)
+def test_mixed_results_are_refused(options, message, tiny_run, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("2009_000001\n")
+    options = [str(tmp_path / "one.txt") if option == "ONE" else option for option in options]
+    first, second = scored(tiny_run, tmp_path / "a"), scored(tiny_run, tmp_path / "b", *options)
+    status, _, error = compare(capsys, tmp_path, first, second)
+    assert status == 2 and error.startswith("error: a and b cannot be compared: ") and error.count("\n") == 1
+    assert message in error and not (tmp_path / "compared").exists()
+
+
+def test_training_at_the_square_is_not_evaluation_at_the_photos_size(tiny_run, tmp_path, capsys):
+    status, _, error = compare(capsys, tmp_path, tiny_run, scored(tiny_run, tmp_path / "a"))
+    assert status == 2 and "labels at 64 x 64 and the photo's size" in error
+
+
+def test_a_run_of_parts_alone_is_compared_over_the_images_with_persons(pascal_tree, tmp_path, capsys):
+    """Training on parts alone leaves out the others, which are void for parts in any run."""
+    from train.cli import main as train
+
+    argv = ["--data", str(pascal_tree), "--model", "vit_micro", "--head", "light", "--steps", "1", "--batch-size", "4"]
+    for tasks in ("parts", "seg,parts"):
+        options = ["--tasks", tasks, "--protocol", "mtinet", "--image-size", "64", "--workers", "0"]
+        assert train([*argv, *options, "--out", str(tmp_path / tasks)]) == 0
+        scored(tmp_path / tasks, tmp_path / f"{tasks} all", "--split", "all")
+    status, text, _ = compare(capsys, tmp_path, tmp_path / "parts all", tmp_path / "seg,parts all")
+    assert status == 0 and "n/a" in text.splitlines()[1]
+
+
+def test_where_a_checkpoint_is_gone_there_is_no_picture(tiny_run, altered, tmp_path, capsys):
+    status, text, _ = compare(capsys, tmp_path, tiny_run, altered("copied"))
+    assert status == 0 and "no picture, as there is no checkpoint of copied" in text
+    assert not (tmp_path / "compared/predictions.png").exists()
+
+
+@pytest.mark.parametrize("row, protocol", [
+    ("STL ResNet-18 (ASE)", "ase"), ("stl resnet-101 (astmt)", "mtinet"), ("InvPT ViT-L", "invpt"),
+])
+def test_published_rows_are_baselines_of_their_own_protocol(row, protocol, altered, tmp_path, capsys):
+    name = next(name for name in ROWS if name.casefold() == row.casefold())
+    scores = {task: {cell["metric"]: 2 * cell["value"]} for task, cell in ROWS[name]["scores"].items()}
+    run = altered("run", protocol=protocol, evaluation={"compared_at": "the photo's size"}, metrics=scores)
+    status, text, _ = compare(capsys, tmp_path, run, "--baseline", row)
+    assert status == 0 and f"{100 * 3 / 5:+.2f}" in text  # four are twice as good, the normals twice as bad
+    assert f"Delta_m against {name}, {ROWS[name]['source']}" in text
+    other = altered("other", protocol=f"{protocol}@64", evaluation={"compared_at": "the photo's size"})
+    assert "they do not compare" in compare(capsys, tmp_path, other, "--baseline", row)[2]
+    square = altered("square", protocol=protocol)
+    assert "was scored at the photo's size" in compare(capsys, tmp_path, square, "--baseline", row)[2]
+
+
+def test_a_file_is_a_baseline(altered, tmp_path, capsys):
+    file = tmp_path / "base.json"
+    cell = {"metric": "mIoU", "value": 40, "higher": True}
+    file.write_text(json.dumps({"protocol": "mtinet@64", "source": "my notebook", "scores": {"seg": cell}}))
+    run = altered("run", metrics={"seg": {"mIoU": 50.0}})
+    status, text, _ = compare(capsys, tmp_path, run, "--baseline", file)
+    assert status == 0 and "+25.00" in text and "my notebook" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["/no/such/run"], "/no/such/run does not exist"),
+        (["OLD"], "does not say what its scores were taken over"),
+        (["TORN"], "cannot be read"),
+        (["RUN", "RUN"], "a run is given twice"),
+        (["RUN", "--baseline", "resnet-18 stl"], "no baseline 'resnet-18 stl': give a JSON file"),
+        (["RUN", "--baseline", "BAD"], "is no baseline (KeyError: 'scores')"),
+        (["RUN", "--baseline", "TORN/results.json"], "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, message, tiny_run, tmp_path, capsys):
+    for name, text in {"old": '{"metrics": {}}', "torn": '{"metrics": {', "bad": '{"protocol": "ase"}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(text)
+    places = {
+        "RUN": tiny_run, "OLD": tmp_path / "old", "TORN": tmp_path / "torn", "BAD": tmp_path / "bad/results.json",
+        "TORN/results.json": tmp_path / "torn/results.json",
+    }
+    status, _, error = compare(capsys, tmp_path, *(places.get(word, word) for word in argv))
+    assert status == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_score_that_one_column_lacks_is_not_available():
+    text = table({"a": {"seg": {"mIoU": 50.0}}, "b": {"edge": {"loss": 0.1, "odsF": None}}})
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[1] == ["seg", "mIoU", "%", "^", "50.00", "n/a"] and rows[2] == ["edge", "loss", "v", "n/a", "0.1000"]
+    assert len(rows) == 4

@@ -1,0 +1,155 @@
+"""``python -m train.compare RUN RUN ...``: the scores of runs in one table, and their predictions side by side."""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from kernels import UserError
+from train import checkpoint
+from train.build import load_checkpoint
+from train.cli import Parser
+from train.data.batches import collate
+from train.data.pascal_mt import Access, PascalMT
+from train.data.protocols import build_protocol
+from train.data.scenes import Scenes
+from train.metrics import HEADLINES
+from train.report import align, make_folder, number
+from train.results import Results, read_results, require_comparable, with_baseline
+from train.settings import Settings
+
+PICTURES = 8  # rows of the picture
+
+DESCRIPTION = """\
+Print the scores of runs in one table and draw their predictions side by side. A RUN is the folder of python -m train or
+of python -m train.evaluate. Scores of different protocols or over different images are refused.
+OUT receives table.txt, table.md and predictions.png."""
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m train.compare", description=DESCRIPTION, allow_abbrev=False,
+                    formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", nargs="+")
+    parser.add_argument("--baseline", metavar="FILE|NAME", help="Delta_m against a published row, a JSON file or a run")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--out", metavar="DIR", default="runs/compare", help="(%(default)s)")
+    return parser
+
+
+def short_names(given: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many more as tell them apart."""
+    parts = [Path(path).resolve().parts for path in given]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"a run is given twice: {', '.join(given)}")
+
+
+def rows_of(runs: Mapping[str, Results]) -> list[list[str]]:
+    """Headings and one row per run, a column per score that any of them has, Delta_m last."""
+    shown = [h for h in HEADLINES if any(_score(results, h.task, h.key) is not None for results in runs.values())]
+    heads = [f"{h.task} {h.key} {'^' if h.higher_is_better else 'v'}" for h in shown]
+    rows = [["run", *heads]]
+    for name, results in runs.items():
+        rows.append([name, *(number(_score(results, h.task, h.key), h.unit) for h in shown)])
+    if any("delta_m" in results for results in runs.values()):
+        for row, cell in zip(rows, ["Delta_m % ^", *(_delta(results) for results in runs.values())], strict=True):
+            row.append(cell)
+    return rows
+
+
+def _score(results: Results, task: str, key: str) -> float | None:
+    return results["metrics"].get(task, {}).get(key)
+
+
+def _delta(results: Results) -> str:
+    return "n/a" if results["delta_m"] is None else f"{results['delta_m']:+.2f}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    signs = {"^": "↑", "v": "↓"}
+    heads = [" ".join(signs.get(word, word) for word in head.split(" ")) for head in rows[0]]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def caption(runs: Mapping[str, Results]) -> str:
+    """What the scores were taken over, and against what."""
+    first = next(iter(runs.values()))
+    over = first["evaluation"]
+    images = f"{over['images']} images of {over['split']}"
+    lines = [f"protocol {first['protocol']}, labels at {over['compared_at']}, {images}"]
+    if odsf := next((results["odsF"] for results in runs.values() if results.get("odsF")), None):
+        lines.append(f"odsF over {odsf['images']} images, variant {odsf['variant']}")
+    if baseline := first.get("baseline"):
+        lines.append(f"Delta_m against {baseline['name']}, {baseline['source']}")
+    return "; ".join(lines)
+
+
+def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module] | None:
+    """A run's model and its settings as it was scored; None where its checkpoint is not there."""
+    path = Path(given)
+    folder = checkpoint.find(Path(results.get("checkpoint") or (path if path.is_dir() else path.parent)))
+    if "predictions" in results or not (folder / "state.json").is_file():
+        return None
+    settings, model, _ = load_checkpoint(folder)
+    return settings, model
+
+
+@torch.inference_mode()
+def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Settings, torch.nn.Module]]) -> None:
+    """A few validation images, their labels and what each model says. All runs are of the same protocol and images."""
+    from train import pictures
+
+    results, (settings, _) = next(iter(runs.values())), next(iter(models.values()))
+    tasks = tuple(dict.fromkeys(task for s, _ in models.values() for task in s.task_names))
+    size, split = results["dataset"]["image_size"], results["evaluation"]["split"]
+    root = results["dataset"].get("root", settings.data)
+    if root:
+        protocol = build_protocol(results["protocol"].partition("@")[0], size)
+        dataset = PascalMT(root, split, tasks, protocol, 0, Access(partial_labels=True))
+    else:
+        dataset = Scenes(split, size, settings.val_scenes, settings.seed, tasks)
+    indices = pictures.spread(dataset.groups, PICTURES)
+    batch = collate([dataset[index, 0] for index in indices], tasks)
+    predictions = {name: model.cpu()(batch.images) for name, (_, model) in models.items()}
+    pictures.save_predictions(path, batch, predictions, dataset.classes)
+
+
+def run(given: Sequence[str], baseline: str | None, as_markdown: bool, out: Path) -> None:
+    runs = dict(zip(short_names(given), map(read_results, given), strict=True))
+    require_comparable(runs)
+    runs = {name: with_baseline(results, baseline) if baseline else results for name, results in runs.items()}
+    make_folder(out)
+    rows, below = rows_of(runs), caption(runs)
+    tables = {"table.txt": f"{align(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
+    for name, text in tables.items():
+        (out / name).write_text(text)
+    print(tables["table.md" if as_markdown else "table.txt"])
+    models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
+    if lacking := [name for name, model in models.items() if model is None]:
+        print(f"{out}/: table.txt, table.md; no picture, as there is no checkpoint of {', '.join(lacking)}")
+        return
+    draw(out / "predictions.png", runs, models)
+    print(f"{out}/: table.txt, table.md, predictions.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    options = build_parser().parse_args(argv)
+    try:
+        run(options.runs, options.baseline, options.markdown, Path(options.out))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""``python -m train.evaluate CHECKPOINT --data PASCAL_MT``: scores a checkpoint, or the predictions of any program."""
+
+import os
+import shlex
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kernels import UserError
+from model import MultiTaskViT
+from train import checkpoint
+from train.build import load_checkpoint
+from train.cli import Parser
+from train.comparison import COMPARISONS, Comparison
+from train.data.batches import sample_loader
+from train.data.pascal_mt import Access, PascalMT
+from train.data.protocols import OWN_SIZES, PROTOCOLS, build_protocol
+from train.data.reading import reading, require_file
+from train.data.scenes import Scenes
+from train.data.tree import find_tree, read_split
+from train.metrics import build_metrics
+from train.metrics.odsf import VARIANTS
+from train.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
+from train.report import make_folder, table, versions, write_json
+from train.results import Results, describe_delta, describe_set, with_baseline
+from train.scoring import Answered, Scoring, answers_of_files, answers_of_model, choose_boundaries, score_answers
+from train.settings import Settings
+
+DESCRIPTION = """\
+Score a checkpoint, or with --predictions the files of any program, on PASCAL-Context as a protocol has it.
+
+CHECKPOINT is a run's folder, its 'last' or a folder step-N. What the run was trained on is the default of --data,
+rendered scenes if it was those. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids), sal/<id>.png and
+edge/<id>.png (255 times the probability), normals/<id>.png (255 (n + 1) / 2), at the size of the photo.
+OUT receives results.json."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model, or a folder of predictions where that is None; ``about`` tells which in results."""
+
+    name: str
+    about: dict[str, Any]
+    settings: Settings
+    model: MultiTaskViT | None = None
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m train.evaluate", description=DESCRIPTION, allow_abbrev=False,
+                    formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT")
+    add("--predictions", metavar="DIR", help="score these files, not a checkpoint")
+    add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder around it")
+    add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are treated (the run's)")
+    add("--split", metavar="NAME", default="val", help="a list of ImageSets/Context (%(default)s)")
+    add("--set", metavar="FILE", help="take the images of the split with these ids, one a line (test_new, say)")
+    add("--odsf", choices=("fast", "full", "off"), help="F of edges over all images, 100 of them or none (fast)")
+    add("--odsf-variant", choices=VARIANTS, default="seism", help="%(default)s: thinned by SEISM's NMS; none: MTL-"
+        "PyTorch's, without; iz: MTDP's")
+    add("--save-predictions", metavar="DIR", help="keep all predictions there")
+    add("--baseline", metavar="FILE|NAME", help="print Delta_m against a published row, a JSON file or a run")
+    add("--partial-labels", action="store_true", help="a missing label file means: void for that task")
+    add("--skip-bad", action="store_true", help="leave out images with a damaged or missing label")
+    add("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes for odsF (%(default)s)")
+    add("--out", metavar="DIR", help="(runs/evaluate/NAME-PROTOCOL)")
+    return parser
+
+
+def subject_of(options: Namespace) -> Subject:
+    if (options.checkpoint is None) == (options.predictions is None):
+        raise UserError("give either a CHECKPOINT or --predictions DIR")
+    return _from_files(options) if options.predictions else _from_checkpoint(options)
+
+
+def _from_checkpoint(options: Namespace) -> Subject:
+    folder = checkpoint.find(Path(options.checkpoint))
+    settings, model, state = load_checkpoint(folder)
+    changes = {"data": options.data or settings.data, "protocol": options.protocol or settings.protocol}
+    if changes["data"] and not settings.data and "seg" in model.tasks:
+        raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL has not: leave --data away")
+    if options.protocol and not changes["data"]:
+        raise UserError("--protocol says how photos are treated, rendered scenes have none: give --data")
+    if changes["protocol"] == "invpt" != settings.protocol:
+        # Its photos are not shrunk: the model's positions are, to its grid.
+        smallest = max(settings.image_size, OWN_SIZES["invpt"])
+        changes["image_size"] = -(-smallest // model.vit.patch) * model.vit.patch
+    about = {"checkpoint": str(folder), "step": state["step"]}
+    return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
+
+
+def _from_files(options: Namespace) -> Subject:
+    folder, note = Path(options.predictions), read_note(Path(options.predictions))
+    protocol = options.protocol or note.get("protocol")
+    if not options.data:
+        raise UserError("--predictions are scored with the labels of a tree: give --data")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"say how these predictions meet their labels: --protocol {', '.join(PROTOCOLS)}")
+    size = note.get("size", 0) if note.get("protocol") == protocol else 0
+    changes = {"data": options.data, "protocol": protocol, "image_size": size or OWN_SIZES[protocol]}
+    settings = Settings(tasks=",".join(predicted_tasks(folder)))
+    return Subject(folder.resolve().name, {"predictions": str(folder)}, with_flags(settings, options, changes))
+
+
+def with_flags(settings: Settings, options: Namespace, changes: dict[str, Any]) -> Settings:
+    partial, skip = options.partial_labels, options.skip_bad
+    if settings.data == changes["data"]:  # the tree that the run was trained on is read as it was then
+        partial, skip = partial or settings.partial_labels, skip or settings.skip_bad
+    return replace(settings, partial_labels=partial, skip_bad=skip, **changes)
+
+
+def build_set(settings: Settings, options: Namespace) -> tuple[PascalMT | Scenes, Comparison]:
+    """The images that are scored, and how predictions meet their labels."""
+    tasks, size = settings.task_names, settings.image_size
+    if not settings.data:
+        if options.set or options.odsf in ("fast", "full"):
+            raise UserError("rendered scenes have neither ids for --set nor LabelMaps for --odsf: give --data")
+        length = settings.scenes if options.split == "train" else settings.val_scenes
+        return Scenes(options.split, size, length, settings.seed, tasks), COMPARISONS["scenes"](size)
+    comparison = COMPARISONS[settings.protocol](size)
+    protocol = comparison.prepare(build_protocol(settings.protocol, size))
+    only = read_ids(Path(options.set), settings.data, options.split) if options.set else None
+    access = Access(settings.partial_labels, settings.cache, settings.skip_bad, options.workers)
+    dataset = PascalMT(settings.data, options.split, tasks, protocol, settings.seed, access, only)
+    if not len(dataset):
+        raise UserError(f"no image of split {options.split!r} in {options.set} is labelled: name others with --set")
+    return dataset, comparison
+
+
+def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
+    """The ids in a file, one a line, all of them in the split."""
+    require_file(path)
+    with reading(path):
+        ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    if alien := sorted(set(ids).difference(read_split(find_tree(Path(data)), split))):
+        raise UserError(
+            f"{path} names {len(alien)} of {len(ids)} images that split {split!r} does not list, {shorten(alien)}: "
+            "name another --split, or mend the file"
+        )
+    if not ids:
+        raise UserError(f"{path} names no image: give ids such as 2008_000008, one a line")
+    return frozenset(ids)
+
+
+def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
+    """(what results.json holds, the folder that it is to lie in)."""
+    settings = subject.settings
+    dataset, comparison = build_set(settings, options)
+    boundaries = choose_boundaries(dataset, options.odsf or "fast") if settings.data else {}
+    results = describe(subject, options, dataset, comparison, len(boundaries))
+    if options.baseline:
+        with_baseline(results, options.baseline)  # a mistake is told now, not after hours
+    answered = answers_of(subject, options, dataset, comparison)
+    out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol}"))
+    keep = Folder(Path(options.save_predictions)) if options.save_predictions else None
+    print(announce(results), flush=True)
+
+    metrics = build_metrics(settings.task_names, dataset.classes)
+    scoring = Scoring(answered, dataset.ids, metrics, boundaries, keep.write if keep else None)
+    with keep or nullcontext():
+        results["metrics"] = score_answers(scoring, options.odsf_variant, options.workers)
+    if keep:
+        treated = {"protocol": settings.protocol, "size": settings.image_size, "split": options.split}
+        keep.close(treated | subject.about)
+    return with_baseline(results, options.baseline) if options.baseline else results, out
+
+
+def answers_of(
+    subject: Subject, options: Namespace, dataset: PascalMT | Scenes, comparison: Comparison
+) -> Iterator[Answered]:
+    """The predictions; UserError where a file of them is missing."""
+    samples = sample_loader(dataset, subject.settings.batch_size, min(options.workers, 1))
+    if subject.model:
+        return answers_of_model(subject.model, samples, comparison, every=bool(options.save_predictions))
+    folder = Path(options.predictions)
+    for task in subject.settings.task_names:
+        ids = [image.id for image in dataset.images if task in image.labels]
+        require_predictions(folder, task, ids, options.split)
+    return answers_of_files(folder, dataset, samples, comparison)
+
+
+def describe(
+    subject: Subject, options: Namespace, dataset: PascalMT | Scenes, comparison: Comparison, boundaries: int
+) -> Results:
+    """results.json but for the scores."""
+    thresholds = len(VARIANTS[options.odsf_variant].thresholds)
+    odsf = {"mode": options.odsf or "fast", "variant": options.odsf_variant, "thresholds": thresholds}
+    return {
+        "format": 1,
+        "command": shlex.join(["python", "-m", "train.evaluate", *sys.argv[1:]]),
+        "protocol": dataset.protocol,
+        **subject.about,
+        "dataset": {
+            "name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size,
+        },
+        "evaluation": describe_set(
+            dataset, subject.settings.task_names, options.split, comparison.place,
+            options.set and Path(options.set).name,
+        ),
+        "odsF": odsf | {"images": boundaries} if boundaries else None,
+        "metrics": {},
+        "versions": versions(),
+    }
+
+
+def announce(results: Results) -> str:
+    over = results["evaluation"]
+    listed = f", those in {over['set']}" if over["set"] else ""
+    skipped = f", {over['skipped']} skipped" if over["skipped"] else ""
+    scored = results.get("checkpoint") or results["predictions"]
+    return "\n".join([
+        f"scored    {scored}",
+        f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
+        f"protocol  {results['protocol']}, predictions meet labels at {over['compared_at']}",
+    ])
+
+
+def summary(results: Results) -> str:
+    """The table, what odsF was taken over, and Delta_m."""
+    lines = [table({"score": results["metrics"]})]
+    if odsf := results["odsF"]:
+        scores = results["metrics"]["edge"]
+        values = ", ".join(f"{key} {scores[key]:.2f}" for key in ("odsF", "oisF", "AP", "threshold") if scores[key])
+        lines.append(
+            f"edges     {values}; {odsf['images']} images, variant {odsf['variant']}, {odsf['thresholds']} thresholds"
+        )
+    if "baseline" in results:
+        lines.append(f"Delta_m   {describe_delta(results)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    options = build_parser().parse_args(argv)
+    try:
+        if options.workers < 0:
+            raise UserError(f"workers is {options.workers}: it must not be negative")
+        results, out = evaluate(subject_of(options), options)
+        write_json(out / "results.json", results)
+        print(f"\n{summary(results)}\n\n{out}/results.json")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
