@@ -3,7 +3,9 @@
     TRITON_INTERPRET=1 python -m bench.counted [--out FILE] [--configs 16/3/1/4,...]
 
 ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, as memory sees it while repeats hit the
-L2; views are free. A peer whose kernels are autotuned is counted with its first configuration.
+L2; views are free. Bytes per token are the difference between two numbers of tokens, so that weights, which are read,
+cast and packed once however many tokens there are, do not count. A peer whose kernels are autotuned is counted with its
+first configuration.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from bench.peers.base import Peer
 from bench.report import aligned
 from bench.traffic import Traffic, counting
 
-WIDTH, TOKENS = 768, 480
+WIDTH, TOKENS = 768, (160, 480)
 CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 OURS = Peer("ours", lambda layer: layer)
 HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: forward", "backward", "/ ours"]
@@ -49,12 +51,17 @@ def steps(traffic: Traffic) -> int:
 
 def measure(config: str, peer: Peer) -> dict:
     """One row: launches and bytes per token beyond those of the frozen FFN."""
-    problem = Problem(Shape(WIDTH, TOKENS, config, torch.float16, torch.device("cpu")), "triton")
+    few, many = (added(config, peer, tokens) for tokens in TOKENS)
+    slope = [(more - less) / (TOKENS[1] - TOKENS[0]) for more, less in zip(many[1], few[1], strict=True)]
+    return {"config": config, "subject": peer.name, "launches": many[0], "bytes_per_token": slope}
+
+
+def added(config: str, peer: Peer, tokens: int) -> tuple[list[int], list[int]]:
+    """(launches, bytes) that the peer adds, each [forward, backward]."""
+    problem = Problem(Shape(WIDTH, tokens, config, torch.float16, torch.device("cpu")), "triton")
     check(peer, problem)
-    frozen, mine = count(problem, problem.frozen), count(problem, peer.build(problem.layer))
-    added = [(own.everything - base.everything) / TOKENS for own, base in zip(mine, frozen, strict=True)]
-    launches = [steps(own) - steps(base) for own, base in zip(mine, frozen, strict=True)]
-    return {"config": config, "subject": peer.name, "launches": launches, "bytes_per_token": added}
+    pairs = list(zip(count(problem, peer.build(problem.layer)), count(problem, problem.frozen), strict=True))
+    return [steps(own) - steps(base) for own, base in pairs], [own.everything - base.everything for own, base in pairs]
 
 
 def table(rows: list[dict]) -> str:
@@ -80,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     combinations = [(config, peer) for config in chosen.configs for peer in subjects]
     rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    chosen.out.write_text(json.dumps({"width": WIDTH, "tokens": TOKENS, **versions, "rows": rows}, indent=1) + "\n")
+    results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}
+    chosen.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(rows))
     return 0
 

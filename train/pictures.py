@@ -24,6 +24,7 @@ BLANK = 242  # grey of a label that there is none of
 INK = np.array([20, 30, 90])  # of edges over a photo
 CELL = 224  # side of a cell on a contact sheet, pixels
 CAPTION = 20  # height in it that is left for the id
+LEGEND_ENTRY = 1.0  # inches
 
 
 def paint_label(task: str, label: Tensor) -> np.ndarray:
@@ -162,11 +163,13 @@ def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> i
 
 
 def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: dict[str, tuple[str, ...]]) -> None:
+    """Side by side below, each in as many columns as half the figure's width has room for."""
+    columns = min(7, max(1, int(figure.get_figwidth() / 2 / LEGEND_ENTRY)))
     for task, corner in (("seg", "left"), ("parts", "right")):
         if task in tasks:
             entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
             figure.legend(
-                handles=entries, title=task, loc=f"outside lower {corner}", ncols=7, fontsize=7, title_fontsize=8,
+                handles=entries, title=task, loc=f"outside lower {corner}", ncols=columns, fontsize=7, title_fontsize=8,
                 frameon=False,
             )
 

@@ -26,19 +26,19 @@ def test_the_committed_count_is_of_this_code(committed):
     assert measured["bytes_per_token"] == pytest.approx(recorded["bytes_per_token"], rel=1e-3)
 
 
-def test_sorted_peers_add_five_times_as_many_bytes(committed):
+def test_peers_add_many_times_as_many_bytes(committed):
     """A promise that needs no clock, for each of the paper's granularities."""
     for config in counted.CONFIGS:
         bytes_of = {row["subject"]: sum(row["bytes_per_token"]) for row in committed["rows"] if row["config"] == config}
         for peer in ("grouped-mm", "scattermoe"):
-            assert bytes_of[peer] > 5 * bytes_of["ours"], (config, peer)
-        assert bytes_of["expert-loop"] > 10 * bytes_of["ours"]
-        assert bytes_of["dense"] > 2 * bytes_of["ours"]
+            assert bytes_of[peer] > 15 * bytes_of["ours"], (config, peer)
+        assert bytes_of["expert-loop"] > 50 * bytes_of["ours"]
+        assert bytes_of["dense"] > 5 * bytes_of["ours"]
 
 
 def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
     monkeypatch.setattr(counted, "WIDTH", 32)
-    monkeypatch.setattr(counted, "TOKENS", 40)
+    monkeypatch.setattr(counted, "TOKENS", (20, 40))
     frozen = Peer("frozen", lambda layer: layer.base, reference=lambda layer: layer.base)
     assert counted.measure("16/3/1/4", frozen) == {
         "config": "16/3/1/4", "subject": "frozen", "launches": [0, 0], "bytes_per_token": [0.0, 0.0],
@@ -47,7 +47,7 @@ def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
 
 def test_a_copy_of_the_tokens_is_seen(monkeypatch):
     monkeypatch.setattr(counted, "WIDTH", 32)
-    monkeypatch.setattr(counted, "TOKENS", 40)
+    monkeypatch.setattr(counted, "TOKENS", (20, 40))
     copying = Peer("copying", lambda layer: lambda x: layer.base(x.clone()), reference=lambda layer: layer.base)
     row = counted.measure("16/3/1/4", copying)
     assert row["launches"] == [1, 0] and row["bytes_per_token"] == [2 * 32 * 2, 0.0]  # read and written, in fp16
