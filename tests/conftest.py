@@ -1,4 +1,4 @@
-"""Real data and weights that are not part of the repository."""
+"""What tests of every part share: processes of their own, and real data that are not part of the repository."""
 
 from pathlib import Path
 
@@ -11,6 +11,12 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"real data is not here: {path}")
     return path
+
+
+@pytest.fixture
+def own_processes(monkeypatch):
+    """Processes that a test starts can import the functions of its module, which pytest alone does not promise."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
 
 
 @pytest.fixture(scope="session")

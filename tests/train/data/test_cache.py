@@ -106,7 +106,7 @@ def test_a_damaged_source_is_a_fault_and_leaves_no_entry(pascal_copy, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_processes_race_for_the_same_entries(pascal_tree, tmp_path):
+def test_processes_race_for_the_same_entries(pascal_tree, tmp_path, own_processes):
     expected = read_all(pascal_tree, "")
     with ProcessPoolExecutor(3, get_context("forkserver")) as pool:
         for _ in range(3):

@@ -170,7 +170,7 @@ def test_states_add():
     assert 0 < parts[0].compute()["odsF"] <= parts[0].compute()["oisF"] < 100
 
 
-def test_any_number_of_workers_gives_the_same():
+def test_any_number_of_workers_gives_the_same(own_processes):
     jobs = [partial(image, seed) for seed in range(7)]
     alone = score_boundaries(jobs, "seism", workers=0, title="")
     assert 40 < alone.compute()["odsF"] < 100
