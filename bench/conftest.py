@@ -16,7 +16,8 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What bench.report prints above its tables."""
+    """What bench.report prints above its tables; a host's name is nobody's business."""
+    machine_info.pop("node", None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {name: _version(name) for name in ("torch", "triton")}
     machine_info["summary"] = {"gpu": gpu, "python": platform.python_version(), **versions}

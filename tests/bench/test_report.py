@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,10 @@ def test_a_training_row_is_told_beside_plain_lora(results):
     results.write_text(json.dumps(data))
     ours = next(line for line in report.text(results, False).splitlines() if line.startswith("vit_base  ours"))
     assert ours.split()[2:] == ["80.0", "1.250", "1,024", "25", "%", "300", "12.0", "min"]
+
+
+def test_the_committed_results_of_a_cpu_can_be_told():
+    path = Path(report.__file__).parent / "results" / "cpu.json"
+    text = report.text(path, markdown=True)
+    assert all(f"16/3/1/4 {subject}" in text for subject in ("ours", "dense", "expert-loop", "grouped-mm"))
+    assert "absent  scattermoe" in text and "plain-lora" in text
