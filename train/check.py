@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kernels import UserError
-from train.cli import Parser
+from train.cli import Parser, guarded
 from train.data.cache import open_cache
 from train.data.inspection import Finding, inspect_images
 from train.data.labels import Reader
@@ -142,15 +142,8 @@ def run(options: Any) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
-    try:
-        return run(build_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    """Check; returns the exit status."""
+    return guarded(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

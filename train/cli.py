@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -96,17 +97,24 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     return flags, resume
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
-    from train.loop import train
-
+def guarded(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """The exit status of ``run``; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
     try:
-        flags, resume = parse(argv)
-        train(flags, resume)
+        return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the last checkpoint is kept, continue with --resume", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         return 130
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+
+    def run() -> None:
+        from train.loop import train
+
+        train(*parse(argv))
+
+    return guarded(run, "interrupted; the last checkpoint is kept, continue with --resume")

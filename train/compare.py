@@ -10,7 +10,7 @@ import torch
 from kernels import UserError
 from train import checkpoint
 from train.build import load_checkpoint
-from train.cli import Parser
+from train.cli import Parser, guarded
 from train.data.batches import collate
 from train.data.pascal_mt import Access, PascalMT
 from train.data.protocols import build_protocol
@@ -138,17 +138,9 @@ def run(given: Sequence[str], baseline: str | None, as_markdown: bool, out: Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    """Compare; returns the exit status."""
     options = build_parser().parse_args(argv)
-    try:
-        run(options.runs, options.baseline, options.markdown, Path(options.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: run(options.runs, options.baseline, options.markdown, Path(options.out)))
 
 
 if __name__ == "__main__":

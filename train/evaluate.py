@@ -14,7 +14,7 @@ from kernels import UserError
 from model import MultiTaskViT
 from train import checkpoint
 from train.build import load_checkpoint
-from train.cli import Parser
+from train.cli import Parser, guarded
 from train.comparison import COMPARISONS, Comparison
 from train.data.batches import sample_loader
 from train.data.pascal_mt import Access, PascalMT
@@ -233,22 +233,19 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
+def run(options: Namespace) -> None:
+    """Evaluates, writes results.json and prints the table."""
+    if options.workers < 0:
+        raise UserError(f"workers is {options.workers}: it must not be negative")
+    results, out = evaluate(subject_of(options), options)
+    write_json(out / "results.json", results)
+    print(f"\n{summary(results)}\n\n{out}/results.json")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    """Evaluate; returns the exit status."""
     options = build_parser().parse_args(argv)
-    try:
-        if options.workers < 0:
-            raise UserError(f"workers is {options.workers}: it must not be negative")
-        results, out = evaluate(subject_of(options), options)
-        write_json(out / "results.json", results)
-        print(f"\n{summary(results)}\n\n{out}/results.json")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: run(options))
 
 
 if __name__ == "__main__":

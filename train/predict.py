@@ -17,7 +17,7 @@ from kernels import UserError
 from model import MultiTaskViT
 from train import checkpoint
 from train.build import load_checkpoint
-from train.cli import Parser
+from train.cli import Parser, guarded
 from train.data.pascal_mt import PascalMT
 from train.data.protocols import Protocol, build_protocol
 from train.data.reading import reading, require_file
@@ -186,17 +186,9 @@ def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    """Predict; returns the exit status."""
     options = build_parser().parse_args(argv)
-    try:
-        run(options.images, options.checkpoint, Path(options.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)))
 
 
 if __name__ == "__main__":
