@@ -36,8 +36,21 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTS, WIDTH = (64, 64), 768
-COLUMNS = ("kernel", "pool", "dtype", "target", "num_warps", "num_stages", "tile", "registers", "spills", "shared",
-           "shared_limit", "wgmma", "tf32")
+COLUMNS = (
+    "kernel",
+    "pool",
+    "dtype",
+    "target",
+    "num_warps",
+    "num_stages",
+    "tile",
+    "registers",
+    "spills",
+    "shared",
+    "shared_limit",
+    "wgmma",
+    "tf32",
+)
 
 
 class Deviceless:
@@ -91,9 +104,19 @@ def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # scalars spill to vectors, not to memory
     values = (
-        kernel, pool, dtype, target, binary.metadata.num_warps, binary.metadata.num_stages,
-        "x".join(map(str, sizes.values())), registers, spills, binary.metadata.shared, TARGETS[target][1],
-        text.count("wgmma.mma_async"), text.count("tf32") + text.count("xf32"),
+        kernel,
+        pool,
+        dtype,
+        target,
+        binary.metadata.num_warps,
+        binary.metadata.num_stages,
+        "x".join(map(str, sizes.values())),
+        registers,
+        spills,
+        binary.metadata.shared,
+        TARGETS[target][1],
+        text.count("wgmma.mma_async"),
+        text.count("tf32") + text.count("xf32"),
     )
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -119,8 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    combinations = [(kernel, pool, dtype, target) for kernel in chosen.kernels for pool in chosen.pools
-                    for dtype in chosen.dtypes for target in chosen.targets]
+    combinations = [
+        (kernel, pool, dtype, target)
+        for kernel in chosen.kernels
+        for pool in chosen.pools
+        for dtype in chosen.dtypes
+        for target in chosen.targets
+    ]
     knobs.compilation.always_compile = True  # a cached kernel has no log
     knobs.nvidia.dump_ptxas_log = True
     rows = [measure(*combination) for combination in combinations]

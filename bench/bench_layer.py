@@ -68,8 +68,15 @@ STEPS = {"forward": forward_step, "forward+backward": training_step}
 def bench_ffn(benchmark, kernel, subject, width, tokens, config, direction) -> None:
     peer, p = PEERS.get(subject, OURS), problem(width, tokens, config, kernel)
     benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
-    benchmark.extra_info |= {"suite": "layer", "subject": subject, "width": width, "tokens": tokens, "config": config,
-                             "direction": direction, "kernel": resolve(kernel, DEVICE)}
+    benchmark.extra_info |= {
+        "suite": "layer",
+        "subject": subject,
+        "width": width,
+        "tokens": tokens,
+        "config": config,
+        "direction": direction,
+        "kernel": resolve(kernel, DEVICE),
+    }
     benchmark.extra_info["absent"] = peer.absent(DEVICE)
     if benchmark.extra_info["absent"]:
         benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
@@ -91,10 +98,16 @@ def measured(p: layers.Problem, peer: Peer, direction: str, seconds: float) -> t
     moved, multiplied = work(p.shape, backward)
     floor = floor_seconds(p.shape, backward, frozen, ceilings())
     row = {
-        "seconds": times, "ratio": taken / frozen, "added_seconds": taken - frozen,
-        "floor_ratio": floor / frozen, "of_floor": floor / taken, "ceilings": ceilings(),
-        "bytes_per_second": moved / taken, "flops_per_second": multiplied / taken,
-        "saved_bytes": measure.saved_bytes(forward, p.x[0], p.weights), **correctness(p, peer, forward),
+        "seconds": times,
+        "ratio": taken / frozen,
+        "added_seconds": taken - frozen,
+        "floor_ratio": floor / frozen,
+        "of_floor": floor / taken,
+        "ceilings": ceilings(),
+        "bytes_per_second": moved / taken,
+        "flops_per_second": multiplied / taken,
+        "saved_bytes": measure.saved_bytes(forward, p.x[0], p.weights),
+        **correctness(p, peer, forward),
     }
     return steps["subject"], row | (on_gpu(p, steps, seconds) if ON_GPU else {})
 

@@ -22,10 +22,15 @@ from train.settings import Settings
 from train.settings import resolve as resolve_settings
 
 ON_GPU = torch.cuda.is_available()
-MODEL = {"model": "vit_base", "head": "up", "batch_size": 8, "precision": "bf16"} if ON_GPU else {
-    "model": "vit_tiny", "head": "light", "batch_size": 1, "precision": "fp32"}
+MODEL = (
+    {"model": "vit_base", "head": "up", "batch_size": 8, "precision": "bf16"}
+    if ON_GPU
+    else {"model": "vit_tiny", "head": "light", "batch_size": 1, "precision": "fp32"}
+)
 SUBJECTS = {
-    "ours": {}, "reference": {"kernel": "reference"}, "plain-lora": {"moe": "none"},
+    "ours": {},
+    "reference": {"kernel": "reference"},
+    "plain-lora": {"moe": "none"},
     "expert-loop": {"kernel": "reference"},
 }
 PAPER_IMAGES = 40 * 4_998  # epochs times training images
@@ -100,9 +105,15 @@ def bench_training_step(benchmark, kernel: str, subject: str, tmp_path) -> None:
     speed = settings.batch_size / seconds["median"]
     benchmark.group = f"training step, {settings.model}, {settings.batch_size} images, {run.device.type}"
     benchmark.extra_info |= {
-        "suite": "train", "subject": subject, "model": settings.model, "seconds": seconds, "images_per_second": speed,
-        "kernel": resolve(settings.kernel, run.device), "peak_bytes": measure.peak_bytes(step) if ON_GPU else None,
+        "suite": "train",
+        "subject": subject,
+        "model": settings.model,
+        "seconds": seconds,
+        "images_per_second": speed,
+        "kernel": resolve(settings.kernel, run.device),
+        "peak_bytes": measure.peak_bytes(step) if ON_GPU else None,
         "heads_share": heads_seconds(run, batch) / seconds["median"],
-        "loader_images_per_second": loader_images_per_second(settings), "paper_minutes": PAPER_IMAGES / speed / 60,
+        "loader_images_per_second": loader_images_per_second(settings),
+        "paper_minutes": PAPER_IMAGES / speed / 60,
     }
     benchmark.pedantic(step, rounds=1)

@@ -67,8 +67,13 @@ def added(config: str, peer: Peer, tokens: int) -> tuple[list[int], list[int]]:
 def table(rows: list[dict]) -> str:
     ours = {row["config"]: sum(row["bytes_per_token"]) for row in rows if row["subject"] == "ours"}
     lines = [
-        [row["config"], row["subject"], *map(str, row["launches"]), *(f"{n:,.0f}" for n in row["bytes_per_token"]),
-         f"{sum(row['bytes_per_token']) / ours[row['config']]:.1f}"]
+        [
+            row["config"],
+            row["subject"],
+            *map(str, row["launches"]),
+            *(f"{n:,.0f}" for n in row["bytes_per_token"]),
+            f"{sum(row['bytes_per_token']) / ours[row['config']]:.1f}",
+        ]
         for row in rows
     ]
     return aligned([HEAD, *lines], markdown=False)

@@ -45,12 +45,21 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
     """What every launch reads, random, for an FFN ``width`` wide; ``like`` says the type and the device."""
     tokens, tasks, ranks, hidden = sum(counts), len(counts), pool.ranks, 4 * width
     half = {
-        "x": (tokens, width), "wide": (tokens, hidden), "space": (tokens, hidden + ranks + tasks * pool.columns),
-        "h": (tokens, ranks), "a": (ranks, width), "b": (width, ranks),
-        "up": (width, hidden), "down": (hidden, width), "bias": (width,),
+        "x": (tokens, width),
+        "wide": (tokens, hidden),
+        "space": (tokens, hidden + ranks + tasks * pool.columns),
+        "h": (tokens, ranks),
+        "a": (ranks, width),
+        "b": (width, ranks),
+        "up": (width, hidden),
+        "down": (hidden, width),
+        "bias": (width,),
     }
     full = {
-        "z": (tokens, pool.columns), "dp": (tasks, pool.columns), "routers": (tasks, pool.columns, width), "peak": (),
+        "z": (tokens, pool.columns),
+        "dp": (tasks, pool.columns),
+        "routers": (tasks, pool.columns, width),
+        "peak": (),
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     return made | {name: torch.randn(shape, device=like.device) for name, shape in full.items()}

@@ -39,8 +39,9 @@ def subjects_of(rows: list[Row]) -> list[str]:
 def two_panels(title: str, rows: list[Row]):
     """(figure, its axes by direction), of the directions that the rows have."""
     directions = [name for name in DIRECTIONS if any(row["direction"] == name for row in rows)]
-    figure, axes = plt.subplots(1, len(directions), figsize=(5.5 * len(directions), 4.2), constrained_layout=True,
-                                squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(directions), figsize=(5.5 * len(directions), 4.2), constrained_layout=True, squeeze=False
+    )
     figure.suptitle(title)
     for axis, direction in zip(axes[0], directions, strict=True):
         axis.set_title(direction, fontsize=10)
@@ -58,12 +59,22 @@ def roofline(rows: list[Row]):
         at = [row["flops_per_second"] / row["bytes_per_second"] for row in points]
         ridge = tops["flops_per_second"] / tops["bytes_per_second"]
         reach = [min([*at, ridge]) / 3, ridge, max([*at, ridge]) * 3]
-        axis.plot(reach, [min(tops["flops_per_second"], i * tops["bytes_per_second"]) / 1e12 for i in reach],
-                  color="black", linewidth=1)
+        axis.plot(
+            reach,
+            [min(tops["flops_per_second"], i * tops["bytes_per_second"]) / 1e12 for i in reach],
+            color="black",
+            linewidth=1,
+        )
         for subject in subjects:
             mine = [(i, row) for i, row in zip(at, points, strict=True) if row["subject"] == subject]
-            axis.scatter([i for i, _ in mine], [row["flops_per_second"] / 1e12 for _, row in mine], s=18,
-                         color=colour(subject, subjects), label=subject, zorder=3 if subject == "ours" else 2)
+            axis.scatter(
+                [i for i, _ in mine],
+                [row["flops_per_second"] / 1e12 for _, row in mine],
+                s=18,
+                color=colour(subject, subjects),
+                label=subject,
+                zorder=3 if subject == "ours" else 2,
+            )
         axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
     list(panels.values())[-1].legend(fontsize=7, frameon=False)
     return figure
@@ -87,8 +98,11 @@ def peers(rows: list[Row]):
     for direction, axis in panels.items():
         mine = sorted((row for row in chosen if row["direction"] == direction), key=lambda row: -row["ratio"])
         subjects = subjects_of(rows)
-        bars = axis.barh([row["subject"] for row in mine], [row["ratio"] for row in mine],
-                         color=[colour(row["subject"], subjects) for row in mine])
+        bars = axis.barh(
+            [row["subject"] for row in mine],
+            [row["ratio"] for row in mine],
+            color=[colour(row["subject"], subjects) for row in mine],
+        )
         axis.bar_label(bars, [f"{row['ratio']:.2f}" for row in mine], padding=3, fontsize=8)
         axis.axvline(1, color="black", linewidth=1)
         if mine:
@@ -101,8 +115,9 @@ def peers(rows: list[Row]):
 def experts(rows: list[Row]):
     """Added time over N where N r stays the same: granularity should cost nothing."""
     chosen = [row for row in largest(rows) if row["config"].split("/")[2] != "0"]
-    return curves(chosen, "Time added by the experts at N r = 64", "experts N",
-                  lambda row: int(row["config"].split("/")[0]))
+    return curves(
+        chosen, "Time added by the experts at N r = 64", "experts N", lambda row: int(row["config"].split("/")[0])
+    )
 
 
 def tokens(rows: list[Row]):
@@ -117,10 +132,19 @@ def curves(rows: list[Row], title: str, label: str, place):
     subjects = subjects_of(rows)
     for direction, axis in panels.items():
         for subject in subjects:
-            mine = sorted((place(row), 1e6 * max(row["added_seconds"], 1e-7)) for row in rows
-                          if (row["direction"], row["subject"]) == (direction, subject))
-            axis.plot(*zip(*mine, strict=True), marker="o", markersize=4, color=colour(subject, subjects),
-                      label=subject, linewidth=2.2 if subject == "ours" else 1)
+            mine = sorted(
+                (place(row), 1e6 * max(row["added_seconds"], 1e-7))
+                for row in rows
+                if (row["direction"], row["subject"]) == (direction, subject)
+            )
+            axis.plot(
+                *zip(*mine, strict=True),
+                marker="o",
+                markersize=4,
+                color=colour(subject, subjects),
+                label=subject,
+                linewidth=2.2 if subject == "ours" else 1,
+            )
         ticks = sorted({place(row) for row in rows})
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="added us")
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -20,8 +20,12 @@ def read(path: Path) -> tuple[dict, list[Row]]:
     try:
         data = json.loads(path.read_text())
         rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]
-        facts = {"date": data["datetime"][:10], "commit": data["commit_info"].get("id", "unknown")[:10],
-                 "cpu": data["machine_info"]["cpu"].get("brand_raw", "unknown"), **data["machine_info"]["summary"]}
+        facts = {
+            "date": data["datetime"][:10],
+            "commit": data["commit_info"].get("id", "unknown")[:10],
+            "cpu": data["machine_info"]["cpu"].get("brand_raw", "unknown"),
+            **data["machine_info"]["summary"],
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest-benchmark ({error}): bench/README.md tells how") from None
     return facts, [row for row in rows if row.get("suite") in ("layer", "train")]
@@ -30,8 +34,10 @@ def read(path: Path) -> tuple[dict, list[Row]]:
 def aligned(cells: list[list[str]], markdown: bool) -> str:
     """The first line is the head; the first two columns are text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    pad = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-           for line in cells]
+    pad = [
+        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in pad)
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -41,8 +47,14 @@ def aligned(cells: list[list[str]], markdown: bool) -> str:
 def best_peer(rows: list[Row], row: Row) -> Row | None:
     """The fastest peer of the same problem."""
     same = ("width", "tokens", "config", "direction")
-    peers = [other for other in rows if other["suite"] == "layer" and other["subject"] not in ("ours", BOUND)
-             and "ratio" in other and all(other[name] == row[name] for name in same)]
+    peers = [
+        other
+        for other in rows
+        if other["suite"] == "layer"
+        and other["subject"] not in ("ours", BOUND)
+        and "ratio" in other
+        and all(other[name] == row[name] for name in same)
+    ]
     return min(peers, key=lambda peer: peer["added_seconds"], default=None)
 
 
@@ -63,8 +75,23 @@ def spread(times: dict[str, float]) -> str:
     return f"{microseconds(times['median'])} ({microseconds(times['p20'])}..{microseconds(times['p80'])})"
 
 
-HEAD = ["width, tokens", "experts, subject", "median (p20..p80) us", "/ frozen", "in graphs", "floor", "of floor",
-        "added us", "/ best peer", "GB/s", "TFLOP/s", "peak MB", "saved MB", "error", "bitwise"]
+HEAD = [
+    "width, tokens",
+    "experts, subject",
+    "median (p20..p80) us",
+    "/ frozen",
+    "in graphs",
+    "floor",
+    "of floor",
+    "added us",
+    "/ best peer",
+    "GB/s",
+    "TFLOP/s",
+    "peak MB",
+    "saved MB",
+    "error",
+    "bitwise",
+]
 
 
 def layer_table(rows: list[Row], direction: str, markdown: bool) -> str:
@@ -83,12 +110,21 @@ def layer_line(row: Row, peer: Row | None) -> list[str]:
     graph, peak = row.get("graph"), row.get("peak_bytes")
     versus = "" if peer is None or row["subject"] != "ours" else f"{row['added_seconds'] / peer['added_seconds']:.2f}"
     return [
-        f"{row['width']}, {row['tokens']:,}", f"{row['config']} {row['subject']}", spread(row["seconds"]["subject"]),
-        f"{row['ratio']:.3f}", f"{graph['ratio']:.3f}" if graph else "", f"{row['floor_ratio']:.3f}",
-        f"{100 * row['of_floor']:.0f} %", microseconds(row["added_seconds"]), versus,
-        f"{row['bytes_per_second'] / 1e9:,.0f}", f"{row['flops_per_second'] / 1e12:.2f}",
-        f"{peak['subject'] / 2**20:,.0f}" if peak else "", f"{row['saved_bytes'] / 2**20:,.1f}",
-        f"{max(row['error'].values()):.0e}", "yes" if row["bitwise"] else "no",
+        f"{row['width']}, {row['tokens']:,}",
+        f"{row['config']} {row['subject']}",
+        spread(row["seconds"]["subject"]),
+        f"{row['ratio']:.3f}",
+        f"{graph['ratio']:.3f}" if graph else "",
+        f"{row['floor_ratio']:.3f}",
+        f"{100 * row['of_floor']:.0f} %",
+        microseconds(row["added_seconds"]),
+        versus,
+        f"{row['bytes_per_second'] / 1e9:,.0f}",
+        f"{row['flops_per_second'] / 1e12:.2f}",
+        f"{peak['subject'] / 2**20:,.0f}" if peak else "",
+        f"{row['saved_bytes'] / 2**20:,.1f}",
+        f"{max(row['error'].values()):.0e}",
+        "yes" if row["bitwise"] else "no",
     ]
 
 
@@ -99,10 +135,16 @@ def train_table(rows: list[Row], markdown: bool) -> str:
     chosen = [row for row in rows if row["suite"] == "train"]
     plain = {row["model"]: row["images_per_second"] for row in chosen if row["subject"] == "plain-lora"}
     lines = [
-        [row["model"], row["subject"], f"{row['images_per_second']:,.1f}",
-         f"{plain[row['model']] / row['images_per_second']:.3f}" if row["model"] in plain else "",
-         f"{row['peak_bytes'] / 2**20:,.0f}" if row.get("peak_bytes") else "", f"{100 * row['heads_share']:.0f} %",
-         f"{row['loader_images_per_second']:,.0f}", f"{row['paper_minutes']:,.1f} min"]
+        [
+            row["model"],
+            row["subject"],
+            f"{row['images_per_second']:,.1f}",
+            f"{plain[row['model']] / row['images_per_second']:.3f}" if row["model"] in plain else "",
+            f"{row['peak_bytes'] / 2**20:,.0f}" if row.get("peak_bytes") else "",
+            f"{100 * row['heads_share']:.0f} %",
+            f"{row['loader_images_per_second']:,.0f}",
+            f"{row['paper_minutes']:,.1f} min",
+        ]
         for row in chosen
     ]
     return aligned([TRAIN_HEAD, *lines], markdown) if lines else ""

@@ -136,8 +136,11 @@ def tune_ffn(row: Table, device: torch.device) -> None:
 def difference(before: Table, after: Table) -> list[str]:
     """One line for every entry of an architecture that changed."""
     old, new = dict(_entries(before)), dict(_entries(after))
-    return [f"{name:40} {old.get(name, 'default')!s:>24} -> {value}" for name, value in new.items()
-            if old.get(name) != value]
+    return [
+        f"{name:40} {old.get(name, 'default')!s:>24} -> {value}"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
 
 
 def _entries(table: Table, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -14,6 +14,15 @@ from fastmoe_lora.layers import LoRALinear, LoRAMoE
 from fastmoe_lora.routing import Routing, RoutingStatistics, mutual_information_loss
 
 __all__ = [
-    "LORA_TARGETS", "SITES", "LoRALinear", "LoRAMoE", "MoEConfig", "Routing", "RoutingStatistics",
-    "adapt", "add_lora", "add_moe", "mutual_information_loss",
+    "LORA_TARGETS",
+    "SITES",
+    "LoRALinear",
+    "LoRAMoE",
+    "MoEConfig",
+    "Routing",
+    "RoutingStatistics",
+    "adapt",
+    "add_lora",
+    "add_moe",
+    "mutual_information_loss",
 ]

@@ -18,7 +18,8 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     inert = [child for name, child in module.named_children() if name not in ("fc1", "act", "fc2")]
     plain = (
         type(module.fc1) is type(module.fc2) is nn.Linear
-        and isinstance(module.act, nn.GELU) and module.act.approximate == "none"
+        and isinstance(module.act, nn.GELU)
+        and module.act.approximate == "none"
         and all(isinstance(child, nn.Identity) or isinstance(child, nn.Dropout) and child.p == 0 for child in inert)
     )
     return (module.fc1, module.fc2) if plain else ()

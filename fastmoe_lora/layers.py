@@ -114,7 +114,12 @@ class LoRAMoE(nn.Module):
         # Autocast would send the fp32 logits to half precision; lora_moe casts what may be cast by itself.
         with torch.autocast(x.device.type, enabled=False), span("experts"):
             return *lora_moe(
-                tokens, base.flatten(0, -2), (self.lora_A, self.lora_B), self.routers, rows, self.config.gating,
+                tokens,
+                base.flatten(0, -2),
+                (self.lora_A, self.lora_B),
+                self.routers,
+                rows,
+                self.config.gating,
                 self.routing.kernel,
             ), rows
 

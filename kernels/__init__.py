@@ -9,5 +9,14 @@ from kernels.rows import TaskRows
 # A package of Hugging Face is called `kernels` too; fastmoe_lora tells them apart by this name.
 FASTMOE_LORA = True
 
-__all__ = ["FASTMOE_LORA", "GATINGS", "KERNELS", "Gating", "TaskRows", "UserError", "lora_moe", "lora_moe_packed",
-           "resolve"]
+__all__ = [
+    "FASTMOE_LORA",
+    "GATINGS",
+    "KERNELS",
+    "Gating",
+    "TaskRows",
+    "UserError",
+    "lora_moe",
+    "lora_moe_packed",
+    "resolve",
+]

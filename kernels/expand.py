@@ -38,7 +38,7 @@ def expand_backward_reference(
 def expand_kernel(
     base, gated, b, y, offsets, base_stride, gated_stride, b_stride, D,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     expert, rank = tl.arange(0, NP * RANK)[None, :], tl.arange(0, NP * RANK)[:, None]
     hidden = tl.load(gated + rows * gated_stride + expert, inside & (expert < N * RANK), 0.0)
@@ -56,7 +56,7 @@ def expand_backward_kernel(
     base, dh, dz, a, routers, dx, offsets, base_stride, dh_stride, d,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     hidden = tl.load(dh + rows * dh_stride + expert, inside & (expert < N * RANK), 0.0)
@@ -83,7 +83,7 @@ def expand(base: Tensor, gated: Tensor, b: Tensor, rows: TaskRows, pool: Pool) -
     expand_kernel[rows.grid(sizes["BM"])](
         base, gated, b, y, rows.offsets, base.stride(0), gated.stride(0), b.stride(0), len(b),
         **pool.constants(), **sizes,
-    )
+    )  # fmt: skip
     return y
 
 
@@ -99,5 +99,5 @@ def expand_backward(
     expand_backward_kernel[rows.grid(sizes["BM"])](
         base, dh, dz, a, routers, dx, rows.offsets, base.stride(0), dh.stride(0), a.shape[1],
         **pool.constants(), BASE=given, **sizes,
-    )
+    )  # fmt: skip
     return dx

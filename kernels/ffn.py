@@ -33,7 +33,11 @@ WAYS = ("columns", "matmul", "expand")
 
 
 def ffn_reference(
-    x: Tensor, linears: tuple[Linear, Linear], lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows,
+    x: Tensor,
+    linears: tuple[Linear, Linear],
+    lora: tuple[Tensor, Tensor],
+    routers: Tensor,
+    rows: TaskRows,
     gating: Gating,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, g, P): equation (10) beside the frozen fc1 and fc2 of ``linears``."""
@@ -65,8 +69,13 @@ def ffn_forward(
 
 
 def ffn_backward(
-    gradients: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor, Tensor], packed: Packed, routers: Tensor,
-    rows: TaskRows, pool: Pool, way: str,
+    gradients: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    packed: Packed,
+    routers: Tensor,
+    rows: TaskRows,
+    pool: Pool,
+    way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three fp32, from (dY, dP) and what the forward pass kept: (x, u, H, z)."""
     (dy, dp), (x, u, h, z) = gradients, saved

@@ -58,4 +58,4 @@ def _launch(u: Tensor, a: Tensor, backward: bool) -> None:
     grid = triton.cdiv(tokens, BM), triton.cdiv(width, BN)
     gelu_kernel[grid](
         u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True
-    )
+    )  # fmt: skip

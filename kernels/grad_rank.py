@@ -55,7 +55,7 @@ def grad_rank_kernel(
     dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, held, width, D, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
-):
+):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     if GIVEN:
@@ -113,8 +113,11 @@ def grad_rank_given(space: Tensor, held: int, h: Tensor, z: Tensor, dp: Tensor, 
 
 
 def _launch(
-    product: tuple[Tensor, Tensor] | None, known: tuple[Tensor, Tensor, Tensor], space: tuple[Tensor, int],
-    rows: TaskRows, pool: Pool,
+    product: tuple[Tensor, Tensor] | None,
+    known: tuple[Tensor, Tensor, Tensor],
+    space: tuple[Tensor, int],
+    rows: TaskRows,
+    pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, H', peak): from dH' = dY B of ``product``, or from dH' in ``space``, whose first ``held`` columns it has."""
     (h, z, dp), (dh, held) = known, space
@@ -128,5 +131,5 @@ def _launch(
         dh.shape[1] - held, len(b), pool.gating.k,
         **pool.constants(), **pool.gate_constants(),
         GIVEN=product is None, SPREAD=dh.shape[1] > held, **sizes,
-    )
+    )  # fmt: skip
     return dz, gated, peaks.amax()

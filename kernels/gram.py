@@ -37,7 +37,7 @@ def gram_kernel(
     stride_w, stride_r,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, ROUTERS: tl.constexpr,
     BW: tl.constexpr, BT: tl.constexpr,
-):
+):  # fmt: skip
     """product = wide^T narrow; with ROUTERS also router_product = logits^T wide, of this program's chunk. The logits
     are scaled by their largest, ``peak``, to about 1: beside fp16 tokens, values of 1e-8 would be lost."""
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
@@ -94,13 +94,11 @@ def gram_b(dy: Tensor, gated: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
         dy, gated, gated, gated, rows.offsets, product, product, dy.stride(0), gated.stride(0),
         width, chunk, ranks, 1,
         **pool.constants(), ROUTERS=False, **sizes,
-    )
+    )  # fmt: skip
     return product.sum(0)
 
 
-def gram_a(
-    x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor, rows: TaskRows, pool: Pool
-) -> tuple[Tensor, Tensor]:
+def gram_a(x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor, rows: TaskRows, pool: Pool) -> tuple[Tensor, Tensor]:
     """(dA (R, d), dW (tasks, C, d)) fp32; x (T, d) and dh (T, R) with any row strides, dz (T, C) fp32 and the largest
     magnitude in it, peak ()."""
     sizes = tile("gram_a", dh, pool)
@@ -113,5 +111,5 @@ def gram_a(
         x, dh, dz, peak, rows.offsets, product, routers, x.stride(0), dh.stride(0),
         width, chunk, 1, width,
         **pool.constants(), ROUTERS=True, **sizes,
-    )
+    )  # fmt: skip
     return product.sum(0), routers.sum(1)

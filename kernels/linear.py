@@ -46,8 +46,12 @@ def linear_forward(
 
 
 def linear_backward(
-    gradients: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor], packed: Packed, routers: Tensor,
-    rows: TaskRows, pool: Pool,
+    gradients: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
+    packed: Packed,
+    routers: Tensor,
+    rows: TaskRows,
+    pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three fp32, from (dY, dP) and what the forward pass kept: (x, H, z)."""
     (dy, dp), (x, h, z) = gradients, saved

@@ -35,7 +35,7 @@ def matmul_kernel(
     x, weight, bias, dz, routers, y, offsets, x_stride, weight_inner, weight_outer, K, WIDTH, C,
     BIAS: tl.constexpr, ROUTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr = 8,
-):
+):  # fmt: skip
     columns = tl.cdiv(WIDTH, BN)
     group, place = tl.program_id(0) // (GROUP * columns), tl.program_id(0) % (GROUP * columns)
     height = tl.minimum(tl.num_programs(0) // columns - group * GROUP, GROUP)
@@ -79,5 +79,5 @@ def _launch(
     matmul_kernel[(blocks * triton.cdiv(y.shape[1], sizes["BN"]), tasks)](
         x, weight, x if bias is None else bias, dz, routers, y, rows.offsets, x.stride(0), *weight.stride(),
         *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
-    )
+    )  # fmt: skip
     return y

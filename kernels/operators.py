@@ -73,8 +73,16 @@ def _given(dy: Tensor | None, dp: Tensor | None, x: Tensor, z: Tensor, width: in
 
 @torch.library.custom_op("fastmoe_lora::lora_moe", mutates_args=())
 def lora_moe_op(
-    x: Tensor, base: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
-    counts: Sequence[int], gating: str, k: int, shared: int,
+    x: Tensor,
+    base: Tensor,
+    a: Tensor,
+    b: Tensor,
+    routers: Tensor,
+    offsets: Tensor,
+    counts: Sequence[int],
+    gating: str,
+    k: int,
+    shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z)."""
     exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
@@ -91,8 +99,19 @@ def _(x, base, a, b, routers, offsets, counts, gating, k, shared):
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_backward", mutates_args=())
 def lora_moe_backward_op(
-    dy: Tensor, dp: Tensor, x: Tensor, h: Tensor, z: Tensor, a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor,
-    counts: Sequence[int], gating: str, k: int, shared: int,
+    dy: Tensor,
+    dp: Tensor,
+    x: Tensor,
+    h: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    routers: Tensor,
+    offsets: Tensor,
+    counts: Sequence[int],
+    gating: str,
+    k: int,
+    shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
     exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
@@ -146,8 +165,20 @@ def lora_moe(
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_packed", mutates_args=())
 def lora_moe_packed_op(
-    x: Tensor, a: Tensor, b: Tensor, routers: Tensor, up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
-    offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    routers: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias_up: Tensor,
+    bias_down: Tensor,
+    offsets: Tensor,
+    counts: Sequence[int],
+    gating: str,
+    k: int,
+    shared: int,
+    way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
     setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
@@ -164,9 +195,25 @@ def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_packed_backward", mutates_args=())
 def lora_moe_packed_backward_op(
-    dy: Tensor, dp: Tensor, x: Tensor, u: Tensor, h: Tensor, z: Tensor, a: Tensor, b: Tensor, routers: Tensor,
-    up: Tensor, down: Tensor, bias_up: Tensor, bias_down: Tensor,
-    offsets: Tensor, counts: Sequence[int], gating: str, k: int, shared: int, way: str,
+    dy: Tensor,
+    dp: Tensor,
+    x: Tensor,
+    u: Tensor,
+    h: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    routers: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias_up: Tensor,
+    bias_down: Tensor,
+    offsets: Tensor,
+    counts: Sequence[int],
+    gating: str,
+    k: int,
+    shared: int,
+    way: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
     setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
@@ -204,7 +251,12 @@ lora_moe_packed_op.register_autograd(_packed_backward, setup_context=_save_packe
 
 
 def lora_moe_packed(
-    x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating,
+    x: Tensor,
+    packed: Packed,
+    lora: tuple[Tensor, Tensor],
+    routers: Tensor,
+    rows: TaskRows,
+    gating: Gating,
     way: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, where ``packed`` holds the

@@ -40,7 +40,7 @@ def route_shrink_kernel(
     x, a, routers, offsets, h, z, g, means, gated, x_stride, gated_stride, width, d, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
-):
+):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     router = routers + tl.program_id(1) * C * d + column * d
@@ -79,5 +79,5 @@ def route_shrink(x: Tensor, a: Tensor, routers: Tensor, gated: Tensor, rows: Tas
         x, a, routers, rows.offsets, h, z, g, means, gated, x.stride(0), gated.stride(0), gated.shape[1], d,
         pool.gating.k,
         **pool.constants(), **pool.gate_constants(), **sizes,
-    )
+    )  # fmt: skip
     return h, z, g, means.sum(1)

@@ -39,7 +39,9 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         found = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     if found not in TABLES:
-        warnings.warn(f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)")
+        warnings.warn(
+            f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)", stacklevel=2
+        )
     return found
 
 

@@ -6,6 +6,14 @@ from model.vit import VITS, ViT, ViTConfig
 from model.weights import NORMALISATIONS, LoadReport, Weights, load_pretrained, read_weights
 
 __all__ = [
-    "HEADS", "NORMALISATIONS", "VITS", "LoadReport", "MultiTaskViT", "ViT", "ViTConfig", "Weights", "load_pretrained",
+    "HEADS",
+    "NORMALISATIONS",
+    "VITS",
+    "LoadReport",
+    "MultiTaskViT",
+    "ViT",
+    "ViTConfig",
+    "Weights",
+    "load_pretrained",
     "read_weights",
 ]

@@ -44,8 +44,14 @@ class MultiTaskViT(nn.Module):
             self.routing.assign(counts)
         with span("backbone"):
             tokens = self.vit.embed((images / 255 - self.image_mean) / self.image_std)
-            pairs = [tokens[index[task]] + e_t for task, e_t in zip(self.tasks, self.task_embed) if task in index]
+            pairs = [
+                tokens[index[task]] + e_t
+                for task, e_t in zip(self.tasks, self.task_embed, strict=True)
+                if task in index
+            ]
             runs = self.vit.encode(torch.cat(pairs)).split(counts)
         grid = images.shape[-2] // self.vit.patch, images.shape[-1] // self.vit.patch
         with span("heads"):
-            return {task: self.heads[task](run, grid) for task, run in zip(self.tasks, runs) if task in index}
+            return {
+                task: self.heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index
+            }

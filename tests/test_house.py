@@ -63,6 +63,11 @@ def test_importing_works_without_triton_and_starts_nothing(package):
 def test_another_package_called_kernels_is_named_in_one_line(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    done = subprocess.run([sys.executable, "-c", "import fastmoe_lora"], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastmoe_lora"],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert f"the package 'kernels' at {tmp_path / 'kernels'} is not fastmoe_lora's" in done.stderr.splitlines()[-1]

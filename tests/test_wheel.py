@@ -28,7 +28,11 @@ def wheel(tmp_path_factory):
 def test_it_holds_the_packages_and_their_data_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "kernels", "fastmoe_lora", "model", "train", "bench",
+        "kernels",
+        "fastmoe_lora",
+        "model",
+        "train",
+        "bench",
     }
     for path in ROOT.glob("train/**/*"):
         if path.suffix in (".py", ".yaml", ".json"):

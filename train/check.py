@@ -55,8 +55,12 @@ class Split:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m train.check", description=DESCRIPTION, allow_abbrev=False,
-                    formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m train.check",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder around it")
     parser.add_argument("--tasks", metavar="A,B", default=",".join(TASKS), help="of %(default)s (default: all five)")
     parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
@@ -113,7 +117,12 @@ def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
     """A dozen images without fault, of every group of equally labelled images, with their labels."""
     from train import pictures
 
-    whole = [image for split in splits for image, finding in zip(split.images, split.findings) if not finding.faults]
+    whole = [
+        image
+        for split in splits
+        for image, finding in zip(split.images, split.findings, strict=True)
+        if not finding.faults
+    ]
     if not whole:
         return
     rng, painted = np.random.default_rng(), {}  # the steps below draw nothing

@@ -27,7 +27,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m train", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        prog="python -m train",
+        description=DESCRIPTION,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_data(parser.add_argument_group("tasks and data"))
@@ -42,17 +45,23 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree; left out: rendered scenes")
     group.add_argument("--partial-labels", action="store_true", help="a missing label file means: void for that task")
     group.add_argument("--skip-bad", action="store_true", help="leave out images with a damaged or missing file")
-    group.add_argument("--protocol", choices=PROTOCOLS, help="what images and labels go through, which published "
-                       "numbers rest on (ase)")
-    group.add_argument("--image-size", type=int, metavar="N", help="side of the square input, pixels (the protocol's; "
-                       "scenes 64)")
+    group.add_argument(
+        "--protocol", choices=PROTOCOLS, help="what images and labels go through, which published numbers rest on (ase)"
+    )
+    group.add_argument(
+        "--image-size", type=int, metavar="N", help="side of the square input, pixels (the protocol's; scenes 64)"
+    )
     group.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", choices=VITS, help="the ViT (vit_base; scenes vit_micro)")
-    group.add_argument("--pretrained", metavar="FILE", help="its weights (.safetensors, .npz, .pth; timm, "
-                       "AugReg, DeiT, DINO, Hugging Face); the backbone is then frozen, else trained in full")
+    group.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="its weights (.safetensors, .npz, .pth; timm, "
+        "AugReg, DeiT, DINO, Hugging Face); the backbone is then frozen, else trained in full",
+    )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
     group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
     group.add_argument("--gating", choices=GATINGS, help="ase where S > 0, topk where S = 0, unless said otherwise")
@@ -61,22 +70,31 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--recipe", metavar="NAME|FILE", help=f"settings from a yaml file: {', '.join(recipe_names())}; "
-                       "flags override it")
+    group.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"settings from a yaml file: {', '.join(recipe_names())}; flags override it",
+    )
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (40)")
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
     group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
     group.add_argument("--loss-weights", metavar="T=X,..", help=f"({Settings.loss_weights})")
-    group.add_argument("--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: at the "
-                       "end")
+    group.add_argument(
+        "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: at the end"
+    )
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     group.add_argument("--nvtx", action="store_true", help="name the parts of a step in a profiler's timeline")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
-    group.add_argument("--resume", nargs="?", const="", metavar="FILE", help="continue from a checkpoint folder; "
-                       "without FILE from OUT/last")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="continue from a checkpoint folder; without FILE from OUT/last",
+    )
     group.add_argument("--set", action="append", metavar="key=value", help="any setting by name, see below")
 
 

@@ -29,8 +29,12 @@ OUT receives table.txt, table.md and predictions.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m train.compare", description=DESCRIPTION, allow_abbrev=False,
-                    formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m train.compare",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("--baseline", metavar="FILE|NAME", help="Delta_m against a published row, a JSON file or a run")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")

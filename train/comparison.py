@@ -37,7 +37,10 @@ Shape = tuple[int, int]  # height, width
 PHOTO_SIZE = "the photo's size"
 
 STRETCHING = {  # the field's INFER_FLAGVALS
-    "seg": cv2.INTER_NEAREST, "parts": cv2.INTER_NEAREST, "sal": cv2.INTER_LINEAR, "normals": cv2.INTER_LINEAR,
+    "seg": cv2.INTER_NEAREST,
+    "parts": cv2.INTER_NEAREST,
+    "sal": cv2.INTER_LINEAR,
+    "normals": cv2.INTER_LINEAR,
     "edge": cv2.INTER_LINEAR,
 }
 
@@ -124,7 +127,11 @@ class Square(Comparison):
 
 
 COMPARISONS: dict[str, Callable[[int], Comparison]] = {
-    "mtinet": Stretched, "ase": Stretched, "invpt": Cropped, "mini": Square, "scenes": Square,
+    "mtinet": Stretched,
+    "ase": Stretched,
+    "invpt": Cropped,
+    "mini": Square,
+    "scenes": Square,
 }
 
 

@@ -50,8 +50,12 @@ class Subject:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m train.evaluate", description=DESCRIPTION, allow_abbrev=False,
-                    formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m train.evaluate",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
     add("--predictions", metavar="DIR", help="score these files, not a checkpoint")
@@ -60,8 +64,12 @@ def build_parser() -> Parser:
     add("--split", metavar="NAME", default="val", help="a list of ImageSets/Context (%(default)s)")
     add("--set", metavar="FILE", help="take the images of the split with these ids, one a line (test_new, say)")
     add("--odsf", choices=("fast", "full", "off"), help="F of edges over all images, 100 of them or none (fast)")
-    add("--odsf-variant", choices=VARIANTS, default="seism", help="%(default)s: thinned by SEISM's NMS; none: MTL-"
-        "PyTorch's, without; iz: MTDP's")
+    add(
+        "--odsf-variant",
+        choices=VARIANTS,
+        default="seism",
+        help="%(default)s: thinned by SEISM's NMS; none: MTL-PyTorch's, without; iz: MTDP's",
+    )
     add("--save-predictions", metavar="DIR", help="keep all predictions there")
     add("--baseline", metavar="FILE|NAME", help="print Delta_m against a published row, a JSON file or a run")
     add("--partial-labels", action="store_true", help="a missing label file means: void for that task")
@@ -194,11 +202,12 @@ def describe(
         "command": shlex.join(["python", "-m", "train.evaluate", *sys.argv[1:]]),
         "protocol": dataset.protocol,
         **subject.about,
-        "dataset": {
-            "name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size,
-        },
+        "dataset": {"name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size},
         "evaluation": describe_set(
-            dataset, subject.settings.task_names, options.split, comparison.place,
+            dataset,
+            subject.settings.task_names,
+            options.split,
+            comparison.place,
             options.set and Path(options.set).name,
         ),
         "odsF": odsf | {"images": boundaries} if boundaries else None,
@@ -212,11 +221,13 @@ def announce(results: Results) -> str:
     listed = f", those in {over['set']}" if over["set"] else ""
     skipped = f", {over['skipped']} skipped" if over["skipped"] else ""
     scored = results.get("checkpoint") or results["predictions"]
-    return "\n".join([
-        f"scored    {scored}",
-        f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
-        f"protocol  {results['protocol']}, predictions meet labels at {over['compared_at']}",
-    ])
+    return "\n".join(
+        [
+            f"scored    {scored}",
+            f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
+            f"protocol  {results['protocol']}, predictions meet labels at {over['compared_at']}",
+        ]
+    )
 
 
 def summary(results: Results) -> str:

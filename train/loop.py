@@ -113,14 +113,17 @@ def announce(run: Run) -> str:
     adaptation = "backbone frozen" if s.pretrained else "no --pretrained, so the backbone is trained in full"
     moe = s.moe_config
     default = " (default)" if moe and not s.gating else ""
-    return "\n".join([
-        f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, protocol {train_set.protocol}",
-        f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
-        f"{trainable / 1e6:.2f} M trainable; {adaptation}",
-        f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {resolve(s.kernel, run.device)}"
-        if moe else "moe       none",
-        f"run       {run.total} steps of {s.batch_size} images on {run.device} -> {run.out}",
-    ])
+    return "\n".join(
+        [
+            f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, protocol {train_set.protocol}",
+            f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
+            f"{trainable / 1e6:.2f} M trainable; {adaptation}",
+            f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {resolve(s.kernel, run.device)}"
+            if moe
+            else "moe       none",
+            f"run       {run.total} steps of {s.batch_size} images on {run.device} -> {run.out}",
+        ]
+    )
 
 
 def count_images(run: Run) -> str:
@@ -133,10 +136,7 @@ def count_images(run: Run) -> str:
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(total, trainable)."""
-    return (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
+    return (sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def training_step(run: Run, batch: Batch) -> Tensor:
@@ -195,7 +195,7 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def mean_losses(run: Run, recent: Iterable[Tensor]) -> dict[str, float]:
-    return dict(zip(run.model.tasks, torch.stack(list(recent)).mean(0).tolist()))
+    return dict(zip(run.model.tasks, torch.stack(list(recent)).mean(0).tolist(), strict=True))
 
 
 def report_losses(run: Run, recent: deque[Tensor], speed: float, board: Any, bar: tqdm) -> None:
@@ -264,7 +264,10 @@ def results_of(run: Run, speed: float, losses: dict[str, float], metrics: Metric
         "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
         "protocol": train_set.protocol,
         "dataset": {
-            "name": train_set.name, "train": len(train_set), "val": len(val_set), "image_size": s.image_size,
+            "name": train_set.name,
+            "train": len(train_set),
+            "val": len(val_set),
+            "image_size": s.image_size,
             "skipped": {"train": len(train_set.skipped), "val": len(val_set.skipped)},
         },
         "evaluation": describe_set(val_set, s.task_names, "val", f"{s.image_size} x {s.image_size}"),

@@ -76,11 +76,5 @@ def _mean_over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
     return per_pixel.sum() / valid.sum().clamp(min=1)
 
 
-LOSSES = {
-    "seg": class_loss,
-    "parts": class_loss,
-    "sal": saliency_loss,
-    "normals": normals_loss,
-    "edge": edge_loss,
-}
+LOSSES = {"seg": class_loss, "parts": class_loss, "sal": saliency_loss, "normals": normals_loss, "edge": edge_loss}
 LOSS_WEIGHTS = {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}

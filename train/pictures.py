@@ -133,7 +133,7 @@ def save_predictions(
     columns = [("image", list(batch.images.permute(0, 2, 3, 1).cpu().numpy()))]
     tasks = [task for task in TASKS if any(task in outputs for outputs in predictions.values())]
     for task in tasks:
-        labels = dict(zip(batch.index[task].tolist(), batch.labels[task])) if task in batch.index else {}
+        labels = dict(zip(batch.index[task].tolist(), batch.labels[task], strict=True)) if task in batch.index else {}
         blank = np.full_like(columns[0][1][0], 255)
         rows = range(len(batch.images))
         columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in rows]))
@@ -169,7 +169,12 @@ def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: dict[str, t
         if task in tasks:
             entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
             figure.legend(
-                handles=entries, title=task, loc=f"outside lower {corner}", ncols=columns, fontsize=7, title_fontsize=8,
+                handles=entries,
+                title=task,
+                loc=f"outside lower {corner}",
+                ncols=columns,
+                fontsize=7,
+                title_fontsize=8,
                 frameon=False,
             )
 
@@ -181,7 +186,7 @@ def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ..
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(2.6 * len(tasks) + 0.8, 1.4 + 0.22 * layers), squeeze=False, layout="constrained"
     )
-    for axis, task, values in zip(axes[0], tasks, mass.numpy().swapaxes(0, 1)):
+    for axis, task, values in zip(axes[0], tasks, mass.numpy().swapaxes(0, 1), strict=True):
         image = axis.imshow(values, aspect="auto", vmin=0, vmax=float(mass.nan_to_num().max()), cmap="viridis")
         if shared:
             axis.axvline(experts - shared - 0.5, color="white", linewidth=1)

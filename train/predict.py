@@ -39,8 +39,12 @@ w), before it was brought to the photo's size) and sheet.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m train.predict", description=DESCRIPTION, allow_abbrev=False,
-                    formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m train.predict",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, its 'last' or a folder step-N")
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
     parser.add_argument("--out", metavar="DIR", default="runs/predict", help="(%(default)s)")

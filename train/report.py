@@ -50,7 +50,9 @@ def number(value: float | None, unit: str) -> str:
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their longest entry, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows
+    ]
     return "\n".join("  ".join(line) for line in lines)
 
 

@@ -27,8 +27,12 @@ def describe_set(
         ids = sorted(dataset.labelled(task))
         labelled[task] = {"images": len(ids), "ids": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]}
     return {
-        "split": split, "set": set_name, "images": len(dataset), "skipped": len(dataset.skipped),
-        "compared_at": compared_at, "labelled": labelled,
+        "split": split,
+        "set": set_name,
+        "images": len(dataset),
+        "skipped": len(dataset.skipped),
+        "compared_at": compared_at,
+        "labelled": labelled,
     }
 
 
@@ -107,7 +111,8 @@ def references_of(results: Results) -> dict[str, Reference]:
     values = {task: results["metrics"].get(task, {}).get(key) for task, key in chosen.items()}
     return {
         task: {"metric": chosen[task], "value": value, "higher": higher[task, chosen[task]]}
-        for task, value in values.items() if value
+        for task, value in values.items()
+        if value
     }
 
 

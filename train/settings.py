@@ -22,13 +22,29 @@ from train.tasks import TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
 CHOICES = {
-    "model": VITS, "head": HEADS, "site": SITES, "kernel": KERNELS, "precision": PRECISIONS,
-    "normalisation": ("", *NORMALISATIONS), "protocol": PROTOCOLS,
+    "model": VITS,
+    "head": HEADS,
+    "site": SITES,
+    "kernel": KERNELS,
+    "precision": PRECISIONS,
+    "normalisation": ("", *NORMALISATIONS),
+    "protocol": PROTOCOLS,
 }
 # What a checkpoint's weights and batches were made with: another value would not continue the run.
 FIXED_ON_RESUME = (
-    "tasks", "model", "head", "moe", "gating", "site", "lora_rank", "lora_targets", "image_size", "batch_size", "seed",
-    "normalisation", "protocol",
+    "tasks",
+    "model",
+    "head",
+    "moe",
+    "gating",
+    "site",
+    "lora_rank",
+    "lora_targets",
+    "image_size",
+    "batch_size",
+    "seed",
+    "normalisation",
+    "protocol",
 )
 
 
@@ -81,7 +97,16 @@ class Settings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in (
-            "image_size", "epochs", "steps", "workers", "seed", "lora_rank", "lr", "warmup", "eval_every", "mi_weight",
+            "image_size",
+            "epochs",
+            "steps",
+            "workers",
+            "seed",
+            "lora_rank",
+            "lr",
+            "warmup",
+            "eval_every",
+            "mi_weight",
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")

@@ -38,9 +38,7 @@ def _ring(bits: Words, words: int) -> list[Words]:
     east[:-1] |= bits[1:] << 63
     west[1:] |= bits[:-1] >> 63
     above, inside, below = slice(None, -2 * words), slice(words, -words), slice(2 * words, None)
-    return [
-        east[inside], east[above], bits[above], west[above], west[inside], west[below], bits[below], east[below],
-    ]
+    return [east[inside], east[above], bits[above], west[above], west[inside], west[below], bits[below], east[below]]
 
 
 def _removable(x1: Words, x2: Words, x3: Words, x4: Words, x5: Words, x6: Words, x7: Words, x8: Words) -> Words:

@@ -7,6 +7,5 @@ from bench.peers import baselines, grouped, lorafusion, scattermoe
 from bench.peers.base import Peer
 
 PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for peer in (*baselines.PEERS, *grouped.PEERS, *scattermoe.PEERS, *lorafusion.PEERS)
+    peer.name: peer for peer in (*baselines.PEERS, *grouped.PEERS, *scattermoe.PEERS, *lorafusion.PEERS)
 }

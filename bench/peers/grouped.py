@@ -55,6 +55,12 @@ class QuackGrouped(torch.autograd.Function):
 
 PEERS = (
     Peer("grouped-mm", partial(sorted_experts, torch_grouped)),
-    Peer("quack", partial(sorted_experts, QuackGrouped.apply), package="quack", install="pip install quack-kernels",
-         gpu=True, compiled=True),
+    Peer(
+        "quack",
+        partial(sorted_experts, QuackGrouped.apply),
+        package="quack",
+        install="pip install quack-kernels",
+        gpu=True,
+        compiled=True,
+    ),
 )

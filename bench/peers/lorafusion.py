@@ -38,6 +38,13 @@ def lora_beside_fc1(layer: LoRAMoE) -> Forward:
 
 
 PEERS = (
-    Peer("lorafusion", lorafusion, reference=lora_beside_fc1, package="lorafusion",
-         install="pip install git+https://github.com/CentML/lorafusion", gpu=True, compiled=True),
+    Peer(
+        "lorafusion",
+        lorafusion,
+        reference=lora_beside_fc1,
+        package="lorafusion",
+        install="pip install git+https://github.com/CentML/lorafusion",
+        gpu=True,
+        compiled=True,
+    ),
 )

@@ -21,6 +21,11 @@ def scattermoe(layer: LoRAMoE) -> Forward:
 
 
 PEERS = (
-    Peer("scattermoe", scattermoe, package="scattermoe", install="pip install git+https://github.com/shawntan/scattermoe",
-         gpu=True),
+    Peer(
+        "scattermoe",
+        scattermoe,
+        package="scattermoe",
+        install="pip install git+https://github.com/shawntan/scattermoe",
+        gpu=True,
+    ),
 )

@@ -41,7 +41,10 @@ def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
     monkeypatch.setattr(counted, "TOKENS", (20, 40))
     frozen = Peer("frozen", lambda layer: layer.base, reference=lambda layer: layer.base)
     assert counted.measure("16/3/1/4", frozen) == {
-        "config": "16/3/1/4", "subject": "frozen", "launches": [0, 0], "bytes_per_token": [0.0, 0.0],
+        "config": "16/3/1/4",
+        "subject": "frozen",
+        "launches": [0, 0],
+        "bytes_per_token": [0.0, 0.0],
     }
 
 

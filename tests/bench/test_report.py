@@ -12,33 +12,63 @@ from bench import plots, report
 def row(subject, median, direction="forward", config="16/3/1/4", tokens=7_880):
     times = {"median": median, "p20": 0.9 * median, "p80": 1.1 * median}
     return {
-        "suite": "layer", "subject": subject, "width": 768, "tokens": tokens, "config": config, "direction": direction,
-        "seconds": {"subject": times}, "ratio": median / 1e-4, "added_seconds": median - 1e-4, "floor_ratio": 1.05,
-        "of_floor": 1.05e-4 / median, "bytes_per_second": 2e12, "flops_per_second": 5e14, "saved_bytes": 2**21,
-        "error": {"y": 1e-3, "dx": 2e-3}, "bitwise": subject == "ours", "absent": "",
+        "suite": "layer",
+        "subject": subject,
+        "width": 768,
+        "tokens": tokens,
+        "config": config,
+        "direction": direction,
+        "seconds": {"subject": times},
+        "ratio": median / 1e-4,
+        "added_seconds": median - 1e-4,
+        "floor_ratio": 1.05,
+        "of_floor": 1.05e-4 / median,
+        "bytes_per_second": 2e12,
+        "flops_per_second": 5e14,
+        "saved_bytes": 2**21,
+        "error": {"y": 1e-3, "dx": 2e-3},
+        "bitwise": subject == "ours",
+        "absent": "",
         "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 8e14},
-        "graph": {"ratio": 1.07}, "peak_bytes": {"subject": 3 * 2**20},
+        "graph": {"ratio": 1.07},
+        "peak_bytes": {"subject": 3 * 2**20},
     }
 
 
 def absent(subject):
-    kept = {key: value for key, value in row(subject, 1.0).items() if key in ("suite", "subject", "width", "tokens",
-            "config", "direction")}
+    kept = {
+        key: value
+        for key, value in row(subject, 1.0).items()
+        if key in ("suite", "subject", "width", "tokens", "config", "direction")
+    }
     return kept | {"absent": "not installed (pip install it)"}
 
 
-ROWS = [row("ours", 1.1e-4), row("dense", 1.5e-4), row("expert-loop", 4e-4), row("lorafusion", 1.01e-4),
-        absent("quack"), row("ours", 3e-4, "forward+backward"), row("ours", 5e-4, tokens=40_960)]
+ROWS = [
+    row("ours", 1.1e-4),
+    row("dense", 1.5e-4),
+    row("expert-loop", 4e-4),
+    row("lorafusion", 1.01e-4),
+    absent("quack"),
+    row("ours", 3e-4, "forward+backward"),
+    row("ours", 5e-4, tokens=40_960),
+]
 
 
 @pytest.fixture
 def results(tmp_path):
     path = tmp_path / "results.json"
     entries = [{"name": f"row {i}", "extra_info": entry} for i, entry in enumerate(ROWS)]
-    path.write_text(json.dumps({
-        "datetime": "2026-01-02T03:04:05", "commit_info": {"id": "abcdef0123456789"}, "benchmarks": entries,
-        "machine_info": {"cpu": {"brand_raw": "a CPU"}, "summary": {"gpu": "a GPU", "torch": "2.11"}},
-    }))
+    path.write_text(
+        json.dumps(
+            {
+                "datetime": "2026-01-02T03:04:05",
+                "commit_info": {"id": "abcdef0123456789"},
+                "benchmarks": entries,
+                "machine_info": {"cpu": {"brand_raw": "a CPU"}, "summary": {"gpu": "a GPU", "torch": "2.11"}},
+            }
+        )
+    )
     return path
 
 
@@ -87,8 +117,14 @@ def test_another_file_ends_in_one_line(tmp_path, capsys, content):
 
 def test_a_training_row_is_told_beside_plain_lora(results):
     data = json.loads(results.read_text())
-    base = {"suite": "train", "model": "vit_base", "heads_share": 0.25, "loader_images_per_second": 300.0,
-            "paper_minutes": 12.0, "peak_bytes": 2**30}
+    base = {
+        "suite": "train",
+        "model": "vit_base",
+        "heads_share": 0.25,
+        "loader_images_per_second": 300.0,
+        "paper_minutes": 12.0,
+        "peak_bytes": 2**30,
+    }
     for subject, speed in (("ours", 80.0), ("plain-lora", 100.0)):
         entry = copy.deepcopy(base) | {"subject": subject, "images_per_second": speed}
         data["benchmarks"].append({"name": subject, "extra_info": entry})

@@ -41,7 +41,7 @@ class Adapted:
     def __init__(self, kernel, site="ffn"):
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=2, patch=8), 16)
         self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), site, kernel=kernel)
-        self.block, = vit.blocks
+        (self.block,) = vit.blocks
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
                 if name.endswith(("lora_B", "routers")):
@@ -111,7 +111,7 @@ def test_after_an_optimiser_s_step_the_new_weights_are_used_and_nothing_is_compi
             optimizer.step()
     for plain, ours in zip(outputs[::2], outputs[1::2], strict=True):
         assert (plain - ours).norm() <= CLOSE * plain.norm()
-    for before, after in zip(outputs, outputs[2:], strict=False):  # far more than CLOSE, or stale weights would pass
+    for before, after in zip(outputs, outputs[2:], strict=True):  # far more than CLOSE, or stale weights would pass
         assert (before - after).norm() > 100 * CLOSE * before.norm()
     assert counter.frame_count == 1
 

@@ -107,6 +107,7 @@ def operations(monkeypatch):
     """Which of the two operations ran, in order."""
     ran = []
     for name in ("lora_moe", "lora_moe_packed"):
+
         def counted(*arguments, name=name, original=getattr(operators, name)):
             ran.append(name)
             return original(*arguments)
@@ -120,6 +121,7 @@ def copies(monkeypatch):
     """How often frozen weights and adapters were copied."""
     count = {"fill_frozen": 0, "fill": 0}
     for name in count:
+
         def counted(self, *tensors, name=name, original=getattr(Packed, name)):
             count[name] += 1
             return original(self, *tensors)

@@ -25,8 +25,10 @@ from kernels import GATINGS, TaskRows, UserError, lora_moe
 WIDTH, BLOCKS, TOKENS = 8, 2, 5
 IMAGES = [2, 1, 1]  # (image, task) pairs of each task: four, task-major
 CONFIGS = {
-    "ase": MoEConfig(6, 2, 1, 2, "ase"), "naive-shared": MoEConfig(6, 2, 1, 2, "naive-shared"),
-    "topk": MoEConfig(6, 2, 0, 2, "topk"), "topk-renorm": MoEConfig(6, 2, 0, 2, "topk-renorm"),
+    "ase": MoEConfig(6, 2, 1, 2, "ase"),
+    "naive-shared": MoEConfig(6, 2, 1, 2, "naive-shared"),
+    "topk": MoEConfig(6, 2, 0, 2, "topk"),
+    "topk-renorm": MoEConfig(6, 2, 0, 2, "topk-renorm"),
 }
 EVERY_SITE = pytest.mark.parametrize("site", SITES)
 EVERY_GATING = pytest.mark.parametrize("gating", GATINGS)
@@ -149,7 +151,7 @@ class TestLoRALinear:
     def test_loads_the_state_of_the_layer_it_replaces(self):
         linear, x = nn.Linear(7, 5), torch.randn(4, 7)
         layer = LoRALinear(nn.Linear(7, 5), 3)
-        missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
+        missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=True)
         assert (missing, unexpected) == (["lora_A", "lora_B"], [])
         assert torch.equal(layer(x), linear(x))
 
@@ -227,8 +229,8 @@ class TestLoRAMoE:
         routing.assign(IMAGES)
         layer = LoRAMoE(base, (WIDTH, WIDTH), CONFIGS["ase"], routing, 0)
         x.requires_grad_()
-        through_layer, = torch.autograd.grad(layer(x).square().sum(), x)
-        through_base, = torch.autograd.grad(base(x).square().sum(), x)
+        (through_layer,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (through_base,) = torch.autograd.grad(base(x).square().sum(), x)
         torch.testing.assert_close(through_layer, through_base)
 
     def test_reads_each_image_with_the_router_of_its_task_only(self, x):
@@ -406,7 +408,7 @@ class TestAdapt:
         y = spread(vit)(x)
         routing.mi_loss().backward()
         twin = copy.deepcopy(vit)
-        its_routing, = {block.mlp.routing for block in twin.blocks}
+        (its_routing,) = {block.mlp.routing for block in twin.blocks}
         assert its_routing is not routing
         assert torch.equal(twin(x), y)
         its_routing.assign([0, 0, 4])

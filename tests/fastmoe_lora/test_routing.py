@@ -65,15 +65,15 @@ class TestMutualInformationLoss:
 
     def test_gradient_equals_that_of_the_double_sum(self):
         mean_probs = random_probs(5, 16).requires_grad_()
-        actual, = grad(mutual_information_loss(mean_probs), mean_probs)
-        expected, = grad(naive_loss(mean_probs), mean_probs)
+        (actual,) = grad(mutual_information_loss(mean_probs), mean_probs)
+        (expected,) = grad(naive_loss(mean_probs), mean_probs)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
     @pytest.mark.parametrize("sharpness", [2, 40])  # at 40 with probabilities down to 1e-104, which count too
     def test_gradient_is_the_closed_form_that_the_kernels_get(self, sharpness):
         # design/kernels.md: c = -(1/tasks) log(p(t,e) / (p(t) p(e)))
         mean_probs = random_probs(5, 16, sharpness=sharpness).requires_grad_()
-        actual, = grad(mutual_information_loss(mean_probs), mean_probs)
+        (actual,) = grad(mutual_information_loss(mean_probs), mean_probs)
         expected = -(mean_probs / mean_probs.mean(0)).log() / 5
         torch.testing.assert_close(actual, expected.detach(), rtol=1e-12, atol=1e-14)
 
@@ -82,7 +82,7 @@ class TestMutualInformationLoss:
         # Expert 1 is used by one task only, expert 2 by none.
         mean_probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
         loss = mutual_information_loss(mean_probs)
-        gradient, = grad(loss, mean_probs)
+        (gradient,) = grad(loss, mean_probs)
         assert gradient.isfinite().all()
         expected = naive_loss(mean_probs.detach().double())
         # A handful of roundings, each by at most eps / 2.
@@ -92,7 +92,7 @@ class TestMutualInformationLoss:
     def test_the_smallest_numbers_give_a_finite_gradient(self, dtype):
         smallest = torch.finfo(dtype).smallest_normal
         mean_probs = torch.tensor([[1.0, smallest], [1.0, smallest / 4]], dtype=dtype, requires_grad=True)
-        gradient, = grad(mutual_information_loss(mean_probs), mean_probs)
+        (gradient,) = grad(mutual_information_loss(mean_probs), mean_probs)
         assert gradient.isfinite().all()
 
 
@@ -171,7 +171,7 @@ class TestRoutingStatistics:
                     for its_layer, counts, gates in passes:
                         start = sum(counts[:task])
                         if its_layer == layer:
-                            seen += gates[start: start + counts[task], expert].tolist()
+                            seen += gates[start : start + counts[task], expert].tolist()
                     assert mass[layer, task, expert].item() == sum(seen) / len(seen)
                     assert frequency[layer, task, expert].item() == sum(g > 0 for g in seen) / len(seen)
 

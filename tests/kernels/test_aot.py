@@ -46,8 +46,13 @@ def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes,
     out = tmp_path / "aot.json"
     chosen = ["--pools", pool, "--dtypes", dtypes, "--targets", targets]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "bench.aot", "--out", out, *chosen], cwd=ROOT, text=True,
-                          capture_output=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.aot", "--out", out, *chosen],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     lengths = [len(names.split(",")) for names in (pool, dtypes, targets)]
@@ -96,7 +101,12 @@ def test_every_architecture_with_rows_of_its_own_is_compiled_for():
 
 
 def test_compiling_under_the_interpreter_is_refused_in_one_line():
-    done = subprocess.run([sys.executable, "-m", "bench.aot"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.aot"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["bench.aot compiles: unset TRITON_INTERPRET"]

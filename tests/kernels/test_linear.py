@@ -213,9 +213,9 @@ class TestGradients:
         (dy, dp), x = layer.cotangents, layer.leaves[0].detach()
         expected = layer()
         apart = [torch.cat([t, t + 1], 1)[:, : t.shape[1]] for t in (x, dy)]
-        for x, dy in (apart, [t.t().contiguous().t() for t in (x, dy)]):
-            assert not x.is_contiguous() and not dy.is_contiguous()
-            layer.leaves[0], layer.cotangents = x.requires_grad_(), (dy, dp.t().contiguous().t())
+        for strided, dy_strided in (apart, [t.t().contiguous().t() for t in (x, dy)]):
+            assert not strided.is_contiguous() and not dy_strided.is_contiguous()
+            layer.leaves[0], layer.cotangents = strided.requires_grad_(), (dy_strided, dp.t().contiguous().t())
             assert_same_bits(layer(), expected)
 
     def test_through_y_alone_or_p_alone_are_enough(self, layer):

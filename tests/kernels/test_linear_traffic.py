@@ -68,10 +68,12 @@ def test_pytorch_copies_x_makes_two_products_and_touches_no_token_besides(shape)
         (name, f"{TOKENS}x{width}", what): width * HALF
         for name, widths in made.items() for width, what in zip(widths, ("read", "written"), strict=True)
     })  # fmt: skip
-    assert of_pytorch(backward) == Counter({
-        ("aten.mm.default", f"{TOKENS}x{D_OUT}", "read"): D_OUT * HALF,
-        ("aten.mm.default", f"{TOKENS}x{columns}", "written"): columns * HALF,
-    })
+    assert of_pytorch(backward) == Counter(
+        {
+            ("aten.mm.default", f"{TOKENS}x{D_OUT}", "read"): D_OUT * HALF,
+            ("aten.mm.default", f"{TOKENS}x{columns}", "written"): columns * HALF,
+        }
+    )
 
 
 @pools

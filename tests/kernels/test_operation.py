@@ -18,7 +18,8 @@ def test_the_chosen_kernel_computes_the_paper_in_fp32(kernel, gating):
     exact = [torch.randn(shape, device=device).double().requires_grad_() for shape in shapes]
     rounded = [tensor.detach().float().requires_grad_() for tensor in exact]
     for (x, base, a, b, routers), operation in (
-        (exact, reference.lora_moe), (rounded, lambda *arguments: lora_moe(*arguments, kernel)),
+        (exact, reference.lora_moe),
+        (rounded, lambda *arguments: lora_moe(*arguments, kernel)),
     ):
         y, _, p = operation(x, base, (a, b), routers, rows, gating)
         (y.square().mean() + p.square().sum()).backward()

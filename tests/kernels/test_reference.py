@@ -14,8 +14,10 @@ from kernels import GATINGS, Gating, TaskRows, lora_moe
 SHAPES_WITH_SHARED = [(16, 3, 1, 4), (8, 2, 2, 1), (5, 3, 2, 2), (4, 1, 3, 3), (2, 1, 1, 2)]
 SHAPES_WITHOUT = [(16, 4, 0, 4), (6, 1, 0, 2), (4, 4, 0, 1), (2, 1, 0, 3), (2, 2, 0, 1)]
 SHAPES = {
-    "ase": SHAPES_WITH_SHARED, "naive-shared": SHAPES_WITH_SHARED,
-    "topk": SHAPES_WITHOUT, "topk-renorm": SHAPES_WITHOUT,
+    "ase": SHAPES_WITH_SHARED,
+    "naive-shared": SHAPES_WITH_SHARED,
+    "topk": SHAPES_WITHOUT,
+    "topk-renorm": SHAPES_WITHOUT,
 }
 LOGITS = ["random", "partly equal", "all equal"]
 COUNTS = [(4, 1, 3), (2, 0, 3), (0, 2), (3, 0), (1,), (0, 1, 0)]  # unequal, tasks without rows, T = 1
@@ -102,7 +104,7 @@ class TestAgainstTheEquations:
     def test_a_task_without_rows_moves_nothing(self, name, counts, make_problem):
         problem = make_problem(name, SHAPES[name][0], counts)
         y, _, mean_probs = run(problem)
-        router_grad, = grad(y.square().sum() + mean_probs.square().sum(), [problem.routers])
+        (router_grad,) = grad(y.square().sum() + mean_probs.square().sum(), [problem.routers])
         absent = counts.index(0)
         assert mean_probs[absent].eq(0).all()
         assert router_grad[absent].eq(0).all()
@@ -200,7 +202,7 @@ class TestGates:
     @given(case=cases(names=("ase", "naive-shared")))
     def test_of_shared_experts_are_the_last_and_never_zero(self, case, make_problem):
         problem = make_problem(*case)
-        assert run(problem)[1][:, -problem.shape[2]:].gt(0).all()
+        assert run(problem)[1][:, -problem.shape[2] :].gt(0).all()
 
     @many
     @given(data=st.data(), logits=st.lists(st.integers(-2, 2), min_size=2, max_size=12))
@@ -260,9 +262,7 @@ class TestSymmetries:
         order = data.draw(st.permutations(range(experts - shared))) + list(range(experts - shared, experts))
         columns = order[: problem.routers.shape[1]]
         ranks = [e * rank + i for e in order for i in range(rank)]
-        relabelled = replace(
-            problem, a=problem.a[ranks], b=problem.b[:, ranks], routers=problem.routers[:, columns]
-        )
+        relabelled = replace(problem, a=problem.a[ranks], b=problem.b[:, ranks], routers=problem.routers[:, columns])
         (y, gates, mean_probs), actual = run(problem), run(relabelled)
         for left, right in zip(actual, (y, gates[:, order], mean_probs[:, columns]), strict=True):
             assert_fp64_close(left, right)

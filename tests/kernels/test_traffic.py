@@ -126,8 +126,12 @@ def ratio(shape, d: int, which: str) -> float:
 
 @pytest.mark.parametrize(
     ("gating", "shape"),
-    [*[("ase", shape) for shape in SMALL_POOLS + LARGE_POOLS],
-     ("topk", (16, 4, 0, 4)), ("topk-renorm", (16, 4, 0, 4)), ("naive-shared", (16, 3, 1, 4))],
+    [
+        *[("ase", shape) for shape in SMALL_POOLS + LARGE_POOLS],
+        ("topk", (16, 4, 0, 4)),
+        ("topk-renorm", (16, 4, 0, 4)),
+        ("naive-shared", (16, 3, 1, 4)),
+    ],
 )
 def test_two_launches_forward_at_most_five_backward_and_no_atomics(gating, shape):
     forward, backward = measure(shape, gating=gating)

@@ -177,8 +177,18 @@ EXPERTS = (2, 3, 5, 8, 12, 16, 24, 32, 64, 128)
 RANKS = (1, 2, 4, 8, 16)
 WIDEST = 256  # N * r, N padded to a power of two that is at least 16
 COUNTS = (
-    (1,), (3,), (17,), (65,), (2, 5), (33, 1), (5, 40), (7, 2, 12, 1),  # unequal rows, around the blocks of 32 and 64
-    (0, 6), (2, 0, 0, 4), (0, 0, 1), (9, 0),  # tasks without rows
+    (1,),
+    (3,),
+    (17,),
+    (65,),
+    (2, 5),
+    (33, 1),
+    (5, 40),
+    (7, 2, 12, 1),  # unequal rows, around the blocks of 32 and 64
+    (0, 6),
+    (2, 0, 0, 4),
+    (0, 0, 1),
+    (9, 0),  # tasks without rows
     (128, 3),  # two chunks of gram
 )
 WIDTHS = tuple(range(8, 137, 8))
@@ -269,8 +279,16 @@ class TestAccuracy:
         z = router_logits(problem.x, problem.routers, task_rows(problem))
         exact = router_logits(problem.x.double(), problem.routers.double(), task_rows(problem))
         actual = operators.lora_moe_op(
-            problem.x, problem.base, problem.a, problem.b, problem.routers, task_rows(problem).offsets,
-            problem.counts, "ase", 3, 1,
+            problem.x,
+            problem.base,
+            problem.a,
+            problem.b,
+            problem.routers,
+            task_rows(problem).offsets,
+            problem.counts,
+            "ase",
+            3,
+            1,
         )[-1]
         assert relative_error(actual, exact) <= max(FP32_ERROR, TIMES_PYTORCH * relative_error(z, exact))
 
@@ -455,6 +473,7 @@ class TestRepeatability:
         """The interpreter multiplies with BLAS, which rounds a row by its place in the tile; a GPU does not. With
         numpy's own loops in its stead, what is left to depend on a token's place is the kernels'."""
         if not ON_GPU:
+
             def product(a, b, dtype):
                 return np.einsum("ik,kj->ij", a.astype(dtype), b.astype(dtype))
 
@@ -518,8 +537,10 @@ class TestOperators:
     """torch.library.opcheck: schema, fake tensors (shapes, strides, types), autograd registration, AOT dispatch."""
 
     CASES = (
-        ("ase", (16, 3, 1, 4), (5, 0, 9), torch.float32), ("naive-shared", (5, 2, 2, 2), (3,), torch.float16),
-        ("topk", (8, 2, 0, 1), (1, 4), torch.float32), ("topk-renorm", (4, 4, 0, 8), (0, 2), torch.float16),
+        ("ase", (16, 3, 1, 4), (5, 0, 9), torch.float32),
+        ("naive-shared", (5, 2, 2, 2), (3,), torch.float16),
+        ("topk", (8, 2, 0, 1), (1, 4), torch.float32),
+        ("topk-renorm", (4, 4, 0, 8), (0, 2), torch.float16),
     )
 
     @staticmethod

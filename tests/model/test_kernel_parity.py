@@ -76,4 +76,3 @@ def test_triton_predicts_and_learns_as_the_reference(size, labelled):
             assert left is None and labelled == "some" and name.startswith("heads."), name
             continue
         assert right.norm() > 0 and (left - right).norm() <= CLOSE * right.norm(), name
-

@@ -166,7 +166,7 @@ def test_a_malicious_pickle_of_any_protocol_is_not_run(tmp_path, protocol):
 
 def test_a_malicious_array_is_refused_and_not_run(tmp_path):
     path, folder = tmp_path / "w.npz", tmp_path / "owned"
-    np.savez(path, **{"cls": np.array([Malicious(folder)], dtype=object)})
+    np.savez(path, cls=np.array([Malicious(folder)], dtype=object))
     assert "is not a readable NumPy file" in refusal(path)
     assert not folder.exists()
 

@@ -12,18 +12,49 @@ from scipy.io import savemat
 from train.cli import main
 
 PERSON, DOG = 15, 12
-FOLDERS = ("JPEGImages", "ImageSets/Context", "ImageSets/Parts", "semseg/VOC12", "semseg/pascal-context",
-           "human_parts", "sal_distill", "normals_distill", "pascal-context/trainval")
+FOLDERS = (
+    "JPEGImages",
+    "ImageSets/Context",
+    "ImageSets/Parts",
+    "semseg/VOC12",
+    "semseg/pascal-context",
+    "human_parts",
+    "sal_distill",
+    "normals_distill",
+    "pascal-context/trainval",
+)
 SHAPES = [(37, 50), (50, 37), (33, 41), (64, 48), (300, 40), (48, 64), (45, 45), (40, 52)]
 
 TRAIN = [f"2008_{n:06d}" for n in range(8)]
 VAL = [f"2009_{n:06d}" for n in range(4)]
 CROWD, NO_PERSON, NO_PARTS, CONTEXT_ONLY, SPECK, ALL_PARTS = TRAIN[:6]
 
-PARTS_IN_A_GRID = (
-    "hair head lear rear lebrow rebrow leye reye mouth nose neck torso luarm ruarm "
-    "llarm rlarm lhand rhand luleg ruleg llleg rlleg lfoot rfoot"
-).split()
+PARTS_IN_A_GRID = [
+    "hair",
+    "head",
+    "lear",
+    "rear",
+    "lebrow",
+    "rebrow",
+    "leye",
+    "reye",
+    "mouth",
+    "nose",
+    "neck",
+    "torso",
+    "luarm",
+    "ruarm",
+    "llarm",
+    "rlarm",
+    "lhand",
+    "rhand",
+    "luleg",
+    "ruleg",
+    "llleg",
+    "rlleg",
+    "lfoot",
+    "rfoot",
+]
 
 
 def box(shape, top, bottom, left, right):

@@ -34,7 +34,8 @@ def checked(pascal_tree, tmp_path_factory):
 def test_splits_stand_beside_the_official_ones(checked):
     assert checked[0]["split"] == {
         "split": ["images", "official", "faulty", "width", "height"],
-        "train": ["8", "4998", "0", "37/46/64", "33/46/300"], "val": ["4", "5105", "0", "37/44/50", "33/44/64"],
+        "train": ["8", "4998", "0", "37/46/64", "33/46/300"],
+        "val": ["4", "5105", "0", "37/44/50", "33/44/64"],
     }
 
 
@@ -45,7 +46,7 @@ def test_shares_of_pixels_are_right(checked, pascal_tree):
     for task in ("seg", "parts", "sal", "normals", "edge"):
         table = checked[0][task]
         assert table.pop(task) == ["train %", "val %"] and table.pop("images") == ["8", "4"]
-        for column in zip(*table.values()):
+        for column in zip(*table.values(), strict=True):
             assert sum(float(cell) for cell in column if cell != "-") == pytest.approx(100, abs=0.02)
     assert list(checked[0]["seg"]) == [*VOC_CLASSES, "void"]
     assert checked[0]["parts"]["head"][1] == "-"
@@ -127,7 +128,10 @@ def test_pascal_mini_is_whole(pascal_mini, tmp_path):
     found = tables(done.stdout)
     assert [found["split"][split][0] for split in ("train", "val")] == ["1425", "555"]
     assert {task: found[task]["images"] for task in ("seg", "parts", "sal", "normals", "edge")} == {
-        "seg": ["750", "250"], "parts": ["300", "80"], "sal": ["1050", "330"], "normals": ["75", "25"],
+        "seg": ["750", "250"],
+        "parts": ["300", "80"],
+        "sal": ["1050", "330"],
+        "normals": ["75", "25"],
         "edge": ["300", "200"],
     }
     assert found["parts"]["upper arm"] == ["0.128", "0.052"]

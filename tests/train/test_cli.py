@@ -86,14 +86,16 @@ def test_weights_with_missing_parameters_are_refused(small_weights, capsys, tmp_
     assert "lacks parameters of vit_micro: norm.bias" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "override", "mean"), [
-    ("micro.safetensors", "", 0.5), ("deit_micro.safetensors", "", 0.485), ("micro.safetensors", "imagenet", 0.485),
-])
+@pytest.mark.parametrize(
+    ("name", "override", "mean"),
+    [("micro.safetensors", "", 0.5), ("deit_micro.safetensors", "", 0.485), ("micro.safetensors", "imagenet", 0.485)],
+)
 def test_the_input_normalisation_is_the_weights_family_or_what_is_said(name, override, mean, small_weights, tmp_path):
     path = small_weights.rename(tmp_path / name)
-    model = build_model(resolve_settings({"pretrained": str(path), "normalisation": override}), {
-        "seg": ("background",), "parts": ("background",),
-    })
+    model = build_model(
+        resolve_settings({"pretrained": str(path), "normalisation": override}),
+        {"seg": ("background",), "parts": ("background",)},
+    )
     assert model.image_mean.flatten()[0].item() == pytest.approx(mean)
 
 

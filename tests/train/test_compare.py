@@ -116,9 +116,9 @@ def test_where_a_checkpoint_is_gone_there_is_no_picture(tiny_run, altered, tmp_p
     assert not (tmp_path / "compared/predictions.png").exists()
 
 
-@pytest.mark.parametrize("row, protocol", [
-    ("STL ResNet-18 (ASE)", "ase"), ("stl resnet-101 (astmt)", "mtinet"), ("InvPT ViT-L", "invpt"),
-])
+@pytest.mark.parametrize(
+    "row, protocol", [("STL ResNet-18 (ASE)", "ase"), ("stl resnet-101 (astmt)", "mtinet"), ("InvPT ViT-L", "invpt")]
+)
 def test_published_rows_are_baselines_of_their_own_protocol(row, protocol, altered, tmp_path, capsys):
     name = next(name for name in ROWS if name.casefold() == row.casefold())
     scores = {task: {cell["metric"]: 2 * cell["value"]} for task, cell in ROWS[name]["scores"].items()}
@@ -158,7 +158,10 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, tiny_run, tmp_path, c
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(text)
     places = {
-        "RUN": tiny_run, "OLD": tmp_path / "old", "TORN": tmp_path / "torn", "BAD": tmp_path / "bad/results.json",
+        "RUN": tiny_run,
+        "OLD": tmp_path / "old",
+        "TORN": tmp_path / "torn",
+        "BAD": tmp_path / "bad/results.json",
         "TORN/results.json": tmp_path / "torn/results.json",
     }
     status, _, error = compare(capsys, tmp_path, *(places.get(word, word) for word in argv))

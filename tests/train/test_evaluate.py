@@ -75,7 +75,11 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
     assert results["dataset"] == {"name": "PASCAL_MT", "root": str(pascal_tree), "image_size": 64}
     labelled = results["evaluation"].pop("labelled")
     assert results["evaluation"] == {
-        "split": "val", "set": None, "images": 4, "skipped": 0, "compared_at": "the photo's size",
+        "split": "val",
+        "set": None,
+        "images": 4,
+        "skipped": 0,
+        "compared_at": "the photo's size",
     }
     assert list(labelled) == list(TASKS) and len({tuple(images.items()) for images in labelled.values()}) == 1
     assert labelled["seg"]["images"] == 4

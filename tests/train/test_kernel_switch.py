@@ -17,8 +17,20 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 TINY = [
-    "--tasks", "seg,parts,sal,normals,edge", "--steps", "2", "--batch-size", "1", "--image-size", "16",
-    "--moe", "8/2/1/2", "--set", "scenes=4", "--set", "val_scenes=1",
+    "--tasks",
+    "seg,parts,sal,normals,edge",
+    "--steps",
+    "2",
+    "--batch-size",
+    "1",
+    "--image-size",
+    "16",
+    "--moe",
+    "8/2/1/2",
+    "--set",
+    "scenes=4",
+    "--set",
+    "val_scenes=1",
 ]
 
 
@@ -45,11 +57,22 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
     RESOLVED.clear()
     curves = {}
     for kernel in ("triton", "reference"):
-        settings = resolve_settings({
-            "tasks": "seg,edge", "pretrained": str(vit_tiny_weights), "model": "vit_tiny", "head": "light",
-            "image_size": 32, "kernel": kernel, "steps": 4, "batch_size": 2, "scenes": 8, "val_scenes": 1,
-            "lora_rank": 4, "out": str(tmp_path / kernel),
-        })
+        settings = resolve_settings(
+            {
+                "tasks": "seg,edge",
+                "pretrained": str(vit_tiny_weights),
+                "model": "vit_tiny",
+                "head": "light",
+                "image_size": 32,
+                "kernel": kernel,
+                "steps": 4,
+                "batch_size": 2,
+                "scenes": 8,
+                "val_scenes": 1,
+                "lora_rank": 4,
+                "out": str(tmp_path / kernel),
+            }
+        )
         run = set_up(settings, fresh=True)
         losses = []
         for batch in train_loader(run.data[0], settings.task_names, 2, range(4), 0, 0):

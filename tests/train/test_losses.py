@@ -48,8 +48,8 @@ def naive_pixels(prediction: Tensor, label: Tensor) -> list[tuple[Tensor, Tensor
     columns = prediction.movedim(1, -1).reshape(-1, prediction.shape[1])
     if label.dim() == 4:
         labels = label.movedim(1, -1).reshape(-1, 3)
-        return [(z, y) for z, y in zip(columns, labels) if y.norm() > 0]
-    return [(z, int(y)) for z, y in zip(columns, label.flatten()) if y != VOID]
+        return [(z, y) for z, y in zip(columns, labels, strict=True) if y.norm() > 0]
+    return [(z, int(y)) for z, y in zip(columns, label.flatten(), strict=True) if y != VOID]
 
 
 def naive_class(prediction: Tensor, label: Tensor) -> Tensor:
@@ -75,13 +75,7 @@ def naive_edge(prediction: Tensor, label: Tensor) -> Tensor:
     return sum(-0.95 * p.log() if y == 1 else -0.05 * (1 - p).log() for p, y in probabilities) / len(pixels)
 
 
-NAIVE = {
-    "seg": naive_class,
-    "parts": naive_class,
-    "sal": naive_saliency,
-    "normals": naive_normals,
-    "edge": naive_edge,
-}
+NAIVE = {"seg": naive_class, "parts": naive_class, "sal": naive_saliency, "normals": naive_normals, "edge": naive_edge}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -59,8 +59,18 @@ def predicted(tiny_run, tmp_path_factory):
 
 
 SIZES = {
-    "thin": (1, 40), "flat": (40, 1), "dot": (1, 1), "odd.jpg": (517, 333), "odd.webp": (70, 50), "portrait": (60, 90),
-    "upright": (60, 90), "grey": (70, 50), "palette": (70, 50), "print": (70, 50), "deep": (70, 50), "clear": (70, 50),
+    "thin": (1, 40),
+    "flat": (40, 1),
+    "dot": (1, 1),
+    "odd.jpg": (517, 333),
+    "odd.webp": (70, 50),
+    "portrait": (60, 90),
+    "upright": (60, 90),
+    "grey": (70, 50),
+    "palette": (70, 50),
+    "print": (70, 50),
+    "deep": (70, 50),
+    "clear": (70, 50),
 }
 
 
@@ -77,7 +87,11 @@ def test_every_photo_gets_pngs_of_its_own_size(predicted, task):
 def test_raw_arrays_are_what_the_heads_gave(predicted):
     raw = np.load(predicted[1] / "raw/odd.jpg.npz")
     assert {task: raw[task].shape for task in TASKS} == {
-        "seg": (21, 64, 64), "parts": (7, 64, 64), "sal": (2, 64, 64), "normals": (3, 64, 64), "edge": (1, 64, 64),
+        "seg": (21, 64, 64),
+        "parts": (7, 64, 64),
+        "sal": (2, 64, 64),
+        "normals": (3, 64, 64),
+        "edge": (1, 64, 64),
     }
     seg = np.asarray(Image.open(predicted[1] / "semseg/odd.jpg.png"))
     assert set(np.unique(seg)) <= set(range(21))
@@ -86,8 +100,9 @@ def test_raw_arrays_are_what_the_heads_gave(predicted):
 
 def test_the_orientation_that_the_camera_noted_is_respected(predicted):
     for task in TASKS:
-        turned, upright = (np.asarray(Image.open(predicted[1] / FOLDERS[task] / f"{name}.png"))
-                           for name in ("portrait", "upright"))
+        turned, upright = (
+            np.asarray(Image.open(predicted[1] / FOLDERS[task] / f"{name}.png")) for name in ("portrait", "upright")
+        )
         assert np.array_equal(turned, upright)
 
 
@@ -153,7 +168,11 @@ def test_a_checkpoint_of_scenes_predicts_photos_too(tmp_path):
     noise((50, 70)).save(tmp_path / "photo.png")
     assert main([str(tmp_path / "run"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "edge", "overlays", "raw", "semseg", "sheet.png",
+        "edge",
+        "overlays",
+        "raw",
+        "semseg",
+        "sheet.png",
     ]
 
 
@@ -176,8 +195,12 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, predicted, tiny_run, 
     whole = (photos / "odd.webp").read_bytes()
     (tmp_path / "truncated.png").write_bytes((photos / "upright.png").read_bytes()[:120])
     places = {
-        "RUN": tiny_run, "NOTES": photos / "notes.txt", "BROKEN": photos / "broken.jpg", "EMPTY": tmp_path / "empty",
-        "PHOTO": photos / "upright.png", "TRUNCATED": tmp_path / "truncated.png",
+        "RUN": tiny_run,
+        "NOTES": photos / "notes.txt",
+        "BROKEN": photos / "broken.jpg",
+        "EMPTY": tmp_path / "empty",
+        "PHOTO": photos / "upright.png",
+        "TRUNCATED": tmp_path / "truncated.png",
     }
     argv = [str(places.get(word, word)) for word in argv]
     assert main([*argv, *([] if "--out" in argv else ["--out", str(tmp_path / "out")])]) == 2

@@ -30,8 +30,23 @@ def results(finished):
 
 def test_results_name_everything_a_reader_needs(results):
     assert list(results) == [
-        "format", "command", "protocol", "dataset", "evaluation", "model", "moe", "gating", "kernel", "seed", "steps",
-        "images_per_second", "parameters", "final_losses", "metrics", "metrics_constant", "metrics_untrained",
+        "format",
+        "command",
+        "protocol",
+        "dataset",
+        "evaluation",
+        "model",
+        "moe",
+        "gating",
+        "kernel",
+        "seed",
+        "steps",
+        "images_per_second",
+        "parameters",
+        "final_losses",
+        "metrics",
+        "metrics_constant",
+        "metrics_untrained",
         "versions",
     ]
     assert results["format"] == 1 and results["protocol"] == "scenes" and results["steps"] == 3
@@ -41,9 +56,11 @@ def test_results_name_everything_a_reader_needs(results):
     assert list(results["final_losses"]) == ALL.split(",")
     for column in ("metrics", "metrics_constant", "metrics_untrained"):
         assert {task: set(values) for task, values in results[column].items()} == {
-            "seg": {"mIoU", "mIoU_field"}, "parts": {"mIoU", "mIoU_field"},
+            "seg": {"mIoU", "mIoU_field"},
+            "parts": {"mIoU", "mIoU_field"},
             "sal": {"maxF", "maxF_invpt", "mIoU", "maxF_A"},
-            "normals": {"mErr", "median", "rmse", "within_11.25", "within_22.5", "within_30"}, "edge": {"loss", "odsF"},
+            "normals": {"mErr", "median", "rmse", "within_11.25", "within_22.5", "within_30"},
+            "edge": {"loss", "odsF"},
         }
         assert results[column]["edge"]["odsF"] is None
 

@@ -23,7 +23,9 @@ def test_with_data_the_papers_setting_applies():
 @pytest.mark.parametrize(
     ("flags", "size"),
     [
-        ({}, 224), ({"protocol": "invpt"}, 512), ({"protocol": "mtinet", "image_size": 448}, 448),
+        ({}, 224),
+        ({"protocol": "invpt"}, 512),
+        ({"protocol": "mtinet", "image_size": 448}, 448),
         ({"recipe": "mini"}, 224),
     ],
 )

@@ -46,8 +46,14 @@ class PascalMT:
     classes = {"seg": VOC_CLASSES, "parts": PART_NAMES}
 
     def __init__(
-        self, root: str | Path, split: str, tasks: Sequence[str], protocol: Protocol, seed: int,
-        access: Access = Access(), only: Container[str] | None = None,
+        self,
+        root: str | Path,
+        split: str,
+        tasks: Sequence[str],
+        protocol: Protocol,
+        seed: int,
+        access: Access = Access(),
+        only: Container[str] | None = None,
     ) -> None:
         self.tree = find_tree(Path(root))
         self.split, self.seed = split, seed

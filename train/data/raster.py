@@ -152,10 +152,10 @@ class Upright:
     def hit(self, x: np.ndarray, y: np.ndarray) -> Hit:
         x, y = x - self.centre[0], y - self.centre[1]
         origin = [fx * x + fy * y for fx, fy, _ in self.frame.tolist()]
-        backs, fronts, normals = zip(*self._intervals(origin))
+        backs, fronts, normals = zip(*self._intervals(origin), strict=True)
         front = reduce(np.minimum, fronts)
         normal = normals[0]
-        for other_front, other in zip(fronts[1:], normals[1:]):
+        for other_front, other in zip(fronts[1:], normals[1:], strict=True):
             normal = np.where(other_front == front, other, normal)
         return np.where(front >= reduce(np.maximum, backs), self.centre[2] + front, -inf), normal
 
@@ -173,13 +173,13 @@ class Upright:
     def _quadric(self, origin: list[np.ndarray], weights: tuple[float, ...], level: float) -> Interval:
         """sum(weights * p**2) <= level, where that is one interval of the ray."""
         slope = self.frame[:, 2].tolist()
-        a = sum(w * d * d for w, d in zip(weights, slope))
-        b = sum(w * d * o for w, d, o in zip(weights, slope, origin))
-        c = sum(w * o * o for w, o in zip(weights, origin)) - level
+        a = sum(w * d * d for w, d in zip(weights, slope, strict=True))
+        b = sum(w * d * o for w, d, o in zip(weights, slope, origin, strict=True))
+        c = sum(w * o * o for w, o in zip(weights, origin, strict=True)) - level
         inside = b * b - a * c
         root = np.sqrt(np.where(inside < 0, np.nan, inside))
         front = (root - b) / a
-        gradient = [w * (o + front * d) for w, o, d in zip(weights, origin, slope)]
+        gradient = [w * (o + front * d) for w, o, d in zip(weights, origin, slope, strict=True)]
         normal = np.tensordot(self.frame.T, np.stack(gradient), 1)
         return (-root - b) / a, front, normal / np.sqrt((normal**2).sum(0))
 

@@ -117,10 +117,7 @@ def _wall_and_floor(rng: np.random.Generator, room: np.ndarray, pitch: float) ->
     foot_of_wall = np.array([0, seam, -seam / tan(pitch)])
     wall = _hsv(rng.uniform(), rng.uniform(0.05, 0.25), rng.uniform(0.8, 1))
     floor = _hsv(rng.uniform(0.05, 0.12), rng.uniform(0.1, 0.4), rng.uniform(0.65, 0.9))
-    return [
-        Surface(Plane(foot_of_wall, front), WALL, 0, 0, wall),
-        Surface(Plane(foot_of_wall, up), FLOOR, 0, 0, floor),
-    ]
+    return [Surface(Plane(foot_of_wall, front), WALL, 0, 0, wall), Surface(Plane(foot_of_wall, up), FLOOR, 0, 0, floor)]
 
 
 def _solid(rng: np.random.Generator, spot: Spot, number: int) -> Iterator[Surface]:

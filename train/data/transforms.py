@@ -256,5 +256,5 @@ def centres(length: int, size: int) -> NDArray[np.int64]:
 
 
 def derive_edges(sample: Sample, rng: np.random.Generator) -> Sample:
-    """"edge" from the LabelMap that has held its place."""
+    """ "edge" from the LabelMap that has held its place."""
     return sample | {"edge": edges_from_label_map(sample["edge"])} if "edge" in sample else sample

@@ -126,9 +126,7 @@ class BoundaryScore(Additive):
         f = 100 * f_measure(precision, recall)
         best = f[:-1].argmax()
         ap = 100 * average_precision(precision[:-1], recall[:-1])
-        return {
-            "odsF": float(f[best]), "oisF": float(f[-1]), "AP": ap, "threshold": float(self.thresholds[best]),
-        }
+        return {"odsF": float(f[best]), "oisF": float(f[-1]), "AP": ap, "threshold": float(self.thresholds[best])}
 
 
 def precision_recall(counts: NDArray) -> tuple[Map, Map]:

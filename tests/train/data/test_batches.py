@@ -137,7 +137,10 @@ def test_collate_stacks_the_labels_there_are_in_the_order_of_tasks():
     batch = collate([toy[i, 0] for i in (edge, normals, seg, normals)], ["edge", "normals", "sal", "seg"])
     assert list(batch.labels) == list(batch.index) == ["seg", "sal", "normals", "edge"]
     assert {task: index.tolist() for task, index in batch.index.items()} == {
-        "seg": [2], "sal": [0, 2], "normals": [1, 3], "edge": [0],
+        "seg": [2],
+        "sal": [0, 2],
+        "normals": [1, 3],
+        "edge": [0],
     }
     assert batch.counts == {"seg": 1, "sal": 2, "normals": 2, "edge": 1}
     assert keys_of(batch) == [(edge, 0), (normals, 0), (seg, 0), (normals, 0)]

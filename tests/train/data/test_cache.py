@@ -84,8 +84,13 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, flip_a_bit, lambda path: path.write_bytes(b""), lambda path: path.write_text("no picture"),
-     lambda path: Image.new("RGB", (50, 37)).save(path)],
+    [
+        cut,
+        flip_a_bit,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no picture"),
+        lambda path: Image.new("RGB", (50, 37)).save(path),
+    ],
     ids=["cut", "a bit flipped", "empty", "text", "colours"],
 )
 def test_a_damaged_entry_is_derived_again_and_replaced(damage, pascal_tree, tmp_path):

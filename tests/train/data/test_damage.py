@@ -24,8 +24,11 @@ TRAIN = [f"2008_{n:06d}" for n in range(8)]  # of the fabricated tree, see conft
 HURT = TRAIN[0]
 SHAPE = (37, 50)
 FILES = {
-    "photo": f"JPEGImages/{HURT}.jpg", "seg": f"semseg/VOC12/{HURT}.png", "parts": f"human_parts/{HURT}.mat",
-    "sal": f"sal_distill/{HURT}.png", "normals": f"normals_distill/{HURT}.png",
+    "photo": f"JPEGImages/{HURT}.jpg",
+    "seg": f"semseg/VOC12/{HURT}.png",
+    "parts": f"human_parts/{HURT}.mat",
+    "sal": f"sal_distill/{HURT}.png",
+    "normals": f"normals_distill/{HURT}.png",
     "edge": f"pascal-context/trainval/{HURT}.mat",
 }
 PNGS = ("seg", "sal", "normals")
@@ -87,6 +90,7 @@ def renumbered(path):
 
 def png_of_16_bits(path):
     """RGB, which Pillow opens as if it had 8."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -142,17 +146,28 @@ def structs(*records):
 
 
 EVERY_FILE = {
-    "empty": holding(b""), "cut after 20 bytes": lambda path: os.truncate(path, 20), "cut in half": truncated(0.5),
-    "cut at nine tenths": truncated(0.9), "text": holding(b"<html>404 Not Found</html>\n" * 9), "folder": folder,
-    "pipe": pipe, "loop of links": link(None), "link to nowhere": link("nowhere"), "missing": os.unlink,
+    "empty": holding(b""),
+    "cut after 20 bytes": lambda path: os.truncate(path, 20),
+    "cut in half": truncated(0.5),
+    "cut at nine tenths": truncated(0.9),
+    "text": holding(b"<html>404 Not Found</html>\n" * 9),
+    "folder": folder,
+    "pipe": pipe,
+    "loop of links": link(None),
+    "link to nowhere": link("nowhere"),
+    "missing": os.unlink,
 }
 DAMAGE = [(task, name, damage, "") for task in FILES for name, damage in EVERY_FILE.items()]
 DAMAGE += [(task, "a bit flipped", flipped_bit, "cannot be read") for task in PNGS]
 DAMAGE += [(task, "a bomb", bomb, "DecompressionBomb") for task in ("photo", "sal")]
-DAMAGE += [(task, f"transposed {task}", image(mode, SHAPE[::-1]), "its photo 50 x 37")
-           for task, mode in (("seg", "L"), ("sal", "L"), ("normals", "RGB"))]
-DAMAGE += [(task, f"{task} off by one", image(mode, (37, 51)), "is 51 x 37 pixels, its photo 50 x 37")
-           for task, mode in (("seg", "P"), ("sal", "L"), ("normals", "RGB"))]
+DAMAGE += [
+    (task, f"transposed {task}", image(mode, SHAPE[::-1]), "its photo 50 x 37")
+    for task, mode in (("seg", "L"), ("sal", "L"), ("normals", "RGB"))
+]
+DAMAGE += [
+    (task, f"{task} off by one", image(mode, (37, 51)), "is 51 x 37 pixels, its photo 50 x 37")
+    for task, mode in (("seg", "P"), ("sal", "L"), ("normals", "RGB"))
+]
 DAMAGE += [
     ("photo", "CMYK", image("CMYK", format="JPEG"), "mode CMYK"),
     ("photo", "palette", image("P"), "mode P,"),
@@ -227,8 +242,11 @@ def mistake(call):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("task", "damage", "message"), [(t, d, m) for t, _, d, m in DAMAGE],
-                         ids=[f"{task}: {name}" for task, name, *_ in DAMAGE])
+@pytest.mark.parametrize(
+    ("task", "damage", "message"),
+    [(t, d, m) for t, _, d, m in DAMAGE],
+    ids=[f"{task}: {name}" for task, name, *_ in DAMAGE],
+)
 def test_damage_is_one_line_or_an_image_left_out(task, damage, message, pascal_copy, capfd):
     path = pascal_copy / FILES[task]
     damage(path)
@@ -345,17 +363,43 @@ def test_a_split_in_which_nothing_is_whole(pascal_copy, capfd):
 
 
 def run(root, out, *options):
-    command = [sys.executable, "-m", "train", "--data", str(root), "--tasks", ",".join(TASKS), "--protocol", "mini",
-               "--steps", "1", "--batch-size", "4", "--model", "vit_micro", "--head", "light", "--image-size", "32",
-               "--out", str(out), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "--data",
+        str(root),
+        "--tasks",
+        ",".join(TASKS),
+        "--protocol",
+        "mini",
+        "--steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--model",
+        "vit_micro",
+        "--head",
+        "light",
+        "--image-size",
+        "32",
+        "--out",
+        str(out),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "workers"),
-    [(FILES["photo"], truncated(0.5), 1), (FILES["normals"], pipe, 1), (FILES["seg"], renumbered, 0),
-     (FILES["parts"], anno_part(part_name="tail"), 1), (FILES["sal"], os.unlink, 1),
-     ("ImageSets/Context/train.txt", holding(b"../../etc/passwd\n"), 1)],
+    [
+        (FILES["photo"], truncated(0.5), 1),
+        (FILES["normals"], pipe, 1),
+        (FILES["seg"], renumbered, 0),
+        (FILES["parts"], anno_part(part_name="tail"), 1),
+        (FILES["sal"], os.unlink, 1),
+        ("ImageSets/Context/train.txt", holding(b"../../etc/passwd\n"), 1),
+    ],
     ids=["photo", "pipe", "palette", "anno", "missing", "list"],
 )
 def test_a_run_ends_in_one_line_and_status_2(file, damage, workers, pascal_copy, tmp_path):

@@ -39,7 +39,9 @@ def test_every_image_is_counted_pixel_for_pixel(workers, pascal_tree):
     for finding in findings:
         seg = pascal_tree / f"semseg/VOC12/{finding.id}.png"
         label = np.asarray(Image.open(seg if seg.exists() else pascal_tree / f"semseg/pascal-context/{finding.id}.png"))
-        assert finding.pixels["seg"] == dict(zip(*map(np.ndarray.tolist, np.unique(label, return_counts=True))))
+        assert finding.pixels["seg"] == dict(
+            zip(*map(np.ndarray.tolist, np.unique(label, return_counts=True)), strict=True)
+        )
         assert finding.size == label.shape and finding.faults == ()
         assert all(sum(counts.values()) == label.size for counts in finding.pixels.values())
         assert set(finding.pixels) == set(TASKS) and set(finding.pixels["normals"]) <= {0, 1}
@@ -89,8 +91,11 @@ def test_an_interrupt_ends_it_soon_and_in_silence(pascal_tree, tmp_path):
     script, started = tmp_path / "slow.py", tmp_path / "started"
     script.write_text(INTERRUPTED)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(pascal_tree), str(started)], stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, str(script), str(pascal_tree), str(started)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     while not started.exists() and process.poll() is None:
         time.sleep(0.05)

@@ -38,8 +38,12 @@ def cv_edges(labels):
 def test_a_raw_sample_has_the_size_of_the_photo_and_the_dtypes_of_its_labels(pascal_tree):
     sample = raw(pascal_tree, CROWD)
     assert {name: (array.dtype.name, array.shape) for name, array in sample.items()} == {
-        "image": ("uint8", (37, 50, 3)), "seg": ("uint8", (37, 50)), "parts": ("uint8", (37, 50)),
-        "sal": ("uint8", (37, 50)), "normals": ("float32", (37, 50, 3)), "edge": ("uint8", (37, 50)),
+        "image": ("uint8", (37, 50, 3)),
+        "seg": ("uint8", (37, 50)),
+        "parts": ("uint8", (37, 50)),
+        "sal": ("uint8", (37, 50)),
+        "normals": ("float32", (37, 50, 3)),
+        "edge": ("uint8", (37, 50)),
     }
     np.testing.assert_array_equal(sample["image"], stored(pascal_tree / f"JPEGImages/{CROWD}.jpg"))
     np.testing.assert_array_equal(sample["seg"], stored(pascal_tree / f"semseg/VOC12/{CROWD}.png"))
@@ -94,8 +98,11 @@ def palette_image(path, label, palette):
     image.save(path)
 
 
-@pytest.mark.parametrize("palette", [PALETTE, PALETTE[:21], np.random.default_rng(7).integers(0, 256, (256, 3))],
-                         ids=["VOC", "its first 21", "unrelated"])
+@pytest.mark.parametrize(
+    "palette",
+    [PALETTE, PALETTE[:21], np.random.default_rng(7).integers(0, 256, (256, 3))],
+    ids=["VOC", "its first 21", "unrelated"],
+)
 def test_seg_counts_by_index_whatever_an_unrelated_palette_shows(palette, tmp_path):
     """Rule of semseg: raw palette indices."""
     label = np.arange(21, dtype=np.uint8).reshape(3, 7)
@@ -159,8 +166,15 @@ def direct(root, id, task):
     if task == "normals":
         rgb = stored(root / f"normals_distill/{id}.png")
         return (2.0 * rgb / 255.0 - 1.0) * (rgb.sum(axis=-1, keepdims=True) > 0)
-    groups = ["", "head hair", "torso neck", "luarm ruarm", "llarm rlarm lhand rhand", "luleg ruleg",
-              "llleg rlleg lfoot rfoot"]
+    groups = [
+        "",
+        "head hair",
+        "torso neck",
+        "luarm ruarm",
+        "llarm rlarm lhand rhand",
+        "luleg ruleg",
+        "llleg rlleg lfoot rfoot",
+    ]
     objects = loadmat(root / f"human_parts/{id}.mat")["anno"][0][0][1][0]
     label = np.zeros(objects[0][2].shape, np.uint8)
     for name, mask in (part for thing in objects if thing[1][0][0] == 15 and len(thing[3]) for part in thing[3][0]):

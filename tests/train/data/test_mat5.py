@@ -14,9 +14,12 @@ from train.data.mat5 import load_variable
 MATLABS = Path(scipy.io.__file__).parent / "matlab/tests/data"
 WRITTEN_BY_MATLAB = [path for path in sorted(MATLABS.glob("test*_[67]*.mat")) if "hdf5" not in path.name]
 NESTED = {
-    "anno": {"imname": "2008_000008", "objects": np.array([[(np.eye(3, 4), "head", 15)]],
-             [("mask", object), ("name", object), ("id", object)]), "empty": np.zeros((0, 0)),
-             "list": np.array([["a", np.int16([[1, -2]])]], object)},
+    "anno": {
+        "imname": "2008_000008",
+        "objects": np.array([[(np.eye(3, 4), "head", 15)]], [("mask", object), ("name", object), ("id", object)]),
+        "empty": np.zeros((0, 0)),
+        "list": np.array([["a", np.int16([[1, -2]])]], object),
+    }
 }
 
 
@@ -35,7 +38,7 @@ def assert_same(ours, theirs):
     elif theirs.dtype.kind == "U":
         assert isinstance(ours, str)
         rows = [row.ljust(theirs.dtype.itemsize // 4) for row in theirs.ravel()]  # MATLAB stores text down its columns
-        assert ours == "".join(map("".join, zip(*rows)))
+        assert ours == "".join(map("".join, zip(*rows, strict=True)))
     else:
         np.testing.assert_array_equal(ours, theirs)
 
@@ -45,7 +48,7 @@ def test_files_that_matlab_wrote_are_read_as_scipy_reads_them():
     """Of MATLAB 6 (not compressed) and 7 (compressed), by little and big endian machines."""
     compared, foreign = 0, []
     for path in WRITTEN_BY_MATLAB:
-        for name, _, kind in whosmat(path):
+        for name, _, _kind in whosmat(path):
             theirs = loadmat(path)[name]
             try:
                 ours = load_variable(path, name)

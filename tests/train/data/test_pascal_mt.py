@@ -420,8 +420,15 @@ def second_reading(root, id, task, size):
     if task == "normals":
         rgb = nearest(stored(root / f"normals_distill/{id}.png"), size)
         return unit_normals(rgb) * (rgb.sum(axis=-1) > 0)
-    groups = ["", "head hair", "torso neck", "luarm ruarm", "llarm rlarm lhand rhand", "luleg ruleg",
-              "llleg rlleg lfoot rfoot"]
+    groups = [
+        "",
+        "head hair",
+        "torso neck",
+        "luarm ruarm",
+        "llarm rlarm lhand rhand",
+        "luleg ruleg",
+        "llleg rlleg lfoot rfoot",
+    ]
     objects = loadmat(root / f"human_parts/{id}.mat")["anno"][0][0][1][0]
     label = np.zeros(objects[0][2].shape, np.uint8)
     for name, mask in (part for thing in objects if thing[1][0][0] == 15 and len(thing[3]) for part in thing[3][0]):

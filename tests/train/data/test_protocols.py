@@ -66,7 +66,8 @@ def finish(arrays):
     normals = np.divide(arrays["normals"], length, out=np.zeros_like(arrays["normals"]), where=length > 0)
     image = np.rint(np.clip(arrays["image"], 0, 255))
     return {name: array for name, array in arrays.items() if name != "valid"} | {
-        "image": image, "normals": normals.transpose(2, 0, 1),
+        "image": image,
+        "normals": normals.transpose(2, 0, 1),
     }
 
 
@@ -109,7 +110,7 @@ def nearest(array, height, width):
     """The pixel at floor(i * step), in double precision as OpenCV has it."""
     rows, columns = (
         np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(int), old - 1)
-        for old, new in zip(array.shape, (height, width), strict=False)
+        for old, new in zip(array.shape, (height, width), strict=True)
     )
     return array[np.ix_(rows, columns)]
 
@@ -198,14 +199,17 @@ def family_b(raw, training, rng):
         arrays = mirror(crop) if rng.random() < 0.5 else crop
         arrays["image"] = distort(np.ascontiguousarray(arrays["image"]), rng)
     below = [(SIZE - length) // 2 for length in arrays["image"].shape[:2]]
-    above = [SIZE - length - low for length, low in zip(arrays["image"].shape, below, strict=False)]
+    above = [SIZE - length - low for length, low in zip(arrays["image"].shape, below, strict=True)]
     margins = list(zip(below, above, strict=True))
     labels = {name: np.pad(array, margins, constant_values=VOID) for name, array in arrays.items() if array.ndim == 2}
     pads = {"image": (124, 116, 104), "normals": (0, 0, 0)}
-    return finish(labels | {
-        name: np.stack([np.pad(arrays[name][..., i], margins, constant_values=pad[i]) for i in range(3)], -1)
-        for name, pad in pads.items()
-    })
+    return finish(
+        labels
+        | {
+            name: np.stack([np.pad(arrays[name][..., i], margins, constant_values=pad[i]) for i in range(3)], -1)
+            for name, pad in pads.items()
+        }
+    )
 
 
 def assert_agree(ours, theirs, ties):
@@ -259,7 +263,8 @@ def test_mini_is_pillow_with_edges_of_the_resized_label_map(shape, training):
         p = np.pad(resized(raw["edge"].astype(np.int32)), 1, mode="reflect")
         laplacian = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] - 4 * p[1:-1, 1:-1]
         theirs = {name: resized(raw[name]) for name in ("seg", "parts", "sal")} | {
-            "image": resized(raw["image"], Image.Resampling.BILINEAR), "edge": thin(laplacian != 0),
+            "image": resized(raw["image"], Image.Resampling.BILINEAR),
+            "edge": thin(laplacian != 0),
             "normals": np.stack([resized(raw["normals"][..., i]) for i in range(3)], -1),
         }
         theirs = finish(mirror(theirs) if flipped else theirs)
@@ -271,8 +276,11 @@ def test_mini_is_pillow_with_edges_of_the_resized_label_map(shape, training):
 
 # Every protocol
 
-EVERY = [(name, shape, training) for name, shape, training in product(FAMILIES, SHAPES, [True, False])
-         if name != "invpt" or training or shape in FITS]
+EVERY = [
+    (name, shape, training)
+    for name, shape, training in product(FAMILIES, SHAPES, [True, False])
+    if name != "invpt" or training or shape in FITS
+]
 
 
 @pytest.mark.parametrize(("name", "shape", "training"), EVERY)
@@ -343,8 +351,9 @@ def test_names_and_sizes():
     """mtl 1.5: 512 for both families; MTLoRA is family A at 448."""
     own = {"invpt": 512, "mtinet": 512, "ase": 224, "mini": 224}
     assert {name: build_protocol(name).size for name in PROTOCOLS} == own
-    assert all(build_protocol(name, size).reported == build_protocol(name).reported == name
-               for name, size in own.items())
+    assert all(
+        build_protocol(name, size).reported == build_protocol(name).reported == name for name, size in own.items()
+    )
     assert build_protocol("invpt", 256).reported == "invpt@256"
     assert build_protocol("mtinet", 448).reported == "mtinet@448"
     assert {name for name in PROTOCOLS if build_protocol(name).edges_at_input} == {"mini"}

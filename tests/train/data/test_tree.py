@@ -12,8 +12,11 @@ from train.data.tree import find_tree, read_split
 from train.tasks import TASKS
 
 RENAMED = {
-    "human_parts": "PascalParts", "sal_distill": "SaliencyDistill", "normals_distill": "NormalsDistill",
-    "pascal-context/trainval": "Context/trainval", "semseg/pascal-context": "SemanticSegmentation/Context",
+    "human_parts": "PascalParts",
+    "sal_distill": "SaliencyDistill",
+    "normals_distill": "NormalsDistill",
+    "pascal-context/trainval": "Context/trainval",
+    "semseg/pascal-context": "SemanticSegmentation/Context",
 }
 
 

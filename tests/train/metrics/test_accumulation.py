@@ -53,7 +53,7 @@ def constant_of(task: str, images: slice):
 @given(cuts=st.sets(st.integers(1, IMAGES - 1)))
 def test_any_division_of_the_set_gives_the_same_state(accumulated, task, cuts):
     bounds = [0, *sorted(cuts), IMAGES]
-    parts = [accumulated(task, slice(*pair)) for pair in zip(bounds, bounds[1:])]
+    parts = [accumulated(task, slice(*pair)) for pair in zip(bounds, bounds[1:], strict=True)]
     merged = parts[0]
     for part in parts[1:]:
         merged.merge(part)

@@ -37,11 +37,7 @@ def naive_boundaries(label_map: np.ndarray) -> np.ndarray:
 
 
 def test_boundaries_by_hand():
-    label_map = np.array([
-        [1, 1, 2],
-        [1, 2, 2],
-        [1, 1, 1],
-    ])
+    label_map = np.array([[1, 1, 2], [1, 2, 2], [1, 1, 1]])
     assert boundaries(label_map).astype(int).tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
 
 
@@ -98,7 +94,7 @@ def most_matches(predicted: np.ndarray, true: np.ndarray, radius: float) -> int:
 )
 def test_matching_equals_brute_force(predicted, true, radius):
     masks = np.zeros((2, 5, 6), bool)
-    for mask, pixels in zip(masks, (predicted, true)):
+    for mask, pixels in zip(masks, (predicted, true), strict=True):
         for pixel in pixels:
             mask[pixel] = True
     assert count_matches(*masks, radius) == most_matches(*masks, radius)

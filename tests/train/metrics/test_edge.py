@@ -40,7 +40,7 @@ def test_batches_weigh_by_their_valid_pixels():
     for seed, void in enumerate((0.0, 0.5, 0.95, 1.0)):
         prediction, label = random_batch(seed, void)
         metric.update(prediction, label)
-        for z, y in zip(prediction.double().flatten().numpy(), label.flatten().numpy()):
+        for z, y in zip(prediction.double().flatten().numpy(), label.flatten().numpy(), strict=True):
             if y != VOID:
                 terms.append(0.95 * np.log1p(np.exp(-z)) if y else 0.05 * np.log1p(np.exp(z)))
     assert metric.compute()["loss"] == pytest.approx(np.mean(terms), rel=1e-6)

@@ -75,7 +75,7 @@ def test_random_batches_equal_the_arc_cosine():
         prediction, label = torch.randn(2, 2, 3, 7, 5, generator=random)
         label = F.normalize(label, dim=1) * (torch.rand(2, 1, 7, 5, generator=random) > 0.3)
         metric.update(prediction, label)
-        pairs = zip(*(v.double().movedim(1, -1).reshape(-1, 3).numpy() for v in (prediction, label)))
+        pairs = zip(*(v.double().movedim(1, -1).reshape(-1, 3).numpy() for v in (prediction, label)), strict=True)
         angles += [np.arccos(p @ g / np.linalg.norm(p) / np.linalg.norm(g)) for p, g in pairs if g.any()]
     degrees, scores = np.degrees(angles), metric.compute()
     assert scores["mErr"] == pytest.approx(degrees.mean(), rel=1e-6)

@@ -162,7 +162,7 @@ def test_without_boundaries_there_is_no_score():
 
 def test_states_add():
     parts = [BoundaryScore("iz") for _ in range(3)]
-    for part, seeds in zip(parts, ((0, 1, 2), (0,), (1, 2))):
+    for part, seeds in zip(parts, ((0, 1, 2), (0,), (1, 2)), strict=True):
         for seed in seeds:
             part.add_image(count_image(*image(seed), "iz"))
     parts[1].merge(parts[2])

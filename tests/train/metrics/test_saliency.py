@@ -43,7 +43,7 @@ def naive_max_f_a(probability: np.ndarray, label: np.ndarray) -> float:
     scores = []
     for t in np.linspace(0.2, 0.9, 15, dtype=np.float32):
         pairs = []
-        for p, g in zip(probability, label):
+        for p, g in zip(probability, label, strict=True):
             valid = g != VOID
             if valid.any():
                 above, salient = p[valid] > t, g[valid] == 1
@@ -63,7 +63,7 @@ def naive_miou(probability: np.ndarray, label: np.ndarray) -> float:
     means = []
     for t in np.linspace(0.2, 0.9, 15, dtype=np.float32):
         ious = []
-        for p, g in zip(probability, label):
+        for p, g in zip(probability, label, strict=True):
             valid = g != VOID
             if valid.any():
                 p_above, salient = p[valid] > t, g[valid] == 1
