@@ -15,11 +15,11 @@ from bench.peers.base import rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve
-from train.data.batches import Batch, collate
-from train.data.scenes import Scenes
-from train.loop import Run, set_up, training_step
-from train.settings import Settings
-from train.settings import resolve as resolve_settings
+from train.config.settings import Settings
+from train.config.settings import resolve as resolve_settings
+from train.datasets.batches import Batch, collate
+from train.datasets.scenes.scenes import Scenes
+from train.run.loop import Run, set_up, training_step
 
 ON_GPU = torch.cuda.is_available()
 MODEL = (

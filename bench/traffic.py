@@ -153,7 +153,7 @@ def counting(tokens: int):
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def counted_run(self, *args, grid, warmup, **kwargs):
-        with recorder.launch(self.fn.__name__, grid, dict(zip(self.arg_names, args, strict=True)) | kwargs):
+        with recorder.launch(self.fn.__name__, grid, dict(zip(self.arg_names, args, strict=False)) | kwargs):
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def counted_load(self, pointers, mask, *rest):

@@ -12,8 +12,8 @@ from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
 from train.evaluate import main as evaluate
+from train.output.tables import table
 from train.predict import main as predict
-from train.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

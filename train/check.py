@@ -14,14 +14,14 @@ import torch
 
 from kernels import UserError
 from train.cli import Parser, guarded
-from train.data.cache import open_cache
-from train.data.inspection import Finding, inspect_images
-from train.data.labels import Reader
-from train.data.pascal_mt import PascalMT, group_by_tasks
-from train.data.transforms import unit_normals, void_absent_parts
-from train.data.tree import ImageFiles, Tree, find_tree, list_images
-from train.report import align, make_folder
-from train.tasks import TASKS, VOID, parse_tasks
+from train.datasets.cache import open_cache
+from train.datasets.pascal.inspection import Finding, inspect_images
+from train.datasets.pascal.labels import Reader
+from train.datasets.pascal.pascal_mt import PascalMT, group_by_tasks
+from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
+from train.output.tables import align, make_folder
+from train.protocols.transforms import unit_normals, void_absent_parts
+from train.tasks.names import TASKS, VOID, parse_tasks
 
 OFFICIAL_IMAGES = {"train": 4998, "val": 5105}
 VALUES = PascalMT.classes | {"sal": ("rest", "salient"), "normals": ("void", "valid"), "edge": ("rest", "edges")}
@@ -115,7 +115,7 @@ def describe_faults(faults: Sequence[str]) -> str:
 
 def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
     """A dozen images without fault, of every group of equally labelled images, with their labels."""
-    from train import pictures
+    from train.output import pictures
 
     whole = [
         image

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.data.protocols import PROTOCOLS
-from train.settings import Settings, recipe_names
+from train.config.settings import Settings, recipe_names
+from train.protocols.protocols import PROTOCOLS
 
 DESCRIPTION = """\
 Train a multi-task ViT with a LoRA mixture-of-experts and show what it learned.
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
 
     def run() -> None:
-        from train.loop import train
+        from train.run.loop import train
 
         train(*parse(argv))
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from kernels import UserError
-from train import checkpoint
-from train.build import load_checkpoint
 from train.cli import Parser, guarded
-from train.data.batches import collate
-from train.data.pascal_mt import Access, PascalMT
-from train.data.protocols import build_protocol
-from train.data.scenes import Scenes
-from train.metrics import HEADLINES
-from train.report import align, make_folder, number
-from train.results import Results, read_results, require_comparable, with_baseline
-from train.settings import Settings
+from train.config.settings import Settings
+from train.datasets.batches import collate
+from train.datasets.pascal.pascal_mt import Access, PascalMT
+from train.datasets.scenes.scenes import Scenes
+from train.evaluation.results import Results, read_results, require_comparable, with_baseline
+from train.output.tables import align, make_folder, number
+from train.protocols.protocols import build_protocol
+from train.run import checkpoint
+from train.run.build import load_checkpoint
+from train.tasks.scores import HEADLINES
 
 PICTURES = 8  # rows of the picture
 
@@ -106,7 +106,7 @@ def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module]
 @torch.inference_mode()
 def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Settings, torch.nn.Module]]) -> None:
     """A few validation images, their labels and what each model says. All runs are of the same protocol and images."""
-    from train import pictures
+    from train.output import pictures
 
     results, (settings, _) = next(iter(runs.values())), next(iter(models.values()))
     tasks = tuple(dict.fromkeys(task for s, _ in models.values() for task in s.task_names))

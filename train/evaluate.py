@@ -12,23 +12,30 @@ from typing import Any
 
 from kernels import UserError
 from model import MultiTaskViT
-from train import checkpoint
-from train.build import load_checkpoint
 from train.cli import Parser, guarded
-from train.comparison import COMPARISONS, Comparison
-from train.data.batches import sample_loader
-from train.data.pascal_mt import Access, PascalMT
-from train.data.protocols import OWN_SIZES, PROTOCOLS, build_protocol
-from train.data.reading import reading, require_file
-from train.data.scenes import Scenes
-from train.data.tree import find_tree, read_split
-from train.metrics import build_metrics
+from train.config.settings import Settings
+from train.datasets.batches import sample_loader
+from train.datasets.pascal.pascal_mt import Access, PascalMT
+from train.datasets.pascal.tree import find_tree, read_split
+from train.datasets.scenes.scenes import Scenes
+from train.evaluation.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
+from train.evaluation.results import Results, describe_delta, describe_set, with_baseline
+from train.evaluation.score import (
+    Answered,
+    Scoring,
+    answers_of_files,
+    answers_of_model,
+    choose_boundaries,
+    score_answers,
+)
+from train.files.reading import reading, require_file
 from train.metrics.odsf import VARIANTS
-from train.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
-from train.report import make_folder, table, versions, write_json
-from train.results import Results, describe_delta, describe_set, with_baseline
-from train.scoring import Answered, Scoring, answers_of_files, answers_of_model, choose_boundaries, score_answers
-from train.settings import Settings
+from train.output.tables import make_folder, table, versions, write_json
+from train.protocols.alignment import COMPARISONS, Comparison
+from train.protocols.protocols import OWN_SIZES, PROTOCOLS, build_protocol
+from train.run import checkpoint
+from train.run.build import load_checkpoint
+from train.tasks.scores import build_metrics
 
 DESCRIPTION = """\
 Score a checkpoint, or with --predictions the files of any program, on PASCAL-Context as a protocol has it.

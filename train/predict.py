@@ -15,18 +15,18 @@ from tqdm import tqdm
 
 from kernels import UserError
 from model import MultiTaskViT
-from train import checkpoint
-from train.build import load_checkpoint
 from train.cli import Parser, guarded
-from train.data.pascal_mt import PascalMT
-from train.data.protocols import Protocol, build_protocol
-from train.data.reading import reading, require_file
-from train.data.scenes import Scenes
-from train.data.transforms import PadTo
-from train.metrics import METRICS
-from train.predictions import Picture, to_levels, to_picture, write_pictures
-from train.report import make_folder
-from train.settings import Settings
+from train.config.settings import Settings
+from train.datasets.pascal.pascal_mt import PascalMT
+from train.datasets.scenes.scenes import Scenes
+from train.evaluation.predictions import Picture, to_levels, to_picture, write_pictures
+from train.files.reading import reading, require_file
+from train.output.tables import make_folder
+from train.protocols.protocols import Protocol, build_protocol
+from train.protocols.transforms import PadTo
+from train.run import checkpoint
+from train.run.build import load_checkpoint
+from train.tasks.scores import METRICS
 
 SHEET = 24  # photos on the contact sheet
 
@@ -151,7 +151,7 @@ def _resize(channel: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.
 
 def write(out: Path, name: str, photo: Picture, outputs: dict[str, NDArray[np.float32]]) -> dict[str, Picture]:
     """All files of one photo; returns its overlays."""
-    from train import pictures
+    from train.output import pictures
 
     predicted = {task: to_photo(task, output, photo.shape[:2]) for task, output in outputs.items()}
     overlays = {task: pictures.overlay(task, photo, picture) for task, picture in predicted.items()}
@@ -171,7 +171,7 @@ def protocol_of(settings: Settings) -> Protocol:
 
 
 def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
-    from train import pictures
+    from train.output import pictures
 
     photos = list_photos(given)
     settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))

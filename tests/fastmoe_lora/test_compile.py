@@ -111,7 +111,7 @@ def test_after_an_optimiser_s_step_the_new_weights_are_used_and_nothing_is_compi
             optimizer.step()
     for plain, ours in zip(outputs[::2], outputs[1::2], strict=True):
         assert (plain - ours).norm() <= CLOSE * plain.norm()
-    for before, after in zip(outputs, outputs[2:], strict=True):  # far more than CLOSE, or stale weights would pass
+    for before, after in zip(outputs, outputs[2:], strict=False):  # far more than CLOSE, or stale weights would pass
         assert (before - after).norm() > 100 * CLOSE * before.norm()
     assert counter.frame_count == 1
 

@@ -151,7 +151,7 @@ class TestLoRALinear:
     def test_loads_the_state_of_the_layer_it_replaces(self):
         linear, x = nn.Linear(7, 5), torch.randn(4, 7)
         layer = LoRALinear(nn.Linear(7, 5), 3)
-        missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=True)
+        missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
         assert (missing, unexpected) == (["lora_A", "lora_B"], [])
         assert torch.equal(layer(x), linear(x))
 

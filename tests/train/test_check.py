@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from train.check import align, build_parser, main, share
-from train.data.voc import VOC_CLASSES
+from train.datasets.pascal.voc import VOC_CLASSES
 
 HURT = "2008_000000"  # of the fabricated tree, see conftest.py
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from kernels.backend import RESOLVED
 from model import VITS, ViT
-from train.build import build_model
 from train.cli import build_parser, main
-from train.settings import resolve as resolve_settings
+from train.config.settings import resolve as resolve_settings
+from train.run.build import build_model
 
 QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]
 
@@ -116,6 +116,6 @@ def test_a_module_run_as_a_user_does_exits_2(tmp_path):
 def test_help_groups_the_flags_and_names_the_recipes():
     text = build_parser().format_help()
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
-    recipes = [path.name.removesuffix(".yaml") for path in (resources.files("train") / "recipes").iterdir()]
+    recipes = [path.name.removesuffix(".yaml") for path in (resources.files("train.config") / "recipes").iterdir()]
     assert all(name in text for name in recipes)
     assert "mi_weight=0.005" in text

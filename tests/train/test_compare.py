@@ -9,8 +9,8 @@ from PIL import Image
 
 from train.compare import main
 from train.evaluate import main as evaluate
-from train.metrics.delta import published_rows
-from train.report import table
+from train.evaluation.baselines import published_rows
+from train.output.tables import table
 
 ROWS = published_rows()
 

@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from scipy.io import loadmat
 
-from train.build import load_checkpoint
-from train.comparison import COMPARISONS, Answer
-from train.data.edges import edges_from_label_map
-from train.data.labels import valid_classes
-from train.data.mat import read_parts
+from train.datasets.pascal.labels import valid_classes
+from train.datasets.pascal.mat import read_parts
 from train.evaluate import main
-from train.metrics import HEADLINES, build_metrics
+from train.evaluation.predictions import FOLDERS, from_picture
+from train.evaluation.score import Scoring, choose_boundaries, score_answers
 from train.metrics.boundary import boundaries
 from train.metrics.odsf import quantise
-from train.predictions import FOLDERS, from_picture
-from train.scoring import Scoring, choose_boundaries, score_answers
-from train.tasks import PART_NAMES, TASKS, VOID
-from train.thinning import thin
+from train.metrics.thinning import thin
+from train.protocols.alignment import COMPARISONS, Answer
+from train.run.build import load_checkpoint
+from train.tasks.edges import edges_from_label_map
+from train.tasks.names import PART_NAMES, TASKS, VOID
+from train.tasks.scores import HEADLINES, build_metrics
 
 VAL = [f"2009_{n:06d}" for n in range(4)]
 QUICK = ["--workers", "0"]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data.protocols import build_protocol
-from train.pictures import overlay
+from train.evaluation.predictions import FOLDERS
+from train.output.pictures import overlay
 from train.predict import main, read_any_photo, to_model, to_photo
-from train.predictions import FOLDERS
-from train.tasks import TASKS
+from train.protocols.protocols import build_protocol
+from train.tasks.names import TASKS
 
 ORIENTATION = 0x0112
 

@@ -30,7 +30,7 @@ class Metric(Additive, ABC):
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Take in a batch: the raw output of the head and the labels, as :mod:`train.losses` gets them."""
+        """Take in a batch: the raw output of the head and the labels, as :mod:`train.tasks.losses` gets them."""
         self.count(self.decide(prediction), label)
 
     @staticmethod

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from kernels.errors import UserError
 from train.metrics.base import Additive
 from train.metrics.boundary import Map, Mask, boundaries, count_matches, smooth, suppress_non_maxima
-from train.thinning import thin
+from train.metrics.thinning import thin
 
 MAX_DISTANCE = 0.0075  # of the diagonal
 PERCENT = np.arange(1, 100) / 100

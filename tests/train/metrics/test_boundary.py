@@ -8,10 +8,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.ndimage import gaussian_filter, label
 from skimage.morphology import thin as skimage_thin
 
-from train.data.mat import read_label_map
+from train.datasets.pascal.mat import read_label_map
 from train.metrics import boundary
 from train.metrics.boundary import boundaries, count_matches, suppress_non_maxima
-from train.thinning import thin
+from train.metrics.thinning import thin
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
 

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.morphology import thin as skimage_thin
 
 from kernels.errors import UserError
-from train.data.mat import read_label_map
+from train.datasets.pascal.mat import read_label_map
 from train.metrics import odsf
 from train.metrics.boundary import boundaries, count_matches, smooth, suppress_non_maxima
 from train.metrics.odsf import (
@@ -23,7 +23,7 @@ from train.metrics.odsf import (
     quantise,
     score_boundaries,
 )
-from train.thinning import thin
+from train.metrics.thinning import thin
 
 
 def squares(seed: int, height: int = 60, width: int = 80) -> np.ndarray:

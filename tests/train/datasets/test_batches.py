@@ -1,0 +1,237 @@
+"""Batches: their fixed composition, the sampler's streams, what a batch holds, and the loaders."""
+
+import os
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.errors import UserError
+from train.datasets.batches import BatchSampler, collate, compose, eval_loader, train_loader
+from train.tasks.names import TASKS
+
+GROUPED_TASKS = [("seg", "sal"), ("normals",), ("sal", "edge")]
+SIDE = 4
+
+
+class Toy:
+    """7 + 2 + 4 images in shuffled order; an image holds its index in one channel and its epoch in the next."""
+
+    groups = tuple(np.split(np.random.default_rng(1).permutation(13), [7, 9]))
+
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def __len__(self):
+        return 13
+
+    def __getitem__(self, key):
+        index, epoch = key
+        if index == self.broken:
+            raise UserError("a.jpg cannot be read (OSError: truncated): restore the file")
+        image = np.zeros((SIDE, SIDE, 3), np.uint8)
+        image[..., 0], image[..., 1] = index, epoch
+        tasks = next(tasks for group, tasks in zip(self.groups, GROUPED_TASKS, strict=True) if index in group)
+        return {"image": image} | {task: label(task, index) for task in tasks}
+
+
+def label(task, index):
+    if task == "normals":
+        return np.full((3, SIDE, SIDE), index, np.float32)
+    return np.full((SIDE, SIDE), index, np.uint8)
+
+
+def keys_of(batch):
+    return [(int(image[0, 0, 0]), int(image[1, 0, 0])) for image in batch.images]
+
+
+# Composition
+
+sizes_and_batch = st.lists(st.integers(1, 1000), min_size=1, max_size=12).flatmap(
+    lambda sizes: st.tuples(st.just(sizes), st.integers(len(sizes), 200))
+)
+
+
+@settings(deadline=None)
+@given(sizes_and_batch)
+def test_every_group_has_its_share_of_a_batch_and_at_least_one_image(case):
+    sizes, batch_size = case
+    counts = compose(sizes, batch_size)
+    shares = [batch_size * size / sum(sizes) for size in sizes]
+    assert sum(counts) == batch_size and min(counts) >= 1
+    assert all(count < share + 1 or count == 1 for count, share in zip(counts, shares, strict=True))
+    assert all(a >= b for a, s in zip(counts, sizes, strict=True) for b, t in zip(counts, sizes, strict=True) if s > t)
+
+
+@settings(deadline=None)
+@given(sizes_and_batch)
+def test_composition_is_that_of_the_largest_remainder_where_every_share_is_at_least_one(case):
+    sizes, batch_size = case
+    quotients, remainders = zip(*(divmod(batch_size * size, sum(sizes)) for size in sizes), strict=True)
+    if min(quotients) >= 1:
+        best = sorted(range(len(sizes)), key=lambda g: -remainders[g])[: batch_size - sum(quotients)]
+        assert compose(sizes, batch_size) == tuple(q + (g in best) for g, q in enumerate(quotients))
+
+
+def test_composition_by_hand():
+    assert compose([750, 300, 75, 300], 16) == (9, 3, 1, 3)
+    assert compose([750, 300, 75, 300], 4) == (1, 1, 1, 1)
+    assert compose([1000, 1, 1], 5) == (3, 1, 1)
+    assert compose([5, 5], 3) == (2, 1)
+
+
+def test_a_batch_too_small_for_the_groups():
+    with pytest.raises(UserError, match="^batch size 3 cannot hold an image of each of the 4 groups.*--batch-size 4"):
+        compose([10, 10, 10, 10], 3)
+    with pytest.raises(UserError, match="--batch-size 3"):
+        train_loader(Toy(), TASKS, batch_size=2, steps=range(1), seed=0, workers=0)
+
+
+# Sampler
+
+
+def sampler(steps, seed=0, counts=(3, 1, 2)):
+    return BatchSampler(Toy.groups, counts, steps, seed)
+
+
+def test_every_batch_has_the_same_composition_and_the_sampler_knows_its_length():
+    batches = list(sampler(range(50)))
+    assert len(batches) == len(sampler(range(50))) == 50
+    for batch in batches:
+        assert [sum(index in group for index, _ in batch) for group in Toy.groups] == [3, 1, 2]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_a_run_resumed_anywhere_sees_the_same_keys(start, length, counts):
+    whole = list(sampler(range(80), counts=counts))
+    assert list(sampler(range(start, start + length), counts=counts)) == whole[start : start + length]
+
+
+def test_an_epoch_of_a_group_holds_each_of_its_images_once():
+    keys = Counter(key for batch in sampler(range(56)) for key in batch)  # 56 steps: 24, 28 and 28 whole epochs
+    epochs = [56 * count // len(group) for group, count in zip(Toy.groups, (3, 1, 2), strict=True)]
+    expected = [(i, epoch) for group, n in zip(Toy.groups, epochs, strict=True) for epoch in range(n) for i in group]
+    assert keys == Counter(expected)
+
+
+def test_order_depends_on_seed_epoch_and_group():
+    groups = [np.arange(10), np.arange(10)]  # alike, to compare their orders
+    orders = set()
+    for seed in range(3):
+        for batch in BatchSampler(groups, counts=(10, 10), steps=range(3), seed=seed):
+            orders |= {tuple(index for index, _ in batch[:10]), tuple(index for index, _ in batch[10:])}
+    assert len(orders) == 3 * 3 * 2
+
+
+# Batch
+
+
+def test_collate_stacks_the_labels_there_are_in_the_order_of_tasks():
+    seg, normals, edge = (int(group[0]) for group in Toy.groups)
+    toy = Toy()
+    batch = collate([toy[i, 0] for i in (edge, normals, seg, normals)], ["edge", "normals", "sal", "seg"])
+    assert list(batch.labels) == list(batch.index) == ["seg", "sal", "normals", "edge"]
+    assert {task: index.tolist() for task, index in batch.index.items()} == {
+        "seg": [2],
+        "sal": [0, 2],
+        "normals": [1, 3],
+        "edge": [0],
+    }
+    assert batch.counts == {"seg": 1, "sal": 2, "normals": 2, "edge": 1}
+    assert keys_of(batch) == [(edge, 0), (normals, 0), (seg, 0), (normals, 0)]
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (4, 3, SIDE, SIDE)
+    assert batch.images.is_contiguous()
+    assert batch.labels["sal"].dtype == torch.uint8 and batch.labels["sal"][:, 0, 0].tolist() == [edge, seg]
+    assert batch.labels["normals"].dtype == torch.float32 and batch.labels["normals"].shape == (2, 3, SIDE, SIDE)
+    assert all(index.dtype == torch.int64 for index in batch.index.values())
+
+
+def test_collate_ignores_tasks_that_are_not_asked_for():
+    batch = collate([Toy()[int(Toy.groups[0][0]), 0]], ["sal"])
+    assert list(batch.labels) == ["sal"]
+
+
+def test_a_batch_moves_to_a_device_as_a_whole():
+    batch = collate([Toy()[0, 0]], TASKS).to("meta")
+    assert {tensor.device.type for tensor in [batch.images, *batch.labels.values(), *batch.index.values()]} == {"meta"}
+
+
+# Loaders
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_train_loader_yields_the_batches_of_the_sampler(workers):
+    loader = train_loader(Toy(), TASKS, batch_size=6, steps=range(3, 9), seed=5, workers=workers)
+    batches = list(loader)
+    assert len(loader) == 6
+    assert [keys_of(batch) for batch in batches] == list(sampler(range(3, 9), seed=5, counts=compose([7, 2, 4], 6)))
+    for batch in batches:
+        for task, index in batch.index.items():
+            expected = [label(task, keys_of(batch)[i][0]) for i in index]
+            np.testing.assert_array_equal(batch.labels[task].numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_loader_visits_every_image_in_order_and_again(workers):
+    loader = eval_loader(Toy(), TASKS, batch_size=5, workers=workers)
+    for _ in range(2):
+        batches = [keys_of(batch) for batch in loader]
+        assert [len(batch) for batch in batches] == [5, 5, 3] and len(loader) == 3
+        assert sum(batches, []) == [(index, 0) for index in range(13)]
+
+
+def test_tasks_without_label_in_a_batch_are_absent():
+    for index, batch in enumerate(eval_loader(Toy(), TASKS, batch_size=1, workers=0)):
+        expected = next(tasks for group, tasks in zip(Toy.groups, GROUPED_TASKS, strict=True) if index in group)
+        assert tuple(batch.labels) == tuple(batch.index) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_left_in_the_middle_starts_afresh(workers):
+    loader = eval_loader(Toy(), TASKS, batch_size=2, workers=workers)
+    for _ in range(2):
+        assert [keys_of(batch)[0][0] for batch in islice(loader, 2)] == [0, 2]
+    assert len(list(loader)) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_mistake_surfaces_with_its_one_line(workers):
+    batches = iter(eval_loader(Toy(broken=4), TASKS, batch_size=3, workers=workers))
+    assert len(next(batches).images) == 3
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert type(error.value) is UserError
+    assert str(error.value) == "a.jpg cannot be read (OSError: truncated): restore the file"
+
+
+class Process(Toy):
+    """Labels tell which process loads them, and with how many threads."""
+
+    def __getitem__(self, key):
+        process = {"seg": torch.get_num_threads(), "normals": os.getpid()}
+        return super().__getitem__(key) | {task: label(task, value) for task, value in process.items()}
+
+
+def test_a_worker_lives_as_long_as_its_loader_and_has_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader = eval_loader(Process(), ["seg", "normals"], batch_size=13, workers=1)
+        batches = [next(iter(loader)) for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    assert {batch.labels["seg"].unique().item() for batch in batches} == {1}
+    processes = {batch.labels["normals"].unique().item() for batch in batches}
+    assert len(processes) == 1 and os.getpid() not in processes
+
+
+def test_loading_leaves_the_random_state_of_torch_alone():
+    before = torch.get_rng_state()
+    list(eval_loader(Toy(), TASKS, batch_size=5, workers=0))
+    list(train_loader(Toy(), TASKS, batch_size=5, steps=range(2), seed=0, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,215 @@
+"""Everything a run can be told, in one place, and where each value comes from.
+
+Later layers win: the defaults below (the paper's setting), a recipe, the checkpoint that is resumed, the flags.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmoe_lora import SITES, MoEConfig
+from kernels import KERNELS, UserError
+from model import HEADS, NORMALISATIONS, VITS
+from train.protocols.protocols import PROTOCOLS, build_protocol
+from train.tasks.losses import LOSS_WEIGHTS
+from train.tasks.names import TASKS, parse_tasks
+
+PRECISIONS = ("fp32", "bf16")
+CHOICES = {
+    "model": VITS,
+    "head": HEADS,
+    "site": SITES,
+    "kernel": KERNELS,
+    "precision": PRECISIONS,
+    "normalisation": ("", *NORMALISATIONS),
+    "protocol": PROTOCOLS,
+}
+# What a checkpoint's weights and batches were made with: another value would not continue the run.
+FIXED_ON_RESUME = (
+    "tasks",
+    "model",
+    "head",
+    "moe",
+    "gating",
+    "site",
+    "lora_rank",
+    "lora_targets",
+    "image_size",
+    "batch_size",
+    "seed",
+    "normalisation",
+    "protocol",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Every field can be set by ``--set name=value``; those with a flag of their own also by it."""
+
+    tasks: str = ",".join(TASKS)
+    data: str = ""
+    protocol: str = "ase"
+    partial_labels: bool = False
+    skip_bad: bool = False
+    cache: str = ""
+    pretrained: str = ""
+    normalisation: str = ""
+    recipe: str = ""
+    model: str = "vit_base"
+    head: str = "up"
+    moe: str = "16/3/1/4"
+    gating: str = ""
+    site: str = "ffn"
+    kernel: str = "auto"
+    lora_rank: int = 4
+    lora_targets: str = "qkv,proj"
+    mi_weight: float = 0.005
+    image_size: int = 0
+    epochs: int = 40
+    steps: int = 0
+    batch_size: int = 8
+    lr: float = 5e-4
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    clip_norm: float = 10.0
+    loss_weights: str = ",".join(f"{task}={weight}" for task, weight in LOSS_WEIGHTS.items())
+    precision: str = "fp32"
+    eval_every: int = 5
+    scenes: int = 12_800
+    val_scenes: int = 240
+    seed: int = 0
+    workers: int = 1
+    device: str = ""
+    nvtx: bool = False
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(choices)}")
+        for name in ("batch_size", "scenes", "val_scenes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in (
+            "image_size",
+            "epochs",
+            "steps",
+            "workers",
+            "seed",
+            "lora_rank",
+            "lr",
+            "warmup",
+            "eval_every",
+            "mi_weight",
+        ):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not (self.epochs or self.steps):
+            raise UserError("epochs and steps are both 0: say how long to train with --epochs or --steps")
+        # Fail on a wrong tuple, task or weight now, not when the value is first used.
+        _ = self.moe_config, self.task_names, self.task_weights
+
+    @cached_property
+    def task_names(self) -> tuple[str, ...]:
+        return parse_tasks(self.tasks)
+
+    @cached_property
+    def moe_config(self) -> MoEConfig | None:
+        return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
+
+    @cached_property
+    def task_weights(self) -> dict[str, float]:
+        """Loss weight per task; a task that is not named keeps its default."""
+        return LOSS_WEIGHTS | parse_loss_weights(self.loss_weights)
+
+
+def parse_loss_weights(text: str) -> dict[str, float]:
+    """``"seg=1,edge=50"`` -> ``{"seg": 1.0, "edge": 50.0}``."""
+    weights = {}
+    for entry in text.split(","):
+        name, _, value = entry.partition("=")
+        (task,) = parse_tasks(name)
+        try:
+            weights[task] = float(value)
+        except ValueError:
+            raise UserError(f"loss weight {entry!r} is not of the form task=number, for example edge=50") from None
+    return weights
+
+
+def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """One layer of values, checked and converted to the fields' types; ``source`` names it in errors.
+
+    A layer that says how long to train in epochs overrules steps of the layers below, and the reverse.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    converted = {}
+    for name, value in values.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown key {name!r}; {hint}")
+        converted[name] = _convert(name, value, fields[name], source)
+    if "epochs" in converted and "steps" not in converted:
+        converted["steps"] = 0
+    return converted
+
+
+def _truth(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _convert(name: str, value: Any, kind: type, source: str) -> Any:
+    try:
+        return _truth(value) if kind is bool else kind(value)
+    except (KeyError, TypeError, ValueError):
+        expected = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(f"{source}: {name} is {value!r}, which is not {expected}") from None
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in _recipes().iterdir())
+
+
+def _recipes():
+    return resources.files("train.config") / "recipes"
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The values of a shipped recipe by name, or of a yaml file by path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _recipes() / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no recipe {name!r}: give the path of a .yaml file or one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} holds no 'key: value' lines")
+    return layer(values, f"recipe {path}")
+
+
+def resolve(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
+    """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
+
+    An image size of 0 becomes the protocol's own.
+    """
+    flags = layer(flags, "command line")
+    below = checkpoint or {}
+    recipe = flags.get("recipe", "")
+    if not recipe and checkpoint is None and not flags.get("data"):
+        recipe = "scenes"
+    values = {**below, **(read_recipe(recipe) if recipe else {}), **flags}
+    if recipe:
+        values["recipe"] = recipe
+    if not values.get("image_size"):
+        values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
+    for name in FIXED_ON_RESUME if checkpoint else ():
+        if values[name] != checkpoint[name]:
+            raise UserError(f"{name} was {checkpoint[name]!r} and cannot become {values[name]!r} when a run is resumed")
+    return Settings(**values)

@@ -1,0 +1,194 @@
+"""Batches of fixed composition.
+
+In a partially labelled data set a random batch often lacks a task altogether. Here every batch takes the
+same number of images from every group of equally labelled images, so that each task has the same share
+of each step, and the shapes of the tensors never change.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from kernels.errors import UserError
+from train.tasks.names import TASKS
+
+Key = tuple[int, int]  # (index, epoch)
+Sample = dict[str, NDArray]
+
+
+class DataSet(Protocol):
+    """What :mod:`train.datasets.base` calls a data set, as far as batches need it."""
+
+    groups: tuple[NDArray[np.int64], ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> Sample: ...
+
+
+def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """Images per group in every batch: in proportion to the groups' sizes by largest remainder, at least 1 each."""
+    if batch_size < len(sizes):
+        raise UserError(
+            f"batch size {batch_size} cannot hold an image of each of the {len(sizes)} groups of equally labelled "
+            f"images: use --batch-size {len(sizes)} or larger"
+        )
+    counts = [1] * len(sizes)
+    for _ in range(batch_size - len(sizes)):
+        # what a group lacks to its share, times sum(sizes): integers have exact ties, which the first group wins
+        lacks = [batch_size * size - count * sum(sizes) for size, count in zip(sizes, counts, strict=True)]
+        counts[lacks.index(max(lacks))] += 1
+    return tuple(counts)
+
+
+class BatchSampler(Sampler[list[Key]]):
+    """The (index, epoch) keys of each batch, a function of (seed, step) alone: a resumed run sees the same batches.
+
+    Group g gives every batch its next ``counts[g]`` images of an endless stream of permutations of the
+    group; the epoch of a key is the number of its permutation.
+    """
+
+    def __init__(self, groups: Sequence[NDArray[np.int64]], counts: Sequence[int], steps: range, seed: int) -> None:
+        self.groups, self.counts, self.steps, self.seed = groups, counts, steps, seed
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        streams = [self._stream(group) for group in range(len(self.groups))]
+        for step in self.steps:
+            yield [
+                entry(position)
+                for entry, count in zip(streams, self.counts, strict=True)
+                for position in range(step * count, (step + 1) * count)
+            ]
+
+    def _stream(self, group: int) -> Callable[[int], Key]:
+        """The group's stream by position; it remembers the permutation it is in."""
+        members, current, order = self.groups[group], -1, None
+
+        def entry(position: int) -> Key:
+            nonlocal current, order
+            epoch, place = divmod(position, len(members))
+            if epoch != current:
+                current, order = epoch, np.random.default_rng([self.seed, group, epoch]).permutation(members)
+            return int(order[place]), epoch
+
+        return entry
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """``images`` uint8 (B, 3, H, W). Per task that has labels in the batch, in the order of TASKS:
+    ``labels[task]`` (n_t, ...) with the dtypes of :mod:`train.tasks.names`, and ``index[task]`` int64 (n_t,), the
+    ascending positions in the batch of the images they belong to.
+    """
+
+    images: Tensor
+    labels: dict[str, Tensor]
+    index: dict[str, Tensor]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Labelled images per task."""
+        return {task: len(index) for task, index in self.index.items()}
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``; the host does not wait for a copy to a GPU."""
+        move = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
+        return Batch(
+            self.images.to(**move),
+            {task: label.to(**move) for task, label in self.labels.items()},
+            {task: index.to(**move) for task, index in self.index.items()},
+        )
+
+
+def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
+    """Stacks the images of ``samples`` and, task by task, the labels that there are."""
+    present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
+    present = {task: positions for task, positions in present.items() if positions}
+    images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+    return Batch(
+        images.permute(0, 3, 1, 2).contiguous(),
+        {task: torch.from_numpy(np.stack([samples[i][task] for i in at])) for task, at in present.items()},
+        {task: torch.tensor(at) for task, at in present.items()},
+    )
+
+
+class Loader:
+    """An iterable of Batch, as often as wanted, fed by ``workers`` processes (0: by this one).
+
+    The processes live as long as the loader, each with one thread. A UserError in a process is raised here
+    with the same message. torch's global random state is left alone. ``gather`` makes a batch of the samples.
+    """
+
+    def __init__(
+        self, dataset: DataSet, batches: Iterable[list[Key]], workers: int, gather: Callable[[list[Sample]], Any]
+    ) -> None:
+        self._loader = DataLoader(
+            _Reporting(dataset),
+            batch_sampler=batches,
+            collate_fn=partial(_gather_or_report, gather=gather),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Reporting:
+    """Returns a user's mistake instead of raising it, since torch would append a traceback to its message."""
+
+    def __init__(self, dataset: DataSet) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Sample | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[Sample]], Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or gather(samples)
+
+
+def train_loader(
+    dataset: DataSet, tasks: Sequence[str], batch_size: int, steps: range, seed: int, workers: int
+) -> Loader:
+    """The batches of ``steps``; UserError when ``batch_size`` is smaller than the number of groups."""
+    counts = compose([len(group) for group in dataset.groups], batch_size)
+    return Loader(dataset, BatchSampler(dataset.groups, counts, steps, seed), workers, partial(collate, tasks=tasks))
+
+
+def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
+    """Every image once, in order, as of epoch 0; the last batch may be smaller."""
+    return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))
+
+
+def sample_loader(dataset: DataSet, batch_size: int, workers: int) -> Loader:
+    """The same images as lists of samples, whose labels may differ in size."""
+    return Loader(dataset, _in_order(dataset, batch_size), workers, list)
+
+
+def _in_order(dataset: DataSet, batch_size: int) -> list[list[Key]]:
+    keys = [(index, 0) for index in range(len(dataset))]
+    return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]

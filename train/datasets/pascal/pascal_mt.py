@@ -1,0 +1,119 @@
+"""PASCAL-Context with five dense tasks as a data set, read from a user's tree (:mod:`train.datasets.pascal.tree`)."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.errors import UserError
+from train.datasets.cache import open_cache
+from train.datasets.pascal.inspection import inspect_images
+from train.datasets.pascal.labels import Reader
+from train.datasets.pascal.tree import ImageFiles, find_tree, list_images, require_complete, with_persons
+from train.datasets.pascal.voc import VOC_CLASSES
+from train.protocols.protocols import Protocol
+from train.protocols.transforms import Sample
+from train.tasks.names import PART_NAMES, TASKS
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a tree is read: whether label files may be missing, where derived labels are kept ("": nowhere), whether
+    images with a fault are left out, and how many processes look for them."""
+
+    partial_labels: bool = False
+    cache: str = ""
+    skip_bad: bool = False
+    workers: int = 0
+
+
+class PascalMT:
+    """One split of PASCAL_MT as a data set in the sense of :mod:`train.datasets.base`.
+
+    ``root`` is the tree or the folder around it. The split "train" is augmented as ``protocol`` has it, by (seed,
+    epoch, index). ``only`` keeps the images with these ids. With ``access.skip_bad`` every file is read at once, images
+    with a fault are left out, which one line on stderr says, and ``skipped`` holds the first fault of each.
+
+    Raises UserError for a tree that lacks a folder, a list, a photo or a label, and, on reading an item,
+    for a file that is damaged.
+    """
+
+    name = "PASCAL_MT"
+    classes = {"seg": VOC_CLASSES, "parts": PART_NAMES}
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        tasks: Sequence[str],
+        protocol: Protocol,
+        seed: int,
+        access: Access = Access(),
+        only: Container[str] | None = None,
+    ) -> None:
+        self.tree = find_tree(Path(root))
+        self.split, self.seed = split, seed
+        self.transforms, self.training = protocol, split == "train"
+        self.protocol = protocol.reported
+        self._reader = Reader(open_cache(access.cache, self.tree.root), protocol.edges_at_input)
+        guided = protocol.needs_seg and self.training
+        images = list_images(self.tree, split, tasks, access.partial_labels, guided)
+        if only is not None:
+            images = [image for image in images if image.id in only]
+        self.skipped: tuple[str, ...] = ()
+        if access.skip_bad:
+            images, self.skipped = leave_out_bad(split, images, self._reader, access.workers)
+        else:
+            require_complete(split, images)
+        self.images = tuple(images)
+        self.groups = group_by_tasks([tuple(image.labels) for image in images])
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(image.id for image in self.images)
+
+    def labelled(self, task: str) -> list[str]:
+        """The ids of the images that are scored for ``task``; for parts those that may show a person, as is usual."""
+        ids = [image.id for image in self.images if task in image.labels]
+        return with_persons(self.tree, self.split, ids) if task == "parts" else ids
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """``dataset[index, epoch]``: "image" and the labels that the image has."""
+        index, epoch = key
+        image, rng = self.images[index], np.random.default_rng([self.seed, epoch, index])
+        raw = self._reader.sample(image)
+        try:
+            sample = self.transforms.apply(raw, self.training, rng)
+        except UserError as error:
+            raise UserError(f"{image.photo}: {error}") from None
+        return {name: array for name, array in sample.items() if name == "image" or name in image.labels}
+
+
+def leave_out_bad(
+    split: str, images: list[ImageFiles], reader: Reader, workers: int
+) -> tuple[list[ImageFiles], tuple[str, ...]]:
+    """(images without a fault, the first fault of each other image); a warning says how many those are."""
+    faults = {
+        finding.id: finding.faults for finding in inspect_images(images, reader, workers, split) if finding.faults
+    }
+    skipped = tuple(messages[0] for messages in faults.values())
+    if len(faults) == len(images):
+        raise UserError(f"every image of split {split!r} has a fault, the first: {skipped[0]}")
+    if faults:
+        print(f"skipped {len(faults)} of {len(images)} {split} images, the first: {skipped[0]}", file=sys.stderr)
+    return [image for image in images if image.id not in faults], skipped
+
+
+def group_by_tasks(labelled: Sequence[tuple[str, ...]]) -> tuple[NDArray[np.int64], ...]:
+    """Indices of the images that are labelled for the same tasks, groups in the order of their tasks."""
+    members = defaultdict(list)
+    for index, tasks in enumerate(labelled):
+        members[tuple(TASKS.index(task) for task in tasks)].append(index)
+    return tuple(np.array(members[tasks]) for tasks in sorted(members))

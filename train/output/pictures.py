@@ -1,0 +1,200 @@
+"""Pictures of a data set and of a run: labels, predictions beside labels, and what the routers chose."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmoe_lora import RoutingStatistics
+from train.datasets.batches import Batch
+from train.datasets.pascal.voc import PALETTE
+from train.tasks.names import TASKS, VOID
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
+from matplotlib.patches import Patch  # noqa: E402
+
+GREY = np.array([160, 160, 160], dtype=np.uint8)
+BLANK = 242  # grey of a label that there is none of
+INK = np.array([20, 30, 90])  # of edges over a photo
+CELL = 224  # side of a cell on a contact sheet, pixels
+CAPTION = 20  # height in it that is left for the id
+LEGEND_ENTRY = 1.0  # inches
+
+
+def paint_label(task: str, label: Tensor) -> np.ndarray:
+    """A label with the conventions of train.tasks.names -> (H, W, 3) uint8; void is grey."""
+    label = label.cpu().numpy()
+    if task == "normals":
+        void = ~label.any(axis=0)
+        picture = np.rint(127.5 * (label.transpose(1, 2, 0) + 1)).astype(np.uint8)
+    elif task in ("seg", "parts"):
+        void, picture = label == VOID, PALETTE[label]
+    else:
+        void, picture = label == VOID, np.repeat(255 * (label == 1)[..., None].astype(np.uint8), 3, axis=-1)
+    return np.where(void[..., None], GREY, picture)
+
+
+def paint_prediction(task: str, prediction: Tensor) -> np.ndarray:
+    """A raw head output (C, H, W) -> (H, W, 3) uint8: classes in colour, sal and edge as probabilities."""
+    prediction = prediction.float().cpu()
+    if task in ("seg", "parts"):
+        return PALETTE[prediction.argmax(0).numpy()]
+    if task == "normals":
+        return paint_label(task, torch.nn.functional.normalize(prediction, dim=0))
+    probability = prediction.sigmoid()[0] if task == "edge" else prediction.softmax(0)[1]
+    return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
+
+
+def overlay(task: str, photo: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A prediction over its photo, (H, W, 3) uint8; ``picture`` is its PNG, see train.evaluation.predictions.
+
+    Classes are tinted and outlined, what is not salient is in the shade, edges are drawn on the faded photo; normals
+    cover it.
+    """
+    if task == "normals":
+        return picture
+    if task in ("seg", "parts"):
+        outline = _outline(picture)[..., None]
+        tinted = 0.4 * photo + 0.6 * PALETTE[picture]
+        over = np.where(picture[..., None] > 0, np.where(outline, PALETTE[picture], tinted), photo)
+    elif task == "sal":
+        shade = 0.4 * photo.mean(-1, keepdims=True)
+        over = shade + (photo - shade) * (picture[..., None] / 255)
+    else:
+        strength = picture[..., None] / 255
+        over = (1 - strength) * (255 - 0.3 * (255 - photo.astype(np.float32))) + strength * INK
+    return over.astype(np.uint8)
+
+
+def _outline(ids: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) next to another class, nearer than 1/300 of the longer side, at least one pixel."""
+    reach = max(round(max(ids.shape) / 300), 1)
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
+
+
+def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
+    """About ``count`` indices, equally many of each group, spread over it."""
+    each = max(count // len(groups), 1)
+    return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
+
+
+def save_contact_sheet(
+    path: Path, images: dict[str, dict[str, np.ndarray]], classes: dict[str, tuple[str, ...]]
+) -> None:
+    """A grid of ``images[id]["image" or a task]``, painted (H, W, 3) uint8 of any size, two images side by side. A task
+    that an image has no label for is left blank."""
+    names = [name for name in ("image", *TASKS) if any(name in image for image in images.values())]
+    rows = -(-len(images) // 2)
+    halves = [list(images)[:rows], list(images)[rows:]]
+    columns = [(name, [_cell(images[i], name) for i in half]) for half in halves if half for name in names]
+    for _, cells in columns:
+        cells += [np.full_like(cells[0], 255)] * (rows - len(cells))
+    figure, axis = plt.subplots(figsize=(1.5 * len(columns), 1.5 * rows + 1.1), layout="constrained")
+    pitch = _draw_grid(axis, columns)
+    for column, half in enumerate(halves):
+        for row, (i, image) in enumerate((i, images[i]["image"]) for i in half):
+            left, below = column * len(names) * pitch, row * pitch + _fitted(image.shape)[0]
+            axis.text(left + CELL / 2, below + CAPTION / 4, i, ha="center", va="top", fontsize=6, color="dimgrey")
+    _draw_legends(figure, names, classes)
+    figure.savefig(path, dpi=170)
+    plt.close(figure)
+
+
+def _fitted(shape: Sequence[int]) -> tuple[int, int]:
+    """(height, width) at which a picture fits into a cell above its caption."""
+    scale = min((CELL - CAPTION) / shape[0], CELL / shape[1])
+    return max(int(scale * shape[0]), 1), max(int(scale * shape[1]), 1)
+
+
+def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """A white cell (CELL, CELL, 3) with the picture in the middle of its upper edge."""
+    picture = image.get(name, np.full_like(image["image"], BLANK))
+    height, width = _fitted(picture.shape)
+    fitted = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+    left = (CELL - width) // 2
+    return np.pad(fitted, ((0, CELL - height), (left, CELL - width - left), (0, 0)), constant_values=255)
+
+
+def save_predictions(
+    path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: dict[str, tuple[str, ...]]
+) -> None:
+    """A grid: one row per image of ``batch``; the image, then per task the label and what each model says.
+
+    ``predictions[model][task]`` (B, C, H, W) are those of every image, labelled or not, the columns' titles the models'
+    names; a label that is missing is left blank.
+    """
+    columns = [("image", list(batch.images.permute(0, 2, 3, 1).cpu().numpy()))]
+    tasks = [task for task in TASKS if any(task in outputs for outputs in predictions.values())]
+    for task in tasks:
+        labels = dict(zip(batch.index[task].tolist(), batch.labels[task], strict=True)) if task in batch.index else {}
+        blank = np.full_like(columns[0][1][0], 255)
+        rows = range(len(batch.images))
+        columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in rows]))
+        for name, outputs in predictions.items():
+            if task in outputs:
+                columns.append((name, [paint_prediction(task, output) for output in outputs[task]]))
+    figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
+    _draw_grid(axis, columns)
+    _draw_legends(figure, tasks, classes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
+    """Columns of equally large square pictures under their titles, as one image with white gaps; returns the pixels
+    from one picture to the next."""
+    side = columns[0][1][0].shape[0]
+    gap = max(side // 24, 2)
+    frame = ((0, 0), (0, gap), (0, gap), (0, 0))
+    strips = [np.concatenate(np.pad(np.stack(column), frame, constant_values=255)) for _, column in columns]
+    axis.imshow(np.concatenate(strips, axis=1), interpolation="nearest")
+    axis.axis("off")
+    for i, (title, _) in enumerate(columns):
+        size = min(9, 108 / len(title))  # points; a long name shrinks to its column
+        axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=size)
+    return side + gap
+
+
+def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: dict[str, tuple[str, ...]]) -> None:
+    """Side by side below, each in as many columns as half the figure's width has room for."""
+    columns = min(7, max(1, int(figure.get_figwidth() / 2 / LEGEND_ENTRY)))
+    for task, corner in (("seg", "left"), ("parts", "right")):
+        if task in tasks:
+            entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
+            figure.legend(
+                handles=entries,
+                title=task,
+                loc=f"outside lower {corner}",
+                ncols=columns,
+                fontsize=7,
+                title_fontsize=8,
+                frameon=False,
+            )
+
+
+def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:
+    """One map per task: layers downwards, experts across, brightness the gate mass; shared experts stand last."""
+    mass, _ = statistics.compute()
+    layers, _, experts = mass.shape
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.6 * len(tasks) + 0.8, 1.4 + 0.22 * layers), squeeze=False, layout="constrained"
+    )
+    for axis, task, values in zip(axes[0], tasks, mass.numpy().swapaxes(0, 1), strict=True):
+        image = axis.imshow(values, aspect="auto", vmin=0, vmax=float(mass.nan_to_num().max()), cmap="viridis")
+        if shared:
+            axis.axvline(experts - shared - 0.5, color="white", linewidth=1)
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("expert" + (" | shared" if shared else ""), fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

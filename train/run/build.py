@@ -1,0 +1,118 @@
+"""From settings to the objects of a run: data sets, model, optimiser, learning rate."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmoe_lora import add_lora, add_moe
+from kernels import UserError, resolve
+from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
+from train.config.settings import Settings, layer
+from train.datasets.pascal.pascal_mt import Access, PascalMT
+from train.datasets.scenes.scenes import Scenes
+from train.protocols.protocols import build_protocol
+from train.run import checkpoint
+from train.tasks.names import output_channels
+
+
+def build_device(settings: Settings) -> torch.device:
+    """The device asked for, by default a GPU where there is one."""
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    device = torch.device(name)
+    resolve(settings.kernel, device)
+    return device
+
+
+def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT]:
+    """(train, val)."""
+    tasks, size, seed = settings.task_names, settings.image_size, settings.seed
+    if not settings.data:
+        lengths = {"train": settings.scenes, "val": settings.val_scenes}
+        return tuple(Scenes(split, size, n, seed, tasks) for split, n in lengths.items())
+    protocol = build_protocol(settings.protocol, size)
+    access = Access(settings.partial_labels, settings.cache, settings.skip_bad, settings.workers)
+    train, val = (PascalMT(settings.data, split, tasks, protocol, seed, access) for split in ("train", "val"))
+    print(f"tree      {train.tree}")
+    return train, val
+
+
+def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+    """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
+    torch.manual_seed(settings.seed)
+    weights = read_weights(settings.pretrained) if settings.pretrained else None
+    config = VITS[settings.model]
+    vit = ViT(weights.adjust(config) if weights else config, settings.image_size)
+    normalisation = settings.normalisation or (weights.normalisation if weights else "inception")
+    if weights:
+        report = load_pretrained(vit, weights)
+        if report.missing:
+            raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
+        overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
+        print(f"weights   {settings.pretrained}: {report}{overridden}")
+        vit.requires_grad_(False)
+    model = _adapt(vit, settings, classes)
+    model.set_normalisation(*NORMALISATIONS[normalisation])
+    return model
+
+
+def rebuild_model(settings: Settings, classes: dict[str, tuple[str, ...]], tensors: dict[str, Tensor]) -> MultiTaskViT:
+    """The model of a checkpoint by its settings and ``tensors``, the file that it was pretrained from not needed."""
+    registers = tensors.get("vit.reg_token")
+    config = replace(
+        VITS[settings.model],
+        patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
+        registers=0 if registers is None else registers.shape[1],
+    )
+    model = _adapt(ViT(config, settings.image_size), settings, classes)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any]]:
+    """(settings, model, state) of a checkpoint, for evaluation on this machine's device by this machine's kernels."""
+    state = checkpoint.read_state(folder)
+    settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
+    classes = PascalMT.classes if settings.data else Scenes.classes
+    model = rebuild_model(settings, classes, checkpoint.read_weights(folder))
+    return settings, model.to(build_device(settings)), state
+
+
+def _adapt(vit: ViT, settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+    """LoRA, experts and heads."""
+    if settings.lora_rank:
+        add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
+    moe = settings.moe_config
+    routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
+    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW over what is trainable; matrices decay, biases and norms do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def total_steps(settings: Settings, images: int) -> int:
+    return settings.steps or settings.epochs * steps_per_epoch(settings, images)
+
+
+def steps_per_epoch(settings: Settings, images: int) -> int:
+    return math.ceil(images / settings.batch_size)
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Linear warm-up, then lr * (1 - progress)^0.9."""
+    warmup = math.ceil(settings.warmup * total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * (1 - (step - warmup) / (total - warmup)) ** 0.9

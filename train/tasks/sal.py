@@ -1,0 +1,90 @@
+"""Saliency: the maximal F-measures of both protocol families and the mean IoU of family A."""
+
+import torch
+from torch import Tensor
+
+from train.metrics.base import Metric, histogram
+from train.tasks.names import VOID
+
+BETA2 = 0.3
+F_THRESHOLDS = torch.arange(1, 20) / 20  # arange(0.05, 1, 0.05), 19 of them
+A_THRESHOLDS = torch.arange(4, 19) / 20  # linspace(0.2, 0.9, 15)
+
+
+class Saliency(Metric):
+    """All scores threshold p, the softmax probability of "salient", and take the best threshold of the set.
+
+    - ``maxF`` (ATRC): max over t of (1 + b) P R / (b P + R), b = beta^2 = 0.3, where p >= t and precision P and
+      recall R come from counts pooled over all valid pixels. NaN for a set without salient pixels.
+    - ``maxF_invpt``: the same of sigmoid(p) instead of p, only to compare with the tables of InvPT, TaskPrompter,
+      MLoRE and MTMamba, whose code squashes twice. As sigmoid(p) is 0.5 to 0.731, what is left of the thresholds is
+      "all is salient" and p >= 0.2007, 0.4055, 0.6190 and 0.8473.
+    - ``mIoU`` (family A): max over t of the mean over images of the IoU, where p > t and an image without a salient
+      pixel has IoU 1 if none is predicted. Images that are void everywhere do not count.
+    - ``maxF_A``: max over t of 2 P R / (P + R), where p > t and P and R are means over the same images; P is 0 for
+      an image where nothing is predicted, and R for one without a salient pixel.
+
+    ``state`` (126,) is the pooled counts of :func:`pixels_above` for p and for sigmoid(p) (20 x 2 each), the sums over
+    images of IoU, P and R (15 each) and the images.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2 * 2 * (len(F_THRESHOLDS) + 1) + 3 * len(A_THRESHOLDS) + 1)
+
+    @staticmethod
+    def decide(prediction: Tensor) -> Tensor:
+        """Logits (n, 2, H, W) -> p, float32 (n, H, W): the softmax of two."""
+        logits = prediction.float()
+        return (logits[:, 1] - logits[:, 0]).sigmoid()
+
+    def count(self, decided: Tensor, label: Tensor) -> None:
+        """``decided`` p, float32 (n, H, W), ``label`` uint8 (n, H, W)."""
+        pooled = [
+            pixels_above(value, label, F_THRESHOLDS, inclusive=True).sum(0).flatten()
+            for value in (decided, decided.sigmoid())
+        ]
+        counts = pixels_above(decided, label, A_THRESHOLDS, inclusive=False)
+        labelled = counts[:, 0].sum(1) > 0
+        self.add(torch.cat([*pooled, _sum_over_images(counts[labelled]).flatten(), labelled.sum()[None]]))
+
+    def compute(self) -> dict[str, float | None]:
+        """``maxF``, ``maxF_invpt``, ``mIoU`` and ``maxF_A`` in percent."""
+        pooled = 2 * (len(F_THRESHOLDS) + 1)
+        true, squashed, sums, images = self.state.split([pooled, pooled, 3 * len(A_THRESHOLDS), 1])
+        iou, precision, recall = (sums / images).view(3, -1)
+        f_measure = 2 * precision * recall / (precision + recall + 1e-12)  # the field's guard against 0 / 0
+        scores = {"maxF": _max_f(true), "maxF_invpt": _max_f(squashed), "mIoU": iou.max(), "maxF_A": f_measure.max()}
+        return {name: 100 * score.item() for name, score in scores.items()}
+
+
+def _sum_over_images(counts: Tensor) -> Tensor:
+    """(3, T): sums of IoU, precision and recall, from the counts (n, 1 + T, 2) of :func:`pixels_above`."""
+    false_positive, true_positive = counts[:, 1:].unbind(2)
+    salient = counts[:, :1, 1]
+    union = false_positive + salient
+    iou = torch.where(union > 0, true_positive / union, 1.0)
+    precision = true_positive / (true_positive + false_positive).clamp(min=1)
+    recall = true_positive / salient.clamp(min=1)
+    return torch.stack([iou, precision, recall]).sum(1)
+
+
+def _max_f(pooled: Tensor) -> Tensor:
+    """The best F of beta^2 = 0.3 among pooled counts (2 (1 + T),)."""
+    false_positive, true_positive = pooled.view(-1, 2)[1:].unbind(1)
+    salient = pooled[1]
+    # P = TP / (TP + FP) and R = TP / salient, put into F; no 0 / 0 where nothing is predicted.
+    f_measure = (1 + BETA2) * true_positive / (BETA2 * salient + true_positive + false_positive)
+    return f_measure.max().where(salient > 0, torch.nan)
+
+
+def pixels_above(probability: Tensor, label: Tensor, thresholds: Tensor, inclusive: bool) -> Tensor:
+    """Valid pixels above each threshold, float64 (n, 1 + T, 2): per image, from [all, t_1, ..., t_T], by label 0 or 1.
+
+    ``probability`` and ``label`` are (n, H, W); "above" is p >= t if ``inclusive``, else p > t. Each pixel is sorted
+    once among the thresholds, rather than compared with each of them.
+    """
+    images, levels = len(label), len(thresholds) + 1
+    passed = torch.bucketize(probability, thresholds.to(probability.device), right=inclusive)
+    image = torch.arange(images, device=label.device).view(-1, 1, 1)
+    counts = histogram((image * levels + passed) * 2 + (label == 1), label != VOID, images * levels * 2)
+    return counts.view(images, levels, 2).flip(1).cumsum(1).flip(1).double()
