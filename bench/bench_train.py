@@ -15,10 +15,9 @@ from bench.peers.base import rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve
-from train.config.settings import Settings
-from train.config.settings import resolve as resolve_settings
+from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
-from train.datasets.scenes.scenes import Scenes
+from train.datasets.scenes.dataset import Scenes
 from train.run.loop import Run, set_up, training_step
 
 ON_GPU = torch.cuda.is_available()

@@ -76,7 +76,7 @@ def test_commands_about_checkpoints_run(runs, pascal_mini, monkeypatch):
     """In their order: what one writes the next may read."""
     monkeypatch.chdir(runs)
     tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare}
-    quick = {"train.evaluate": ["--set", "ids", "--partial-labels", "--workers", "0"]}
+    quick = {"train.evaluate": ["--ids", "ids", "--partial-labels", "--workers", "0"]}
     commands = [shlex.split(command.replace("PASCAL_MT", str(pascal_mini))) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
     assert len(commands) == 4

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kernels import UserError
 from train.cli import Parser, guarded
 from train.datasets.cache import open_cache
+from train.datasets.pascal.dataset import PascalMT, group_by_tasks
 from train.datasets.pascal.inspection import Finding, inspect_images
 from train.datasets.pascal.labels import Reader
-from train.datasets.pascal.pascal_mt import PascalMT, group_by_tasks
 from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
 from train.output.tables import align, make_folder
-from train.protocols.transforms import unit_normals, void_absent_parts
-from train.tasks.names import TASKS, VOID, parse_tasks
+from train.protocols.base import finish_labels
+from train.tasks import DEFAULT_TASKS, TASKS, VOID, parse_tasks
 
 OFFICIAL_IMAGES = {"train": 4998, "val": 5105}
-VALUES = PascalMT.classes | {"sal": ("rest", "salient"), "normals": ("void", "valid"), "edge": ("rest", "edges")}
 SHOWN_FAULTS = 10
 PICTURES = 12
 
@@ -62,7 +60,9 @@ def build_parser() -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder around it")
-    parser.add_argument("--tasks", metavar="A,B", default=",".join(TASKS), help="of %(default)s (default: all five)")
+    parser.add_argument(
+        "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="of %(default)s (default: all five)"
+    )
     parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
     parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (%(default)s)")
     parser.add_argument("--cache", metavar="DIR", default="", help="keep edges and parts there, for training too")
@@ -93,7 +93,9 @@ def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
     labelled = [sum(task in finding.pixels for finding in split.findings) for split in splits]
     rows = [[task, *(f"{split.name} %" for split in splits)], ["images", *map(str, labelled)]]
     pixels = [split.pixels(task) for split in splits]
-    names = dict(enumerate(VALUES[task])) | ({VOID: "void"} if any(VOID in counts for counts in pixels) else {})
+    names = dict(enumerate(TASKS[task].value_names(PascalMT.classes.get(task, ())))) | (
+        {VOID: "void"} if any(VOID in counts for counts in pixels) else {}
+    )
     for value, name in names.items():
         rows.append([name, *(share(counts[value], counts.total()) for counts in pixels)])
     return rows
@@ -127,10 +129,9 @@ def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
         return
     rng, painted = np.random.default_rng(), {}  # the steps below draw nothing
     for index in pictures.spread(group_by_tasks([tuple(image.labels) for image in whole]), PICTURES):
-        sample = unit_normals(void_absent_parts(reader.sample(whole[index]), rng), rng)
-        labels = {task: torch.tensor(sample[task]) for task in whole[index].labels}
+        sample = finish_labels(reader.sample(whole[index]), rng)
         painted[whole[index].id] = {"image": sample["image"]} | {
-            task: pictures.paint_label(task, label) for task, label in labels.items()
+            task: TASKS[task].paint_label(sample[task]) for task in whole[index].labels
         }
     pictures.save_contact_sheet(path, painted, PascalMT.classes)
 

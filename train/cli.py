@@ -10,7 +10,7 @@ from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import Settings, recipe_names
-from train.protocols.protocols import PROTOCOLS
+from train.protocols import PROTOCOLS
 
 DESCRIPTION = """\
 Train a multi-task ViT with a LoRA mixture-of-experts and show what it learned.

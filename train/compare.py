@@ -3,6 +3,7 @@
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,15 +11,15 @@ import torch
 from kernels import UserError
 from train.cli import Parser, guarded
 from train.config.settings import Settings
+from train.datasets.base import open_dataset
 from train.datasets.batches import collate
-from train.datasets.pascal.pascal_mt import Access, PascalMT
-from train.datasets.scenes.scenes import Scenes
-from train.evaluation.results import Results, read_results, require_comparable, with_baseline
+from train.datasets.pascal.dataset import Access
+from train.evaluation.baselines import with_baseline
+from train.evaluation.results import Results, read_results, require_comparable
 from train.output.tables import align, make_folder, number
-from train.protocols.protocols import build_protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks.scores import HEADLINES
+from train.tasks import HEADLINES
 
 PICTURES = 8  # rows of the picture
 
@@ -54,11 +55,11 @@ def short_names(given: Sequence[str]) -> list[str]:
 
 def rows_of(runs: Mapping[str, Results]) -> list[list[str]]:
     """Headings and one row per run, a column per score that any of them has, Delta_m last."""
-    shown = [h for h in HEADLINES if any(_score(results, h.task, h.key) is not None for results in runs.values())]
-    heads = [f"{h.task} {h.key} {'^' if h.higher_is_better else 'v'}" for h in shown]
+    shown = [h for h in HEADLINES if any(_score(results, *h[:2]) is not None for results in runs.values())]
+    heads = [f"{task} {key} {'^' if higher else 'v'}" for task, key, higher, _ in shown]
     rows = [["run", *heads]]
     for name, results in runs.items():
-        rows.append([name, *(number(_score(results, h.task, h.key), h.unit) for h in shown)])
+        rows.append([name, *(number(_score(results, task, key), unit) for task, key, _, unit in shown)])
     if any("delta_m" in results for results in runs.values()):
         for row, cell in zip(rows, ["Delta_m % ^", *(_delta(results) for results in runs.values())], strict=True):
             row.append(cell)
@@ -110,13 +111,16 @@ def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Set
 
     results, (settings, _) = next(iter(runs.values())), next(iter(models.values()))
     tasks = tuple(dict.fromkeys(task for s, _ in models.values() for task in s.task_names))
-    size, split = results["dataset"]["image_size"], results["evaluation"]["split"]
-    root = results["dataset"].get("root", settings.data)
-    if root:
-        protocol = build_protocol(results["protocol"].partition("@")[0], size)
-        dataset = PascalMT(root, split, tasks, protocol, 0, Access(partial_labels=True))
-    else:
-        dataset = Scenes(split, size, settings.val_scenes, settings.seed, tasks)
+    given, over = results["dataset"], results["evaluation"]
+    source = replace(
+        settings.source,
+        root=given.get("root", settings.data),
+        tasks=tasks,
+        size=given["image_size"],
+        protocol_name=results["protocol"].partition("@")[0],
+        access=Access(partial_labels=True),
+    )
+    dataset = open_dataset(source, over["split"])
     indices = pictures.spread(dataset.groups, PICTURES)
     batch = collate([dataset[index, 0] for index in indices], tasks)
     predictions = {name: model.cpu()(batch.images) for name, (_, model) in models.items()}

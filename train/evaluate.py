@@ -14,28 +14,27 @@ from kernels import UserError
 from model import MultiTaskViT
 from train.cli import Parser, guarded
 from train.config.settings import Settings
+from train.datasets.base import DataSet, open_dataset
 from train.datasets.batches import sample_loader
-from train.datasets.pascal.pascal_mt import Access, PascalMT
 from train.datasets.pascal.tree import find_tree, read_split
-from train.datasets.scenes.scenes import Scenes
+from train.evaluation.baselines import describe_delta, with_baseline
 from train.evaluation.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
-from train.evaluation.results import Results, describe_delta, describe_set, with_baseline
+from train.evaluation.results import Results, describe_set
 from train.evaluation.score import (
-    Answered,
+    Predicted,
     Scoring,
-    answers_of_files,
-    answers_of_model,
     choose_boundaries,
-    score_answers,
+    predictions_of_files,
+    predictions_of_model,
+    score_predictions,
 )
 from train.files.reading import reading, require_file
 from train.metrics.odsf import VARIANTS
 from train.output.tables import make_folder, table, versions, write_json
-from train.protocols.alignment import COMPARISONS, Comparison
-from train.protocols.protocols import OWN_SIZES, PROTOCOLS, build_protocol
+from train.protocols import PROTOCOLS
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks.scores import build_metrics
+from train.tasks import build_metrics
 
 DESCRIPTION = """\
 Score a checkpoint, or with --predictions the files of any program, on PASCAL-Context as a protocol has it.
@@ -69,7 +68,7 @@ def build_parser() -> Parser:
     add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder around it")
     add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are treated (the run's)")
     add("--split", metavar="NAME", default="val", help="a list of ImageSets/Context (%(default)s)")
-    add("--set", metavar="FILE", help="take the images of the split with these ids, one a line (test_new, say)")
+    add("--ids", metavar="FILE", help="take the images of the split with these ids, one a line (test_new, say)")
     add("--odsf", choices=("fast", "full", "off"), help="F of edges over all images, 100 of them or none (fast)")
     add(
         "--odsf-variant",
@@ -100,9 +99,10 @@ def _from_checkpoint(options: Namespace) -> Subject:
         raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL has not: leave --data away")
     if options.protocol and not changes["data"]:
         raise UserError("--protocol says how photos are treated, rendered scenes have none: give --data")
-    if changes["protocol"] == "invpt" != settings.protocol:
-        # Its photos are not shrunk: the model's positions are, to its grid.
-        smallest = max(settings.image_size, OWN_SIZES["invpt"])
+    protocol = PROTOCOLS[changes["protocol"]]
+    if options.protocol not in (None, settings.protocol) and not protocol.resizes_photos:
+        # Its photos are not resized: the input grows to hold them, and the model's positions are resampled to its grid.
+        smallest = max(settings.image_size, protocol.own_size)
         changes["image_size"] = -(-smallest // model.vit.patch) * model.vit.patch
     about = {"checkpoint": str(folder), "step": state["step"]}
     return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
@@ -116,7 +116,7 @@ def _from_files(options: Namespace) -> Subject:
     if protocol not in PROTOCOLS:
         raise UserError(f"say how these predictions meet their labels: --protocol {', '.join(PROTOCOLS)}")
     size = note.get("size", 0) if note.get("protocol") == protocol else 0
-    changes = {"data": options.data, "protocol": protocol, "image_size": size or OWN_SIZES[protocol]}
+    changes = {"data": options.data, "protocol": protocol, "image_size": size or PROTOCOLS[protocol].own_size}
     settings = Settings(tasks=",".join(predicted_tasks(folder)))
     return Subject(folder.resolve().name, {"predictions": str(folder)}, with_flags(settings, options, changes))
 
@@ -125,25 +125,19 @@ def with_flags(settings: Settings, options: Namespace, changes: dict[str, Any]) 
     partial, skip = options.partial_labels, options.skip_bad
     if settings.data == changes["data"]:  # the tree that the run was trained on is read as it was then
         partial, skip = partial or settings.partial_labels, skip or settings.skip_bad
-    return replace(settings, partial_labels=partial, skip_bad=skip, **changes)
+    return replace(settings, partial_labels=partial, skip_bad=skip, workers=options.workers, **changes)
 
 
-def build_set(settings: Settings, options: Namespace) -> tuple[PascalMT | Scenes, Comparison]:
-    """The images that are scored, and how predictions meet their labels."""
-    tasks, size = settings.task_names, settings.image_size
-    if not settings.data:
-        if options.set or options.odsf in ("fast", "full"):
-            raise UserError("rendered scenes have neither ids for --set nor LabelMaps for --odsf: give --data")
-        length = settings.scenes if options.split == "train" else settings.val_scenes
-        return Scenes(options.split, size, length, settings.seed, tasks), COMPARISONS["scenes"](size)
-    comparison = COMPARISONS[settings.protocol](size)
-    protocol = comparison.prepare(build_protocol(settings.protocol, size))
-    only = read_ids(Path(options.set), settings.data, options.split) if options.set else None
-    access = Access(settings.partial_labels, settings.cache, settings.skip_bad, options.workers)
-    dataset = PascalMT(settings.data, options.split, tasks, protocol, settings.seed, access, only)
+def build_set(settings: Settings, options: Namespace) -> DataSet:
+    """The images that are scored."""
+    source = settings.source
+    if source.rendered and (options.ids or options.odsf in ("fast", "full")):
+        raise UserError("rendered scenes have neither ids for --ids nor LabelMaps for --odsf: give --data")
+    only = read_ids(Path(options.ids), settings.data, options.split) if options.ids else None
+    dataset = open_dataset(source, options.split, scoring=True, only=only)
     if not len(dataset):
-        raise UserError(f"no image of split {options.split!r} in {options.set} is labelled: name others with --set")
-    return dataset, comparison
+        raise UserError(f"no image of split {options.split!r} in {options.ids} is labelled: name others with --ids")
+    return dataset
 
 
 def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
@@ -154,7 +148,7 @@ def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
     if alien := sorted(set(ids).difference(read_split(find_tree(Path(data)), split))):
         raise UserError(
             f"{path} names {len(alien)} of {len(ids)} images that split {split!r} does not list, {shorten(alien)}: "
-            "name another --split, or mend the file"
+            "name another --split, or correct the file"
         )
     if not ids:
         raise UserError(f"{path} names no image: give ids such as 2008_000008, one a line")
@@ -164,58 +158,53 @@ def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
 def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
     """(what results.json holds, the folder that it is to lie in)."""
     settings = subject.settings
-    dataset, comparison = build_set(settings, options)
-    boundaries = choose_boundaries(dataset, options.odsf or "fast") if settings.data else {}
-    results = describe(subject, options, dataset, comparison, len(boundaries))
+    dataset = build_set(settings, options)
+    boundaries = choose_boundaries(dataset, options.odsf or "fast")
+    results = describe(subject, options, dataset, len(boundaries))
     if options.baseline:
         with_baseline(results, options.baseline)  # a mistake is told now, not after hours
-    answered = answers_of(subject, options, dataset, comparison)
-    out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol}"))
+    predicted = predictions_of(subject, options, dataset)
+    out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"))
     keep = Folder(Path(options.save_predictions)) if options.save_predictions else None
     print(announce(results), flush=True)
 
     metrics = build_metrics(settings.task_names, dataset.classes)
-    scoring = Scoring(answered, dataset.ids, metrics, boundaries, keep.write if keep else None)
+    scoring = Scoring(predicted, dataset.ids, metrics, boundaries, keep.write if keep else None)
     with keep or nullcontext():
-        results["metrics"] = score_answers(scoring, options.odsf_variant, options.workers)
+        results["metrics"] = score_predictions(scoring, options.odsf_variant, options.workers)
     if keep:
-        treated = {"protocol": settings.protocol, "size": settings.image_size, "split": options.split}
+        treated = {"protocol": dataset.protocol.name, "size": settings.image_size, "split": options.split}
         keep.close(treated | subject.about)
     return with_baseline(results, options.baseline) if options.baseline else results, out
 
 
-def answers_of(
-    subject: Subject, options: Namespace, dataset: PascalMT | Scenes, comparison: Comparison
-) -> Iterator[Answered]:
+def predictions_of(subject: Subject, options: Namespace, dataset: DataSet) -> Iterator[Predicted]:
     """The predictions; UserError where a file of them is missing."""
     samples = sample_loader(dataset, subject.settings.batch_size, min(options.workers, 1))
     if subject.model:
-        return answers_of_model(subject.model, samples, comparison, every=bool(options.save_predictions))
+        return predictions_of_model(subject.model, samples, dataset.protocol, every=bool(options.save_predictions))
     folder = Path(options.predictions)
     for task in subject.settings.task_names:
-        ids = [image.id for image in dataset.images if task in image.labels]
-        require_predictions(folder, task, ids, options.split)
-    return answers_of_files(folder, dataset, samples, comparison)
+        require_predictions(folder, task, dataset.with_label(task), options.split)
+    return predictions_of_files(folder, dataset, samples, dataset.protocol)
 
 
-def describe(
-    subject: Subject, options: Namespace, dataset: PascalMT | Scenes, comparison: Comparison, boundaries: int
-) -> Results:
+def describe(subject: Subject, options: Namespace, dataset: DataSet, boundaries: int) -> Results:
     """results.json but for the scores."""
     thresholds = len(VARIANTS[options.odsf_variant].thresholds)
     odsf = {"mode": options.odsf or "fast", "variant": options.odsf_variant, "thresholds": thresholds}
     return {
         "format": 1,
         "command": shlex.join(["python", "-m", "train.evaluate", *sys.argv[1:]]),
-        "protocol": dataset.protocol,
+        "protocol": dataset.protocol.reported,
         **subject.about,
         "dataset": {"name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size},
         "evaluation": describe_set(
             dataset,
             subject.settings.task_names,
             options.split,
-            comparison.place,
-            options.set and Path(options.set).name,
+            dataset.protocol.resolution,
+            options.ids and Path(options.ids).name,
         ),
         "odsF": odsf | {"images": boundaries} if boundaries else None,
         "metrics": {},

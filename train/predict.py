@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,17 +15,13 @@ from tqdm import tqdm
 from kernels import UserError
 from model import MultiTaskViT
 from train.cli import Parser, guarded
-from train.config.settings import Settings
-from train.datasets.pascal.pascal_mt import PascalMT
-from train.datasets.scenes.scenes import Scenes
-from train.evaluation.predictions import Picture, to_levels, to_picture, write_pictures
+from train.evaluation.predictions import write_pictures
 from train.files.reading import reading, require_file
 from train.output.tables import make_folder
-from train.protocols.protocols import Protocol, build_protocol
-from train.protocols.transforms import PadTo
+from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks.scores import METRICS
+from train.tasks import TASKS, Picture
 
 SHEET = 24  # photos on the contact sheet
 
@@ -102,59 +97,18 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-def to_model(photo: NDArray[np.uint8], protocol: Protocol) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
-    """(the photo as the model gets it, (size, size, 3), where in it the photo is).
-
-    A photo that is larger than the padding of ``invpt`` is made to fit.
-    """
-    first, size = protocol.val[0], protocol.size
-    where = (slice(0, size), slice(0, size))
-    if isinstance(first, PadTo):
-        sides = np.array(photo.shape[:2])
-        if (scale := size / sides.max()) < 1:
-            sides = np.maximum(np.rint(scale * sides).astype(int), 1)
-            photo = cv2.resize(photo, tuple(map(int, sides[::-1])), interpolation=cv2.INTER_AREA)
-        where = tuple(slice((size - int(side)) // 2, (size - int(side)) // 2 + int(side)) for side in sides)
-    return first({"image": photo}, np.random.default_rng())["image"], where
-
-
 @torch.inference_mode()
 def predict(model: MultiTaskViT, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
     """What the heads give, (channels, h, w), where the photo is."""
-    image, where = to_model(photo, protocol)
+    image, where = protocol.fit_photo(photo)
     outputs = model(torch.tensor(image, device=model.task_embed.device).permute(2, 0, 1)[None])
     return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 
-def to_photo(task: str, output: NDArray[np.float32], shape: tuple[int, int]) -> Picture:
-    """The PNG at the photo's size. Outputs are brought to it before anything is decided, so that borders are smooth."""
-    if task in ("seg", "parts"):
-        return _largest(output, shape)
-    resized = np.stack([_resize(channel, shape) for channel in output])
-    decided = METRICS[task].decide(torch.from_numpy(resized)[None])[0]
-    return to_picture(task, to_levels(task, decided), rounded=True)
-
-
-def _largest(logits: NDArray[np.float32], shape: tuple[int, int]) -> Picture:
-    """argmax over channels; a large photo does not fit into memory once per class."""
-    best, ids = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.uint8)
-    for i, channel in enumerate(logits):
-        resized = _resize(channel, shape)
-        ids[resized > best] = i
-        np.maximum(best, resized, out=best)
-    return ids
-
-
-def _resize(channel: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    return cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
-
-
 def write(out: Path, name: str, photo: Picture, outputs: dict[str, NDArray[np.float32]]) -> dict[str, Picture]:
     """All files of one photo; returns its overlays."""
-    from train.output import pictures
-
-    predicted = {task: to_photo(task, output, photo.shape[:2]) for task, output in outputs.items()}
-    overlays = {task: pictures.overlay(task, photo, picture) for task, picture in predicted.items()}
+    predicted = {task: TASKS[task].at_photo(output, photo.shape[:2]) for task, output in outputs.items()}
+    overlays = {task: TASKS[task].overlay(photo, picture) for task, picture in predicted.items()}
     write_pictures(out, name, predicted)
     write_pictures(out / "overlays", name, overlays)
     make_folder(out / "raw")
@@ -165,17 +119,12 @@ def write(out: Path, name: str, photo: Picture, outputs: dict[str, NDArray[np.fl
     return overlays
 
 
-def protocol_of(settings: Settings) -> Protocol:
-    """The run's; rendered scenes have none, ``mini`` shrinks a photo to their size."""
-    return build_protocol(settings.protocol if settings.data else "mini", settings.image_size)
-
-
 def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
     from train.output import pictures
 
     photos = list_photos(given)
     settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))
-    protocol, classes = protocol_of(settings), (PascalMT if settings.data else Scenes).classes
+    protocol, classes = settings.source.protocol, settings.source.classes
     make_folder(out)
     print(f"model     {settings.model} of step {state['step']}: {', '.join(model.tasks)}, protocol {protocol.reported}")
     shown = {name: photo for i, (name, photo) in enumerate(photos.items()) if i < SHEET}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from kernels.backend import RESOLVED
 from model import VITS, ViT
 from train.cli import build_parser, main
-from train.config.settings import resolve as resolve_settings
+from train.config.settings import resolve_settings
 from train.run.build import build_model
 
 QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]

@@ -77,7 +77,7 @@ def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path
     [
         (["--protocol", "ase"], "protocol mtinet@64 and ase@64"),
         (["--protocol", "mini"], "protocol mtinet@64 and mini@64"),
-        (["--set", "ONE"], "seg of 4 images ("),
+        (["--ids", "ONE"], "seg of 4 images ("),
         (["--split", "all"], "seg of 4 images ("),
         (["--odsf-variant", "none"], "odsF fast seism and fast none"),
         (["--odsf", "full"], "odsF fast seism and full seism"),

@@ -16,16 +16,16 @@ from scipy.io import loadmat
 from train.datasets.pascal.labels import valid_classes
 from train.datasets.pascal.mat import read_parts
 from train.evaluate import main
-from train.evaluation.predictions import FOLDERS, from_picture
-from train.evaluation.score import Scoring, choose_boundaries, score_answers
+from train.evaluation.score import Scoring, choose_boundaries, score_predictions
 from train.metrics.boundary import boundaries
 from train.metrics.odsf import quantise
 from train.metrics.thinning import thin
-from train.protocols.alignment import COMPARISONS, Answer
+from train.protocols import AlignedPrediction, build_protocol
 from train.run.build import load_checkpoint
-from train.tasks.edges import edges_from_label_map
-from train.tasks.names import PART_NAMES, TASKS, VOID
-from train.tasks.scores import HEADLINES, build_metrics
+from train.tasks import DEFAULT_TASKS, HEADLINES, PART_NAMES, TASKS, VOID, build_metrics
+from train.tasks.edge import edges_from_label_map
+
+FOLDERS = {name: task.folder for name, task in TASKS.items() if name in DEFAULT_TASKS}
 
 VAL = [f"2009_{n:06d}" for n in range(4)]
 QUICK = ["--workers", "0"]
@@ -37,7 +37,7 @@ def results_of(folder):
 
 def assert_same_scores(ours, theirs):
     """To float32's rounding, which depends on the batch."""
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         for name, score in theirs["metrics"][task].items():
             assert ours["metrics"][task][name] == (score and pytest.approx(score, rel=1e-5)), (task, name)
 
@@ -81,11 +81,11 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
         "skipped": 0,
         "compared_at": "the photo's size",
     }
-    assert list(labelled) == list(TASKS) and len({tuple(images.items()) for images in labelled.values()}) == 1
+    assert list(labelled) == list(DEFAULT_TASKS) and len({tuple(images.items()) for images in labelled.values()}) == 1
     assert labelled["seg"]["images"] == 4
     assert results["odsF"] == {"mode": "fast", "variant": "seism", "thresholds": 101, "images": 4}
     assert set(results["metrics"]["edge"]) == {"loss", "odsF", "oisF", "AP", "threshold"}
-    assert all(isinstance(results["metrics"][h.task][h.key], float) for h in HEADLINES)
+    assert all(isinstance(results["metrics"][task][key], float) for task, key, *_ in HEADLINES)
 
 
 def test_saved_predictions_read_back_give_the_same_numbers_under_mtinet(saved, pascal_tree, tmp_path):
@@ -100,7 +100,7 @@ def test_under_the_others_they_agree_within_a_twentieth(run, protocol, request, 
     scored = evaluate(tmp_path, folder, "--protocol", protocol, "--save-predictions", kept)
     again = evaluate(tmp_path, "--predictions", kept, "--data", pascal_tree)
     assert again["protocol"] == scored["protocol"] == f"{protocol}@{128 if protocol == 'invpt' else 64}"
-    for task, name, _, _ in (headline for headline in HEADLINES if headline.task in scored["metrics"]):
+    for task, name, _, _ in (headline for headline in HEADLINES if headline[0] in scored["metrics"]):
         assert again["metrics"][task][name] == pytest.approx(scored["metrics"][task][name], abs=0.05), (task, name)
     assert again["metrics"]["edge"]["odsF"] == scored["metrics"]["edge"]["odsF"]  # a PNG in memory too
 
@@ -108,7 +108,7 @@ def test_under_the_others_they_agree_within_a_twentieth(run, protocol, request, 
 def test_a_small_checkpoint_is_brought_to_the_canvas_of_invpt(tiny_run, tmp_path):
     ids = tmp_path / "one.txt"
     ids.write_text(f"{VAL[0]}\n\n")
-    results = evaluate(tmp_path, tiny_run, "--protocol", "invpt", "--set", ids, "--odsf", "off")
+    results = evaluate(tmp_path, tiny_run, "--protocol", "invpt", "--ids", ids, "--odsf", "off")
     assert results["protocol"] == "invpt" and results["dataset"]["image_size"] == 512
     assert results["evaluation"]["images"] == 1 and results["evaluation"]["set"] == "one.txt"
     assert results["odsF"] is None and "odsF" in results["metrics"]["edge"]
@@ -194,8 +194,8 @@ def test_family_a_equals_a_straightforward_computation(saved, tiny_run, pascal_t
 
 def test_edges_at_the_photos_size_are_the_fields_png():
     logits = torch.randn(1, 9, 7)
-    answer = COMPARISONS["invpt"](16).answer("edge", torch.nn.functional.pad(logits, (4, 5, 3, 4)), (9, 7))
-    assert np.array_equal(answer.picture, quantise(logits)[0]) and torch.equal(answer.decided, logits)
+    answer = build_protocol("invpt", 16).align("edge", torch.nn.functional.pad(logits, (4, 5, 3, 4)), (9, 7))
+    assert np.array_equal(answer.picture, quantise(logits)[0]) and torch.equal(answer.postprocessed, logits)
 
 
 # Predictions of any program
@@ -318,8 +318,8 @@ def test_missing_predictions_and_those_of_another_split_are_counted(predictions,
         (["/no/such/run"], "/no/such/run is not a checkpoint"),
         (["RUN", "--data", "/no/such/tree"], "/no/such/tree is not a folder"),
         (["RUN", "--split", "test"], "ImageSets/Context/test.txt does not exist"),
-        (["RUN", "--set", "ALIEN"], "names 2 of 3 images that split 'val' does not list, 2008_000000, 2011_000001"),
-        (["RUN", "--set", "/no/such/file"], "/no/such/file is not a file"),
+        (["RUN", "--ids", "ALIEN"], "names 2 of 3 images that split 'val' does not list, 2008_000000, 2011_000001"),
+        (["RUN", "--ids", "/no/such/file"], "/no/such/file is not a file"),
         (["RUN", "--baseline", "resnet"], "no baseline 'resnet': give a JSON file"),
         (["RUN", "--baseline", "ASTMT ResNet-101"], "is of protocol A, the scores are of mtinet@64"),
         (["RUN", "--save-predictions", "PREDICTIONS"], "exists and is not an empty folder"),
@@ -355,7 +355,7 @@ def test_a_checkpoint_of_scenes_is_scored_on_scenes_and_on_nothing_else(pascal_t
 
 
 def test_a_killed_evaluation_leaves_no_predictions(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.evaluate.score_answers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("train.evaluate.score_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = [str(tiny_run), "--save-predictions", str(tmp_path / "kept"), "--out", str(tmp_path / "out"), *QUICK]
     assert main(argv) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
@@ -371,12 +371,7 @@ def test_a_run_is_a_baseline_of_another(tiny_run, tmp_path, capsys):
 
 
 def test_fast_takes_a_hundred_images_evenly_spread():
-    class Image(dict):
-        id = property(lambda self: self["id"])
-        photo = None
-        labels = {"edge": None}
-
-    dataset = type("Set", (), {"images": [Image(id=n) for n in range(250)]})
+    dataset = type("Set", (), {"boundary_maps": staticmethod(lambda: dict.fromkeys(range(250)))})
     assert list(choose_boundaries(dataset, "fast")) == [5 * n // 2 for n in range(100)]
     assert len(choose_boundaries(dataset, "full")) == 250 and not choose_boundaries(dataset, "off")
 
@@ -384,19 +379,25 @@ def test_fast_takes_a_hundred_images_evenly_spread():
 def test_images_do_not_pile_up():
     """Peak memory after 30 images of 500 x 500 is that after 100: nothing of an image outlives its turn."""
     rng, shape, peaks = np.random.default_rng(0), (500, 500), []
-    labels = {task: rng.integers(0, 2, shape, np.uint8) for task in TASKS}
+    labels = {task: rng.integers(0, 2, shape, np.uint8) for task in DEFAULT_TASKS}
     labels["normals"] = rng.random((3, *shape), np.float32)
 
     def answered():
         for n in range(100):
             if n in (30, 99):
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            pictures = {task: labels[task] + np.uint8(n % 3) for task in TASKS if task != "normals"}
+            pictures = {task: labels[task] + np.uint8(n % 3) for task in DEFAULT_TASKS if task != "normals"}
             pictures["normals"] = np.full((*shape, 3), n, np.uint8)
-            yield labels, {task: Answer(from_picture(task, picture), picture) for task, picture in pictures.items()}
+            yield (
+                labels,
+                {
+                    task: AlignedPrediction(TASKS[task].from_picture(picture), picture)
+                    for task, picture in pictures.items()
+                },
+            )
 
-    metrics = build_metrics(TASKS, {"seg": tuple(map(str, range(21))), "parts": PART_NAMES})
-    score_answers(Scoring(answered(), range(100), metrics, {}), "seism", 0)
+    metrics = build_metrics(DEFAULT_TASKS, {"seg": tuple(map(str, range(21))), "parts": PART_NAMES})
+    score_predictions(Scoring(answered(), range(100), metrics, {}), "seism", 0)
     assert peaks[1] - peaks[0] < 40 * 1024  # KiB: 70 images of 4 MB in PNG's arrays alone would be 280 MB
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.evaluation.predictions import FOLDERS
-from train.output.pictures import overlay
-from train.predict import main, read_any_photo, to_model, to_photo
-from train.protocols.protocols import build_protocol
-from train.tasks.names import TASKS
+from train.predict import main, read_any_photo
+from train.protocols import build_protocol
+from train.tasks import DEFAULT_TASKS, TASKS
+
+FOLDERS = {name: task.folder for name, task in TASKS.items()}
+
 
 ORIENTATION = 0x0112
 
@@ -74,7 +75,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_every_photo_gets_pngs_of_its_own_size(predicted, task):
     out = predicted[1]
     for name, size in SIZES.items():
@@ -86,7 +87,7 @@ def test_every_photo_gets_pngs_of_its_own_size(predicted, task):
 
 def test_raw_arrays_are_what_the_heads_gave(predicted):
     raw = np.load(predicted[1] / "raw/odd.jpg.npz")
-    assert {task: raw[task].shape for task in TASKS} == {
+    assert {task: raw[task].shape for task in DEFAULT_TASKS} == {
         "seg": (21, 64, 64),
         "parts": (7, 64, 64),
         "sal": (2, 64, 64),
@@ -95,11 +96,11 @@ def test_raw_arrays_are_what_the_heads_gave(predicted):
     }
     seg = np.asarray(Image.open(predicted[1] / "semseg/odd.jpg.png"))
     assert set(np.unique(seg)) <= set(range(21))
-    assert all(raw[task].dtype == np.float16 for task in TASKS)
+    assert all(raw[task].dtype == np.float16 for task in DEFAULT_TASKS)
 
 
 def test_the_orientation_that_the_camera_noted_is_respected(predicted):
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         turned, upright = (
             np.asarray(Image.open(predicted[1] / FOLDERS[task] / f"{name}.png")) for name in ("portrait", "upright")
         )
@@ -134,7 +135,7 @@ def test_invpt_pads_and_shrinks_what_does_not_fit(shape, padded_run, tmp_path):
     scale = min(128 / max(shape), 1)
     sides = tuple(max(round(scale * side), 1) for side in shape)
     assert np.load(tmp_path / "out/raw/photo.npz")["edge"].shape == (1, *sides)
-    image, where = to_model(np.asarray(noise(shape)), build_protocol("invpt", 128))
+    image, where = build_protocol("invpt", 128).fit_photo(np.asarray(noise(shape)))
     assert image.shape == (128, 128, 3) and image[where].shape[:2] == sides
     if scale == 1:
         assert np.array_equal(image[where], np.asarray(noise(shape)))
@@ -143,8 +144,8 @@ def test_invpt_pads_and_shrinks_what_does_not_fit(shape, padded_run, tmp_path):
 def test_borders_are_smooth_not_blocks():
     """Logits that cross in the middle between two pixels cross there at any size."""
     logits = np.stack([np.tile([1.0, 0.0], (2, 1)), np.tile([0.0, 1.0], (2, 1))]).astype(np.float32)
-    assert np.array_equal(to_photo("seg", logits, (2, 6))[0], [0, 0, 0, 1, 1, 1])
-    sal = to_photo("sal", np.stack([np.zeros((1, 2)), [[-9.0, 9.0]]]).astype(np.float32), (1, 7))[0].astype(int)
+    assert np.array_equal(TASKS["seg"].at_photo(logits, (2, 6))[0], [0, 0, 0, 1, 1, 1])
+    sal = TASKS["sal"].at_photo(np.stack([np.zeros((1, 2)), [[-9.0, 9.0]]]).astype(np.float32), (1, 7))[0].astype(int)
     assert (np.diff(sal) >= 0).all() and len(set(sal)) > 3
 
 
@@ -152,11 +153,11 @@ def test_an_overlay_leaves_the_background_and_tints_the_rest():
     photo = np.full((600, 600, 3), 100, np.uint8)
     ids = np.zeros((600, 600), np.uint8)
     ids[200:400, 200:400] = 15
-    over = overlay("seg", photo, ids)
+    over = TASKS["seg"].overlay(photo, ids)
     assert (over[0, 0] == 100).all() and (over[300, 300] != 100).any() and (over[201, 300] != over[300, 300]).any()
-    salient = overlay("sal", photo, 255 * (ids > 0).astype(np.uint8))
+    salient = TASKS["sal"].overlay(photo, 255 * (ids > 0).astype(np.uint8))
     assert (salient[300, 300] == 100).all() and (salient[0, 0] < 50).all()
-    edge = overlay("edge", photo, 255 * (ids > 0).astype(np.uint8))
+    edge = TASKS["edge"].overlay(photo, 255 * (ids > 0).astype(np.uint8))
     assert (edge[0, 0] > 150).all() and (edge[300, 300] < 100).all()
 
 

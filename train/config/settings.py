@@ -16,9 +16,10 @@ import yaml
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS
-from train.protocols.protocols import PROTOCOLS, build_protocol
-from train.tasks.losses import LOSS_WEIGHTS
-from train.tasks.names import TASKS, parse_tasks
+from train.datasets.base import Source
+from train.datasets.pascal.dataset import Access
+from train.protocols import PROTOCOLS, build_protocol
+from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
 CHOICES = {
@@ -52,7 +53,7 @@ FIXED_ON_RESUME = (
 class Settings:
     """One run. Every field can be set by ``--set name=value``; those with a flag of their own also by it."""
 
-    tasks: str = ",".join(TASKS)
+    tasks: str = ",".join(DEFAULT_TASKS)
     data: str = ""
     protocol: str = "ase"
     partial_labels: bool = False
@@ -78,7 +79,7 @@ class Settings:
     weight_decay: float = 1e-4
     warmup: float = 0.05
     clip_norm: float = 10.0
-    loss_weights: str = ",".join(f"{task}={weight}" for task, weight in LOSS_WEIGHTS.items())
+    loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
     precision: str = "fp32"
     eval_every: int = 5
     scenes: int = 12_800
@@ -126,7 +127,14 @@ class Settings:
     @cached_property
     def task_weights(self) -> dict[str, float]:
         """Loss weight per task; a task that is not named keeps its default."""
-        return LOSS_WEIGHTS | parse_loss_weights(self.loss_weights)
+        return {name: task.weight for name, task in TASKS.items()} | parse_loss_weights(self.loss_weights)
+
+    @cached_property
+    def source(self) -> Source:
+        """The images of the run."""
+        access = Access(self.partial_labels, self.cache, self.skip_bad, self.workers)
+        scenes = {"train": self.scenes, "val": self.val_scenes}
+        return Source(self.data, self.task_names, self.protocol, self.image_size, self.seed, scenes, access)
 
 
 def parse_loss_weights(text: str) -> dict[str, float]:
@@ -194,7 +202,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     return layer(values, f"recipe {path}")
 
 
-def resolve(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
+def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
     """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
 
     An image size of 0 becomes the protocol's own.

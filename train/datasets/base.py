@@ -1,14 +1,97 @@
-"""Data sets, their transforms and the composition of batches.
+"""What a data set is, and the one place that opens one."""
 
-A data set is an object with
+import typing
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
 
-- ``name`` and ``protocol`` (the name under which results.json reports its numbers),
-- ``ids``: a name for each image, and ``labelled(task)``, those of the images scored for a task,
-- ``skipped``: one line for each image that was left out for a fault,
-- ``classes``: names of the classes of seg and parts, ``{"seg": ("background", ...), "parts": PART_NAMES}``,
-- ``groups``: a tuple of integer arrays. Each lists the indices of the images that are labelled for the
-  same tasks; together they are a partition of ``range(len(dataset))``,
-- ``len(dataset)`` and ``dataset[index, epoch]``, which returns a dict of numpy arrays: ``"image"``, uint8
-  (H, W, 3) RGB, and one entry per *labelled* task with the conventions of :mod:`train.tasks.names`. Augmentation
-  is a function of (seed, epoch, index) and nothing else.
-"""
+import numpy as np
+from numpy.typing import NDArray
+
+from train.datasets.pascal.dataset import Access, PascalMT
+from train.datasets.scenes.dataset import Scenes
+from train.protocols import Protocol, Rendered, Sample, build_protocol
+from train.tasks import Classes, Shape
+
+Key = tuple[int, int]  # (index, epoch)
+
+
+class DataSet(typing.Protocol):
+    """One split: images and the labels they have.
+
+    ``dataset[index, epoch]`` is a dict of NumPy arrays: "image", uint8 (H, W, 3) RGB, and one entry per *labelled* task
+    with the conventions of :mod:`train.tasks`. Augmentation is a function of (seed, epoch, index) and nothing else.
+    """
+
+    name: str
+    origin: str  # where its files lie and in which layout, "" where there are none
+    protocol: Protocol
+    classes: Classes
+    skipped: tuple[str, ...]  # one line for each image that was left out for a fault
+    groups: tuple[NDArray[np.int64], ...]
+    """Each lists the indices of the images labelled for the same tasks; together they are a partition of
+    ``range(len(dataset))``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> Sample: ...
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """A name for each image."""
+        ...
+
+    def with_label(self, task: str) -> list[str]:
+        """The ids of the images that have a label of ``task``."""
+        ...
+
+    def labelled(self, task: str) -> list[str]:
+        """The ids of the images that scores of ``task`` are reported over."""
+        ...
+
+    def photo_shape(self, index: int) -> Shape:
+        """(height, width) of the photo as it is stored."""
+        ...
+
+    def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
+        """By id, for the images that odsF can be taken over: a picklable function that loads the LabelMap (H, W) at the
+        photo's size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which images there are and how they are read.
+
+    ``root`` is the folder of a tree, or "" for rendered scenes, of which ``scenes`` says how many each split has.
+    ``size`` 0 is the protocol's own.
+    """
+
+    root: str
+    tasks: tuple[str, ...]
+    protocol_name: str
+    size: int
+    seed: int = 0
+    scenes: dict[str, int] = field(default_factory=dict)
+    access: Access = Access()
+
+    @property
+    def rendered(self) -> bool:
+        return not self.root
+
+    @property
+    def protocol(self) -> Protocol:
+        return Rendered(self.size) if self.rendered else build_protocol(self.protocol_name, self.size)
+
+    @property
+    def classes(self) -> Classes:
+        return Scenes.classes if self.rendered else PascalMT.classes
+
+
+def open_dataset(source: Source, split: str, scoring: bool = False, only: Container[str] | None = None) -> DataSet:
+    """A split of ``source``. With ``scoring``, labels are where the protocol's predictions meet them; ``only`` keeps
+    the images of a tree with these ids. UserError where anything is missing."""
+    if source.rendered:
+        length = source.scenes.get(split, 0)
+        return Scenes(split, source.size, length, source.seed, source.tasks)
+    protocol = source.protocol.for_scoring() if scoring else source.protocol
+    return PascalMT(source.root, split, source.tasks, protocol, source.seed, source.access, only)

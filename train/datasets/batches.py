@@ -8,7 +8,7 @@ of each step, and the shapes of the tensors never change.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from kernels.errors import UserError
-from train.tasks.names import TASKS
-
-Key = tuple[int, int]  # (index, epoch)
-Sample = dict[str, NDArray]
-
-
-class DataSet(Protocol):
-    """What :mod:`train.datasets.base` calls a data set, as far as batches need it."""
-
-    groups: tuple[NDArray[np.int64], ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Key) -> Sample: ...
+from train.datasets.base import DataSet, Key
+from train.protocols import Sample
+from train.tasks import TASKS
 
 
 def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
@@ -87,7 +76,7 @@ class BatchSampler(Sampler[list[Key]]):
 @dataclass(frozen=True, eq=False)
 class Batch:
     """``images`` uint8 (B, 3, H, W). Per task that has labels in the batch, in the order of TASKS:
-    ``labels[task]`` (n_t, ...) with the dtypes of :mod:`train.tasks.names`, and ``index[task]`` int64 (n_t,), the
+    ``labels[task]`` (n_t, ...) with the dtypes of :mod:`train.tasks`, and ``index[task]`` int64 (n_t,), the
     ascending positions in the batch of the images they belong to.
     """
 

@@ -1,9 +1,16 @@
 """Delta_m, the mean relative gain over a baseline, and published rows to take as baselines."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypedDict
+
+from kernels.errors import UserError
+from train.evaluation.results import Results, read_json, read_results, require_comparable
+from train.protocols import PHOTO_SIZE, PROTOCOLS, Protocol
+from train.tasks import TASKS
 
 
 class Reference(TypedDict):
@@ -39,3 +46,79 @@ def published_rows() -> dict[str, dict[str, Any]]:
     :func:`delta_m`.
     """
     return json.loads((resources.files("train.evaluation") / "baselines.json").read_text())
+
+
+def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str, Reference]]:
+    """(its name, source and protocol, its scores) of a published row by name, a JSON file like one, or a run's results.
+
+    UserError where it is none of these, or of another protocol than ``results``.
+    """
+    rows = {name.casefold(): name for name in published_rows()}
+    if given.casefold() in rows:
+        name = rows[given.casefold()]
+        row = published_rows()[name]
+    elif not Path(given).exists():
+        close = difflib.get_close_matches(given.casefold(), rows, n=3, cutoff=0.3)
+        hint = f"perhaps {', '.join(repr(rows[name]) for name in close)}" if close else f"or one of {', '.join(rows)}"
+        raise UserError(f"no baseline {given!r}: give a JSON file, a run's folder, {hint}")
+    elif Path(given).is_dir() or "metrics" in read_json(Path(given)):
+        theirs = read_results(given)
+        require_comparable({"the scores": results, given: theirs})
+        return {"name": given, "source": "its results.json", "protocol": theirs["protocol"]}, references_of(theirs)
+    else:
+        name, row = given, _checked_row(Path(given))
+    _require_protocol(name, row["protocol"], results)
+    return {"name": name, "source": row["source"], "protocol": row["protocol"]}, row["scores"]
+
+
+def references_of(results: Results) -> dict[str, Reference]:
+    """A run's scores as a baseline: one per task, those of the field's Delta_m; saliency by maxF in family B."""
+    own = PROTOCOLS.get(results["protocol"].partition("@")[0], Protocol).saliency
+    references: dict[str, Reference] = {}
+    for name, task in TASKS.items():
+        key = own if name == "sal" else task.delta_key
+        higher = {headline.key: headline.higher_is_better for headline in task.headlines}
+        if value := results["metrics"].get(name, {}).get(key):
+            references[name] = {"metric": key, "value": value, "higher": higher[key]}
+    return references
+
+
+def _checked_row(path: Path) -> dict[str, Any]:
+    row = read_json(path)
+    try:
+        scores = {
+            task: {"metric": str(cell["metric"]), "value": float(cell["value"]), "higher": bool(cell["higher"])}
+            for task, cell in row["scores"].items()
+        }
+        return {"protocol": str(row["protocol"]), "source": str(row["source"]), "scores": scores}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no baseline ({type(error).__name__}: {error}): give 'protocol', 'source' and 'scores', "
+            "{task: {'metric': key, 'value': number, 'higher': true or false}}"
+        ) from None
+
+
+def _require_protocol(name: str, protocol: str, results: Results) -> None:
+    own, compared_at = results["protocol"], results["evaluation"]["compared_at"]
+    families = {kind.published: kind.name for kind in PROTOCOLS.values() if kind.published}
+    if families.get(protocol, protocol) != own:
+        raise UserError(f"baseline {name!r} is of protocol {protocol}, the scores are of {own}: they do not compare")
+    if protocol in families and compared_at != PHOTO_SIZE:
+        raise UserError(
+            f"baseline {name!r} was scored at {PHOTO_SIZE}, these scores at {compared_at}: use python -m train.evaluate"
+        )
+
+
+def with_baseline(results: Results, given: str) -> Results:
+    """``results`` with "baseline" and "delta_m", None where a score of the baseline's is not there."""
+    about, scores = baseline_of(given, results)
+    return results | {"baseline": about, "delta_m": delta_m(results["metrics"], scores)}
+
+
+def describe_delta(results: Results) -> str:
+    """Delta_m and against what, or why there is none."""
+    about, over = results["baseline"], results["odsF"]
+    if results["delta_m"] is None:
+        return f"n/a: a score of {about['name']!r} is not among these"
+    fast = " (its odsF over all)" if over and over["mode"] == "fast" else ""
+    return f"{results['delta_m']:+.2f} % against {about['name']!r}{fast}, {about['source']}"

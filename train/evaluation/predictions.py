@@ -10,8 +10,7 @@ normals/<id>.png       RGB       255 (n + 1) / 2 of the unit vector n (x, y, z)
 edge/<id>.png          L         255 p, p the probability of an edge, cut off, not rounded
 =====================  ========  ==================================================
 
-Between a prediction and its PNG lie the *levels*, (H, W) or (H, W, 3), 0..255: class ids in uint8, all else in float32.
-What is "decided" is what metrics count, see :mod:`train.tasks.scores`.
+Each task's codec is its own: :class:`train.tasks.Task`.
 """
 
 import json
@@ -22,72 +21,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from kernels.errors import UserError
-from train.datasets.pascal.labels import read_image
-from train.datasets.pascal.voc import PALETTE
+from train.files.images import read_image
 from train.files.reading import reading
 from train.output.tables import write_json
-from train.tasks.losses import unit
+from train.tasks import TASKS, Picture, Shape
 
-FOLDERS = {"seg": "semseg", "parts": "human_parts", "sal": "sal", "normals": "normals", "edge": "edge"}
-MODES = {"seg": ("L", "P"), "parts": ("L", "P"), "sal": ("L",), "normals": ("RGB",), "edge": ("L",)}
 NOTE = "predictions.json"  # under which protocol, and from what, a folder was written
 SHOWN = 3  # files or ids that a message names
 
-Picture = NDArray[np.uint8]
 
-
-def to_levels(task: str, decided: Tensor) -> NDArray:
-    """The levels of one image's prediction, "decided" without its batch axis."""
-    if task in ("seg", "parts"):
-        return decided.byte().numpy()
-    if task == "normals":
-        return (127.5 * (decided + 1)).permute(1, 2, 0).numpy()
-    return (255 * (decided.float().sigmoid()[0] if task == "edge" else decided)).numpy()
-
-
-def to_picture(task: str, levels: NDArray, rounded: bool) -> Picture:
-    """``levels`` in 8 bits: cut off, as the field does, or ``rounded``, which is closer; edges are never rounded."""
-    return (levels + 0.5 if rounded and task in ("sal", "normals") else levels).clip(0, 255).astype(np.uint8)
-
-
-def from_picture(task: str, picture: Picture) -> Tensor:
-    """What is decided by a PNG, without a batch axis. A level of an edge stands for the middle of what it was cut off
-    from, so that its logit is finite."""
-    if task in ("seg", "parts"):
-        return torch.from_numpy(picture.astype(np.int64))
-    if task == "normals":
-        return unit(torch.from_numpy(2 * picture.transpose(2, 0, 1).astype(np.float32) / 255 - 1)[None])[0]
-    if task == "edge":
-        return torch.from_numpy((picture[None] + np.float32(0.5)) / 256).logit()
-    return torch.from_numpy(picture.astype(np.float32) / 255)
+def picture_path(folder: Path, task: str, image_id: str) -> Path:
+    return folder / TASKS[task].folder / f"{image_id}.png"
 
 
 def write_pictures(folder: Path, image_id: str, pictures: Mapping[str, Picture]) -> None:
-    """One PNG per task, also of pictures in colour; class ids get VOC's palette, which no reader minds."""
+    """One PNG per task, also of pictures in colour; class ids get the field's palette, which readers ignore."""
     for task, picture in pictures.items():
-        (folder / FOLDERS[task]).mkdir(parents=True, exist_ok=True)
+        path, palette = picture_path(folder, task, image_id), TASKS[task].palette
+        path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(picture)
-        if task in ("seg", "parts") and picture.ndim == 2:
-            image.putpalette(PALETTE.tobytes())
-        path = folder / FOLDERS[task] / f"{image_id}.png"
+        if palette is not None and picture.ndim == 2:
+            image.putpalette(palette.tobytes())
         partial = path.with_name(f".{path.name}.partial")
         image.save(partial, format="PNG")
         partial.replace(path)
 
 
-def read_picture(folder: Path, task: str, image_id: str, classes: Mapping[str, Sequence[str]]) -> Picture:
+def read_picture(folder: Path, task: str, image_id: str, classes: Sequence[str]) -> Picture:
     """The PNG; UserError where it is damaged, of another mode, or holds what is no class."""
-    path = folder / FOLDERS[task] / f"{image_id}.png"
-    picture = np.asarray(read_image(path, MODES[task]))
-    if task in classes and picture.max() >= len(classes[task]):
-        raise UserError(f"{path} holds {picture.max()}, which is no class 0..{len(classes[task]) - 1}")
+    path = picture_path(folder, task, image_id)
+    picture = np.asarray(read_image(path, TASKS[task].modes))
+    TASKS[task].check_picture(path, picture, classes)
     return picture
+
+
+def require_shape(path: Path, picture: Picture, shape: Shape, size: int) -> None:
+    """UserError for a PNG that is neither of the photo's ``shape`` nor (size, size)."""
+    if picture.shape[:2] not in (shape, (size, size)):
+        height, width = picture.shape[:2]
+        raise UserError(
+            f"{path} is {width} x {height} pixels, neither its photo's {shape[1]} x {shape[0]} nor {size} x {size}"
+        )
 
 
 class Folder:
@@ -132,23 +109,25 @@ def read_note(folder: Path) -> dict[str, Any]:
 
 def predicted_tasks(folder: Path) -> tuple[str, ...]:
     """The tasks that ``folder`` has predictions for; UserError where it has none."""
-    tasks = tuple(task for task, name in FOLDERS.items() if (folder / name).is_dir())
+    tasks = tuple(name for name, task in TASKS.items() if (folder / task.folder).is_dir())
     if not tasks:
+        names = [task.folder for task in TASKS.values()]
         what = "holds none of the folders" if folder.is_dir() else "is not a folder that holds some of"
-        raise UserError(f"{folder} {what} {', '.join(FOLDERS.values())}: give a folder of predictions <task>/<id>.png")
+        raise UserError(f"{folder} {what} {', '.join(names)}: give a folder of predictions <task>/<id>.png")
     return tasks
 
 
 def require_predictions(folder: Path, task: str, ids: Sequence[str], split: str) -> None:
     """UserError where the prediction of one of the ``ids`` is missing."""
-    with reading(folder / FOLDERS[task]):
-        found = {name.removesuffix(".png") for name in os.listdir(folder / FOLDERS[task]) if name.endswith(".png")}
+    place = folder / TASKS[task].folder
+    with reading(place):
+        found = {name.removesuffix(".png") for name in os.listdir(place) if name.endswith(".png")}
     if missing := [image_id for image_id in ids if image_id not in found]:
         others = len(found.difference(ids))
         belong = f"; it has {others} of images that are not in it, perhaps of another split" if others else ""
         raise UserError(
-            f"{folder / FOLDERS[task]} lacks {len(missing)} of {len(ids)} predictions of split {split!r}, "
-            f"{shorten(missing)}{belong}: write them, or name the images there are with --set"
+            f"{place} lacks {len(missing)} of {len(ids)} predictions of split {split!r}, "
+            f"{shorten(missing)}{belong}: write them, or name the images there are with --ids"
         )
 
 

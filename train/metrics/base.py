@@ -30,17 +30,17 @@ class Metric(Additive, ABC):
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Take in a batch: the raw output of the head and the labels, as :mod:`train.tasks.losses` gets them."""
-        self.count(self.decide(prediction), label)
+        """Take in a batch: the raw output of the head and the labels, as the task's loss gets them."""
+        self.count(self.postprocess(prediction), label)
 
     @staticmethod
     @abstractmethod
-    def decide(prediction: Tensor) -> Tensor:
+    def postprocess(prediction: Tensor) -> Tensor:
         """What a head says by its raw output (n, C, H, W): class ids, probabilities, vectors or logits."""
 
     @abstractmethod
-    def count(self, decided: Tensor, label: Tensor) -> None:
-        """Take in a batch of what :meth:`decide` gives, wherever it comes from, and its labels."""
+    def count(self, postprocessed: Tensor, label: Tensor) -> None:
+        """Take in a batch of what :meth:`postprocess` gives, wherever it comes from, and its labels."""
 
     @abstractmethod
     def compute(self) -> dict[str, float | None]:

@@ -3,80 +3,24 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import cv2
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from fastmoe_lora import RoutingStatistics
 from train.datasets.batches import Batch
-from train.datasets.pascal.voc import PALETTE
-from train.tasks.names import TASKS, VOID
+from train.tasks import TASKS, Classes
+from train.tasks.palette import PALETTE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
 from matplotlib.patches import Patch  # noqa: E402
 
-GREY = np.array([160, 160, 160], dtype=np.uint8)
 BLANK = 242  # grey of a label that there is none of
-INK = np.array([20, 30, 90])  # of edges over a photo
 CELL = 224  # side of a cell on a contact sheet, pixels
 CAPTION = 20  # height in it that is left for the id
 LEGEND_ENTRY = 1.0  # inches
-
-
-def paint_label(task: str, label: Tensor) -> np.ndarray:
-    """A label with the conventions of train.tasks.names -> (H, W, 3) uint8; void is grey."""
-    label = label.cpu().numpy()
-    if task == "normals":
-        void = ~label.any(axis=0)
-        picture = np.rint(127.5 * (label.transpose(1, 2, 0) + 1)).astype(np.uint8)
-    elif task in ("seg", "parts"):
-        void, picture = label == VOID, PALETTE[label]
-    else:
-        void, picture = label == VOID, np.repeat(255 * (label == 1)[..., None].astype(np.uint8), 3, axis=-1)
-    return np.where(void[..., None], GREY, picture)
-
-
-def paint_prediction(task: str, prediction: Tensor) -> np.ndarray:
-    """A raw head output (C, H, W) -> (H, W, 3) uint8: classes in colour, sal and edge as probabilities."""
-    prediction = prediction.float().cpu()
-    if task in ("seg", "parts"):
-        return PALETTE[prediction.argmax(0).numpy()]
-    if task == "normals":
-        return paint_label(task, torch.nn.functional.normalize(prediction, dim=0))
-    probability = prediction.sigmoid()[0] if task == "edge" else prediction.softmax(0)[1]
-    return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
-
-
-def overlay(task: str, photo: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """A prediction over its photo, (H, W, 3) uint8; ``picture`` is its PNG, see train.evaluation.predictions.
-
-    Classes are tinted and outlined, what is not salient is in the shade, edges are drawn on the faded photo; normals
-    cover it.
-    """
-    if task == "normals":
-        return picture
-    if task in ("seg", "parts"):
-        outline = _outline(picture)[..., None]
-        tinted = 0.4 * photo + 0.6 * PALETTE[picture]
-        over = np.where(picture[..., None] > 0, np.where(outline, PALETTE[picture], tinted), photo)
-    elif task == "sal":
-        shade = 0.4 * photo.mean(-1, keepdims=True)
-        over = shade + (photo - shade) * (picture[..., None] / 255)
-    else:
-        strength = picture[..., None] / 255
-        over = (1 - strength) * (255 - 0.3 * (255 - photo.astype(np.float32))) + strength * INK
-    return over.astype(np.uint8)
-
-
-def _outline(ids: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) next to another class, nearer than 1/300 of the longer side, at least one pixel."""
-    reach = max(round(max(ids.shape) / 300), 1)
-    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
-    return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
 
 
 def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
@@ -85,9 +29,7 @@ def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
     return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
 
 
-def save_contact_sheet(
-    path: Path, images: dict[str, dict[str, np.ndarray]], classes: dict[str, tuple[str, ...]]
-) -> None:
+def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], classes: Classes) -> None:
     """A grid of ``images[id]["image" or a task]``, painted (H, W, 3) uint8 of any size, two images side by side. A task
     that an image has no label for is left blank."""
     names = [name for name in ("image", *TASKS) if any(name in image for image in images.values())]
@@ -122,9 +64,7 @@ def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
     return np.pad(fitted, ((0, CELL - height), (left, CELL - width - left), (0, 0)), constant_values=255)
 
 
-def save_predictions(
-    path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: dict[str, tuple[str, ...]]
-) -> None:
+def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: Classes) -> None:
     """A grid: one row per image of ``batch``; the image, then per task the label and what each model says.
 
     ``predictions[model][task]`` (B, C, H, W) are those of every image, labelled or not, the columns' titles the models'
@@ -136,10 +76,12 @@ def save_predictions(
         labels = dict(zip(batch.index[task].tolist(), batch.labels[task], strict=True)) if task in batch.index else {}
         blank = np.full_like(columns[0][1][0], 255)
         rows = range(len(batch.images))
-        columns.append((task, [paint_label(task, labels[i]) if i in labels else blank for i in rows]))
+        columns.append(
+            (task, [TASKS[task].paint_label(labels[i].cpu().numpy()) if i in labels else blank for i in rows])
+        )
         for name, outputs in predictions.items():
             if task in outputs:
-                columns.append((name, [paint_prediction(task, output) for output in outputs[task]]))
+                columns.append((name, [TASKS[task].paint_prediction(output.float().cpu()) for output in outputs[task]]))
     figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
     _draw_grid(axis, columns)
     _draw_legends(figure, tasks, classes)
@@ -162,7 +104,7 @@ def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> i
     return side + gap
 
 
-def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: dict[str, tuple[str, ...]]) -> None:
+def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: Classes) -> None:
     """Side by side below, each in as many columns as half the figure's width has room for."""
     columns = min(7, max(1, int(figure.get_figwidth() / 2 / LEGEND_ENTRY)))
     for task, corner in (("seg", "left"), ("parts", "right")):

@@ -1,0 +1,28 @@
+"""Protocols, by name. Published numbers are comparable only within one.
+
+=======  ====  ================================================================================================
+name     size  what it is
+=======  ====  ================================================================================================
+invpt     512  family B (ATRC, InvPT, TaskPrompter, MLoRE, MTMamba): scale, crop, pad; original pixels in val
+mtinet    512  family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): turn, scale, stretch to a square
+ase       224  family A at the size of Adaptive Shared Experts, arXiv 2510.00570
+mini      224  ours: an antialiased square, nothing but a flip
+=======  ====  ================================================================================================
+"""
+
+from kernels.errors import UserError
+from train.protocols.base import PHOTO_SIZE, AlignedPrediction, Protocol, Sample
+from train.protocols.family_a import ASE, FamilyA
+from train.protocols.family_b import FamilyB
+from train.protocols.square import Mini, Rendered
+
+__all__ = ["PHOTO_SIZE", "PROTOCOLS", "AlignedPrediction", "Protocol", "Rendered", "Sample", "build_protocol"]
+
+PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in (FamilyB, FamilyA, ASE, Mini)}
+
+
+def build_protocol(name: str, size: int = 0) -> Protocol:
+    """The protocol at ``size`` pixels, 0 for its own size; UserError for a name that is none."""
+    if name not in PROTOCOLS:
+        raise UserError(f"unknown protocol {name!r}: choose among {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name](size or PROTOCOLS[name].own_size)

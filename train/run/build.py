@@ -1,6 +1,5 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from fastmoe_lora import add_lora, add_moe
 from kernels import UserError, resolve
 from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
 from train.config.settings import Settings, layer
-from train.datasets.pascal.pascal_mt import Access, PascalMT
-from train.datasets.scenes.scenes import Scenes
-from train.protocols.protocols import build_protocol
+from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
-from train.tasks.names import output_channels
+from train.tasks import Classes, output_channels
 
 
 def build_device(settings: Settings) -> torch.device:
@@ -29,20 +26,15 @@ def build_device(settings: Settings) -> torch.device:
     return device
 
 
-def build_data(settings: Settings) -> tuple[Scenes | PascalMT, Scenes | PascalMT]:
+def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
     """(train, val)."""
-    tasks, size, seed = settings.task_names, settings.image_size, settings.seed
-    if not settings.data:
-        lengths = {"train": settings.scenes, "val": settings.val_scenes}
-        return tuple(Scenes(split, size, n, seed, tasks) for split, n in lengths.items())
-    protocol = build_protocol(settings.protocol, size)
-    access = Access(settings.partial_labels, settings.cache, settings.skip_bad, settings.workers)
-    train, val = (PascalMT(settings.data, split, tasks, protocol, seed, access) for split in ("train", "val"))
-    print(f"tree      {train.tree}")
+    train, val = (open_dataset(settings.source, split) for split in ("train", "val"))
+    if train.origin:
+        print(f"tree      {train.origin}")
     return train, val
 
 
-def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
     """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
     torch.manual_seed(settings.seed)
     weights = read_weights(settings.pretrained) if settings.pretrained else None
@@ -61,7 +53,7 @@ def build_model(settings: Settings, classes: dict[str, tuple[str, ...]]) -> Mult
     return model
 
 
-def rebuild_model(settings: Settings, classes: dict[str, tuple[str, ...]], tensors: dict[str, Tensor]) -> MultiTaskViT:
+def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskViT:
     """The model of a checkpoint by its settings and ``tensors``, the file that it was pretrained from not needed."""
     registers = tensors.get("vit.reg_token")
     config = replace(
@@ -78,12 +70,11 @@ def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any
     """(settings, model, state) of a checkpoint, for evaluation on this machine's device by this machine's kernels."""
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
-    classes = PascalMT.classes if settings.data else Scenes.classes
-    model = rebuild_model(settings, classes, checkpoint.read_weights(folder))
+    model = rebuild_model(settings, settings.source.classes, checkpoint.read_weights(folder))
     return settings, model.to(build_device(settings)), state
 
 
-def _adapt(vit: ViT, settings: Settings, classes: dict[str, tuple[str, ...]]) -> MultiTaskViT:
+def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
     """LoRA, experts and heads."""
     if settings.lora_rank:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
@@ -100,19 +91,3 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-
-
-def total_steps(settings: Settings, images: int) -> int:
-    return settings.steps or settings.epochs * steps_per_epoch(settings, images)
-
-
-def steps_per_epoch(settings: Settings, images: int) -> int:
-    return math.ceil(images / settings.batch_size)
-
-
-def learning_rate(settings: Settings, step: int, total: int) -> float:
-    """Linear warm-up, then lr * (1 - progress)^0.9."""
-    warmup = math.ceil(settings.warmup * total)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    return settings.lr * (1 - (step - warmup) / (total - warmup)) ** 0.9

@@ -18,15 +18,14 @@ from fastmoe_lora import RoutingStatistics
 from kernels import UserError, ranges, resolve
 from kernels.ranges import span, spanned
 from model import MultiTaskViT
-from train.config.settings import Settings
-from train.config.settings import resolve as resolve_settings
+from train.config.settings import Settings, resolve_settings
+from train.datasets.base import DataSet
 from train.datasets.batches import Batch, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
-from train.evaluation.score import evaluate, score_constant
+from train.evaluation.validate import score_constant, validate
 from train.output.tables import make_folder, table, versions, write_json
-from train.run import build, checkpoint
-from train.tasks.losses import LOSSES
-from train.tasks.scores import Metrics
+from train.run import build, checkpoint, schedule
+from train.tasks import TASKS, Metrics
 
 PICTURES = 8  # rows of predictions.png
 CONSTANT_IMAGES = 1500  # training images the constant is fitted on
@@ -41,7 +40,7 @@ class Run:
     settings: Settings
     out: Path
     device: torch.device
-    data: tuple[Any, Any]
+    data: tuple[DataSet, DataSet]
     model: MultiTaskViT
     optimizer: torch.optim.Optimizer
     step: int = 0
@@ -49,7 +48,7 @@ class Run:
 
     @property
     def total(self) -> int:
-        return build.total_steps(self.settings, len(self.data[0]))
+        return schedule.total_steps(self.settings, len(self.data[0]))
 
 
 def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
@@ -115,7 +114,8 @@ def announce(run: Run) -> str:
     default = " (default)" if moe and not s.gating else ""
     return "\n".join(
         [
-            f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, protocol {train_set.protocol}",
+            f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, "
+            f"protocol {train_set.protocol.reported}",
             f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
             f"{trainable / 1e6:.2f} M trainable; {adaptation}",
             f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {resolve(s.kernel, run.device)}"
@@ -143,11 +143,11 @@ def training_step(run: Run, batch: Batch) -> Tensor:
     """One optimiser step; returns the unweighted losses, one per task in the model's order, still on the device."""
     s = run.settings
     for group in run.optimizer.param_groups:
-        group["lr"] = build.learning_rate(s, run.step, run.total)
+        group["lr"] = schedule.learning_rate(s, run.step, run.total)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         predictions = run.model(batch.images, batch.index)
     with span("losses"):
-        losses = {task: LOSSES[task](prediction, batch.labels[task]) for task, prediction in predictions.items()}
+        losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
         objective = sum(s.task_weights[task] * loss for task, loss in losses.items())
         if run.model.routing is not None:
             objective = objective + s.mi_weight * run.model.routing.mi_loss()
@@ -168,7 +168,7 @@ def fit(run: Run) -> tuple[float, dict[str, float]]:
     from torch.utils.tensorboard import SummaryWriter
 
     s, (train_set, _) = run.settings, run.data
-    every = s.eval_every * build.steps_per_epoch(s, len(train_set))
+    every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     recent: deque[Tensor] = deque(maxlen=LOSS_WINDOW)
     seconds, first = 0.0, run.step
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
@@ -224,7 +224,7 @@ def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
     """The model's metrics over the validation set, and its routing."""
     s, val_set = run.settings, run.data[1]
     loader = eval_loader(val_set, s.task_names, s.batch_size, s.workers)
-    return evaluate(run.model, loader, val_set.classes, title)
+    return validate(run.model, loader, val_set.classes, title)
 
 
 def constant_baseline(run: Run) -> Metrics:
@@ -262,7 +262,7 @@ def results_of(run: Run, speed: float, losses: dict[str, float], metrics: Metric
     return {
         "format": 1,
         "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
-        "protocol": train_set.protocol,
+        "protocol": train_set.protocol.reported,
         "dataset": {
             "name": train_set.name,
             "train": len(train_set),

@@ -1,10 +1,34 @@
-"""Semantic segmentation and human parts: the mean intersection over union."""
+"""What the tasks with a class per pixel share: segmentation and human parts."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.errors import UserError
 from train.metrics.base import Metric, histogram
-from train.tasks.names import VOID
+from train.metrics.constant import Constant, LabelCounts
+from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task, mean_over_valid, resize_channel
+from train.tasks.palette import PALETTE
+
+
+def _outline(ids: Picture) -> NDArray[np.bool_]:
+    """Pixels (H, W) within 1/300 of the longer side, at least one pixel, of another class."""
+    reach = max(round(max(ids.shape) / 300), 1)
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
+
+
+def class_loss(prediction: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy, family B: sum over valid / max(#valid, 1). ``weight`` (C,) scales the pixels of each class."""
+    # Not reduction="sum": on CUDA that has no deterministic implementation.
+    per_pixel = F.cross_entropy(prediction.float(), label.long(), weight, ignore_index=VOID, reduction="none")
+    return mean_over_valid(per_pixel, label != VOID)
 
 
 class ConfusionIoU(Metric):
@@ -22,14 +46,14 @@ class ConfusionIoU(Metric):
         super().__init__(num_classes, num_classes)
 
     @staticmethod
-    def decide(prediction: Tensor) -> Tensor:
+    def postprocess(prediction: Tensor) -> Tensor:
         """Logits (n, C, H, W) -> class ids int64 (n, H, W)."""
         return prediction.max(1).indices  # argmax(1) takes twice the time on a CPU
 
-    def count(self, decided: Tensor, label: Tensor) -> None:
-        """``decided`` class ids (n, H, W), ``label`` uint8 (n, H, W)."""
+    def count(self, postprocessed: Tensor, label: Tensor) -> None:
+        """``postprocessed`` class ids (n, H, W), ``label`` uint8 (n, H, W)."""
         classes = len(self.state)
-        counts = histogram(label.long() * classes + decided, label != VOID, classes**2)
+        counts = histogram(label.long() * classes + postprocessed, label != VOID, classes**2)
         self.add(counts.view(classes, classes))
 
     def per_class(self) -> Tensor:
@@ -43,3 +67,73 @@ class ConfusionIoU(Metric):
         iou = self.per_class()
         field = iou.nan_to_num().mean() if self.state.any() else iou.nanmean()
         return {"mIoU": iou.nanmean().item(), "mIoU_field": field.item()}
+
+
+class ConstantClass(LabelCounts):
+    """The most frequent class, which has the highest mIoU: a constant class c has IoU N_c / N, all others have 0."""
+
+    def output(self) -> Tensor:
+        """Logits."""
+        return F.one_hot(self.state.argmax(), len(self.state)).float()
+
+
+class ClassTask(Task):
+    """Labels uint8 (H, W) of class ids, 255 void; a head gives logits (n, classes, H, W)."""
+
+    headlines = (Headline("mIoU", True, "%"),)
+    delta_key = "mIoU"
+    modes = ("L", "P")
+    palette = PALETTE
+    stretching = cv2.INTER_NEAREST
+    loss = staticmethod(class_loss)
+    metric_type = ConfusionIoU
+    constant_type = ConstantClass
+
+    def head_channels(self, classes: Sequence[str]) -> int:
+        return len(classes)
+
+    def metric(self, classes: Sequence[str]) -> Metric:
+        return ConfusionIoU(len(classes))
+
+    def constant(self, classes: Sequence[str]) -> Constant:
+        return ConstantClass(len(classes))
+
+    def value_names(self, classes: Sequence[str]) -> Sequence[str]:
+        return classes
+
+    def to_levels(self, postprocessed: Tensor) -> NDArray[np.uint8]:
+        """The class ids."""
+        return postprocessed.byte().numpy()
+
+    def to_picture(self, levels: NDArray, rounded: bool) -> Picture:
+        return levels.astype(np.uint8)
+
+    def from_picture(self, picture: Picture) -> Tensor:
+        return torch.from_numpy(picture.astype(np.int64))
+
+    def check_picture(self, path: Path, picture: Picture, classes: Sequence[str]) -> None:
+        if picture.max() >= len(classes):
+            raise UserError(f"{path} holds {picture.max()}, which is no class 0..{len(classes) - 1}")
+
+    def at_photo(self, output: NDArray[np.float32], shape: Shape) -> Picture:
+        """The class with the largest resized logit, one class at a time: all of them at once do not fit into memory
+        for a large photo."""
+        best, ids = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.uint8)
+        for i, channel in enumerate(output):
+            resized = resize_channel(channel, shape)
+            ids[resized > best] = i
+            np.maximum(best, resized, out=best)
+        return ids
+
+    def paint_label(self, label: NDArray) -> NDArray[np.uint8]:
+        return np.where((label == VOID)[..., None], GREY, PALETTE[label])
+
+    def paint_prediction(self, prediction: Tensor) -> NDArray[np.uint8]:
+        return PALETTE[prediction.argmax(0).numpy()]
+
+    def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
+        """Every class but the background is tinted and outlined."""
+        outline = _outline(picture)[..., None]
+        tinted = 0.4 * photo + 0.6 * PALETTE[picture]
+        over = np.where(picture[..., None] > 0, np.where(outline, PALETTE[picture], tinted), photo)
+        return over.astype(np.uint8)

@@ -1,14 +1,25 @@
-"""Saliency: the maximal F-measures of both protocol families and the mean IoU of family A."""
+"""Saliency. Label: uint8 (H, W), 0 or 1, 255 void; scores are the maximal F-measures of both protocol families and the
+mean IoU of family A."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from train.metrics.base import Metric, histogram
-from train.tasks.names import VOID
+from train.metrics.constant import Constant
+from train.tasks.base import VOID, Headline, Picture, Task, paint_binary, paint_probability
+from train.tasks.classes import class_loss
 
 BETA2 = 0.3
 F_THRESHOLDS = torch.arange(1, 20) / 20  # arange(0.05, 1, 0.05), 19 of them
 A_THRESHOLDS = torch.arange(4, 19) / 20  # linspace(0.2, 0.9, 15)
+
+
+def saliency_loss(prediction: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy with class weights [1 - w, w], w = N_neg / N_valid over the batch: the rarer class weighs more."""
+    w = (label == 0).sum() / (label != VOID).sum().clamp(min=1)
+    return class_loss(prediction, label, torch.stack([1 - w, w]))
 
 
 class Saliency(Metric):
@@ -32,18 +43,18 @@ class Saliency(Metric):
         super().__init__(2 * 2 * (len(F_THRESHOLDS) + 1) + 3 * len(A_THRESHOLDS) + 1)
 
     @staticmethod
-    def decide(prediction: Tensor) -> Tensor:
+    def postprocess(prediction: Tensor) -> Tensor:
         """Logits (n, 2, H, W) -> p, float32 (n, H, W): the softmax of two."""
         logits = prediction.float()
         return (logits[:, 1] - logits[:, 0]).sigmoid()
 
-    def count(self, decided: Tensor, label: Tensor) -> None:
-        """``decided`` p, float32 (n, H, W), ``label`` uint8 (n, H, W)."""
+    def count(self, postprocessed: Tensor, label: Tensor) -> None:
+        """``postprocessed`` p, float32 (n, H, W), ``label`` uint8 (n, H, W)."""
         pooled = [
             pixels_above(value, label, F_THRESHOLDS, inclusive=True).sum(0).flatten()
-            for value in (decided, decided.sigmoid())
+            for value in (postprocessed, postprocessed.sigmoid())
         ]
-        counts = pixels_above(decided, label, A_THRESHOLDS, inclusive=False)
+        counts = pixels_above(postprocessed, label, A_THRESHOLDS, inclusive=False)
         labelled = counts[:, 0].sum(1) > 0
         self.add(torch.cat([*pooled, _sum_over_images(counts[labelled]).flatten(), labelled.sum()[None]]))
 
@@ -88,3 +99,53 @@ def pixels_above(probability: Tensor, label: Tensor, thresholds: Tensor, inclusi
     image = torch.arange(images, device=label.device).view(-1, 1, 1)
     counts = histogram((image * levels + passed) * 2 + (label == 1), label != VOID, images * levels * 2)
     return counts.view(images, levels, 2).flip(1).cumsum(1).flip(1).double()
+
+
+class ConstantSaliency(Constant):
+    """p = 1/2, the best for maxF and mIoU alike whatever the labels are.
+
+    At any threshold a constant is all salient or all not, and both scores take their best threshold: p = 1/2 has
+    both kinds among its thresholds. Nothing is fitted, ``state`` is empty.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def update(self, label: Tensor) -> None:
+        """Nothing to learn."""
+
+    def output(self) -> Tensor:
+        """Logits."""
+        return torch.zeros(2)
+
+
+class SaliencyTask(Task):
+    name = "sal"
+    channels = 2
+    weight = 5
+    headlines = (Headline("maxF", True, "%"), Headline("maxF_invpt", True, "%"), Headline("mIoU", True, "%"))
+    delta_key = "mIoU"
+    folder = "sal"
+    modes = ("L",)
+    values = ("rest", "salient")
+    loss = staticmethod(saliency_loss)
+    metric_type = Saliency
+    constant_type = ConstantSaliency
+
+    def to_levels(self, postprocessed: Tensor) -> NDArray[np.float32]:
+        """255 p, (H, W)."""
+        return (255 * postprocessed).numpy()
+
+    def from_picture(self, picture: Picture) -> Tensor:
+        return torch.from_numpy(picture.astype(np.float32) / 255)
+
+    def paint_label(self, label: NDArray) -> NDArray[np.uint8]:
+        return paint_binary(label)
+
+    def paint_prediction(self, prediction: Tensor) -> NDArray[np.uint8]:
+        return paint_probability(prediction.softmax(0)[1])
+
+    def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
+        """What is not salient fades to dark grey."""
+        shade = 0.4 * photo.mean(-1, keepdims=True)
+        return (shade + (photo - shade) * (picture[..., None] / 255)).astype(np.uint8)

@@ -6,16 +6,16 @@ from importlib import resources
 import pytest
 
 from kernels import UserError
-from train.config.settings import Settings, parse_loss_weights, read_recipe, recipe_names, resolve
+from train.config.settings import Settings, parse_loss_weights, read_recipe, recipe_names, resolve_settings
 
 
 def test_without_data_the_scenes_recipe_applies():
-    settings = resolve({})
+    settings = resolve_settings({})
     assert (settings.recipe, settings.model, settings.image_size, settings.head) == ("scenes", "vit_micro", 64, "light")
 
 
 def test_with_data_the_papers_setting_applies():
-    settings = resolve({"data": "somewhere"})
+    settings = resolve_settings({"data": "somewhere"})
     assert (settings.recipe, settings.model, settings.image_size, settings.head) == ("", "vit_base", 224, "up")
     assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}
 
@@ -30,34 +30,34 @@ def test_with_data_the_papers_setting_applies():
     ],
 )
 def test_images_have_the_size_of_their_protocol_unless_said_otherwise(flags, size):
-    assert resolve({"data": "somewhere"} | flags).image_size == size
+    assert resolve_settings({"data": "somewhere"} | flags).image_size == size
 
 
 @pytest.mark.parametrize(("recipe", "protocol"), [("paper", "ase"), ("mini", "mini")])
 def test_a_recipe_names_its_protocol(recipe, protocol):
-    assert resolve({"recipe": recipe, "data": "somewhere"}).protocol == protocol
+    assert resolve_settings({"recipe": recipe, "data": "somewhere"}).protocol == protocol
 
 
 def test_a_resumed_run_keeps_its_protocol_and_size():
-    before = asdict(resolve({"data": "somewhere", "protocol": "invpt"}))
-    assert resolve({"image_size": 512}, before).image_size == resolve({}, before).image_size == 512
+    before = asdict(resolve_settings({"data": "somewhere", "protocol": "invpt"}))
+    assert resolve_settings({"image_size": 512}, before).image_size == resolve_settings({}, before).image_size == 512
     with pytest.raises(UserError, match="protocol was 'invpt' and cannot become 'mtinet' when a run is resumed"):
-        resolve({"protocol": "mtinet"}, before)
+        resolve_settings({"protocol": "mtinet"}, before)
 
 
 def test_flags_override_a_recipe():
-    assert resolve({"recipe": "mini", "batch_size": 4}).batch_size == 4
-    assert resolve({"recipe": "mini"}).batch_size == 8
+    assert resolve_settings({"recipe": "mini", "batch_size": 4}).batch_size == 4
+    assert resolve_settings({"recipe": "mini"}).batch_size == 8
 
 
 def test_the_length_said_last_wins():
-    assert resolve({"epochs": 3}).steps == 0  # over the recipe's steps
-    assert resolve({"recipe": "paper", "steps": 7}).steps == 7  # over the recipe's epochs
+    assert resolve_settings({"epochs": 3}).steps == 0  # over the recipe's steps
+    assert resolve_settings({"recipe": "paper", "steps": 7}).steps == 7  # over the recipe's epochs
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads_and_names_its_command(name):
-    settings = resolve({"recipe": name, "data": "" if name == "scenes" else "somewhere"})
+    settings = resolve_settings({"recipe": name, "data": "" if name == "scenes" else "somewhere"})
     assert settings.recipe == name
     header = (resources.files("train.config") / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert "#   python -m train --tasks seg,parts,sal,normals,edge" in header
@@ -66,7 +66,7 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
 
 def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: vit_small\nlr: 1.0e-4\n")
-    settings = resolve({"recipe": str(tmp_path / "mine.yaml"), "data": "somewhere"})
+    settings = resolve_settings({"recipe": str(tmp_path / "mine.yaml"), "data": "somewhere"})
     assert (settings.model, settings.lr) == ("vit_small", 1e-4)
 
 
@@ -111,23 +111,23 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
 )
 def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):
     with pytest.raises(UserError) as caught:
-        resolve(flags)
+        resolve_settings(flags)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_loss_weights_that_are_not_named_keep_their_default():
     assert parse_loss_weights("semseg=2") == {"seg": 2.0}
-    weights = resolve({"loss_weights": "edge=1"}).task_weights
+    weights = resolve_settings({"loss_weights": "edge=1"}).task_weights
     assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1}
 
 
 def test_a_resumed_run_keeps_its_settings_and_may_be_prolonged():
-    before = asdict(resolve({"seed": 3, "steps": 10}))
-    after = resolve({"steps": 20}, before)
+    before = asdict(resolve_settings({"seed": 3, "steps": 10}))
+    after = resolve_settings({"steps": 20}, before)
     assert asdict(after) == before | {"steps": 20}
     assert after.recipe == "scenes"
 
 
 def test_a_resumed_run_cannot_change_its_model():
     with pytest.raises(UserError, match="moe was '16/3/1/4' and cannot become '8/2/1/4' when a run is resumed"):
-        resolve({"moe": "8/2/1/4"}, asdict(Settings()))
+        resolve_settings({"moe": "8/2/1/4"}, asdict(Settings()))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels.errors import UserError
 from train.datasets.batches import BatchSampler, collate, compose, eval_loader, train_loader
-from train.tasks.names import TASKS
+from train.tasks import TASKS
 
 GROUPED_TASKS = [("seg", "sal"), ("normals",), ("sal", "edge")]
 SIDE = 4

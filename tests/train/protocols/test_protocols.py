@@ -10,14 +10,14 @@ from PIL import Image
 from skimage.morphology import thin
 
 from kernels.errors import UserError
-from train.protocols.protocols import PROTOCOLS, build_protocol
-from train.tasks.names import TASKS, VOID
+from train.protocols import PROTOCOLS, build_protocol
+from train.tasks import DEFAULT_TASKS, VOID
 
 SIZE = 48
 SHAPES = [(37, 44), (45, 30), (5, 3), (48, 48), (90, 131)]  # (height, width): below SIZE, equal, above
 FITS = SHAPES[:4]
 FAMILIES = ["invpt", "mtinet", "ase", "mini"]
-SUBSETS = list(chain.from_iterable(combinations(TASKS, n) for n in range(len(TASKS) + 1)))
+SUBSETS = list(chain.from_iterable(combinations(DEFAULT_TASKS, n) for n in range(len(DEFAULT_TASKS) + 1)))
 
 
 def blocks(values, shape, rng):
@@ -219,7 +219,7 @@ def assert_agree(ours, theirs, ties):
     beside void, which cubic interpolation leaves short: the error of their place, 1e-5 of a pixel, counts more once
     they have length 1.
     """
-    assert ours.keys() == theirs.keys() == {"image", *TASKS}
+    assert ours.keys() == theirs.keys() == {"image", *DEFAULT_TASKS}
     for name in ("seg", "parts", "sal", "edge"):
         assert (ours[name] != theirs[name]).sum() <= ties, name
     agree = ours["normals"].any(0) == theirs["normals"].any(0)

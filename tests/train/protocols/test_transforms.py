@@ -8,21 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.protocols.transforms import (
-    PadTo,
-    RandomCrop,
-    RandomScale,
-    ScaleAndRotate,
-    ShrinkTo,
-    StretchTo,
-    derive_edges,
-    distort_colours,
-    flip,
-    random_flip,
-    unit_normals,
-    void_absent_parts,
-)
-from train.tasks.names import VOID
+from train.protocols.base import finish_labels, flip, random_flip
+from train.protocols.family_a import ScaleAndRotate, StretchTo
+from train.protocols.family_b import PadTo, RandomCrop, RandomScale, distort_colours
+from train.protocols.square import ShrinkTo, derive_edges
+from train.tasks import VOID
 
 LABELS = ("seg", "parts", "sal", "edge")
 RNG = np.random.default_rng(0)  # for steps that draw nothing
@@ -102,14 +92,14 @@ def test_the_flip_has_probability_one_half(coin, mirrored):
 def test_parts_without_a_person_are_void(values):
     """mtl 1.3: in A an image that is all 0, in B one that is all in {0, 255}, becomes all 255."""
     parts = np.resize(np.array(values, np.uint8), (4, 6))
-    assert (void_absent_parts({"parts": parts}, RNG)["parts"] == VOID).all()
+    assert (finish_labels({"parts": parts}, RNG)["parts"] == VOID).all()
 
 
 @pytest.mark.parametrize("part", [1, 6])
 def test_one_pixel_of_a_part_keeps_the_background(part):
     parts = np.zeros((4, 6), np.uint8)
     parts[2, 3] = part
-    assert np.array_equal(void_absent_parts({"parts": parts}, RNG)["parts"], parts)
+    assert np.array_equal(finish_labels({"parts": parts}, RNG)["parts"], parts)
 
 
 def test_a_crop_that_misses_the_person_is_void_for_parts():
@@ -119,7 +109,7 @@ def test_a_crop_that_misses_the_person_is_void_for_parts():
     sample = {"image": np.zeros((8, 20, 3), np.uint8), "parts": parts}
     for left, void in ((0, False), (12, True)):
         crop = RandomCrop(8)(sample, Script(integers=[0, left]))
-        label = void_absent_parts(PadTo(10)(crop, RNG), RNG)["parts"]
+        label = finish_labels(PadTo(10)(crop, RNG), RNG)["parts"]
         assert (label == VOID).all() == void
         assert (label[1:9, 1:9] == VOID).all() == void
 
@@ -127,7 +117,7 @@ def test_a_crop_that_misses_the_person_is_void_for_parts():
 def test_zero_normals_stay_void_and_others_get_length_one():
     """mtl 1.3: norm == 0 is void."""
     normals = np.float32([[[0, 0, 0], [3, 0, 4], [0, -1e-3, 0]]])
-    unit = unit_normals({"normals": normals}, RNG)["normals"]
+    unit = finish_labels({"normals": normals}, RNG)["normals"]
     assert unit.dtype == np.float32 and unit.flags.c_contiguous
     np.testing.assert_allclose(unit[:, 0].T, [[0, 0, 0], [0.6, 0, 0.8], [0, -1, 0]], rtol=1e-6)
 
@@ -197,7 +187,7 @@ def test_no_normals_grow_out_of_the_border_of_void():
     normals = np.zeros((10, 10, 3), np.float32)
     normals[:, :5] = [0, 0, 1]
     stretched = StretchTo(80)({"image": np.zeros((10, 10, 3), np.uint8), "normals": normals}, RNG)
-    unit = unit_normals(stretched, RNG)["normals"]
+    unit = finish_labels(stretched, RNG)["normals"]
     assert not unit[:, :, 40:].any()
     np.testing.assert_allclose(unit[2, :, :40], 1, rtol=1e-6)
 

@@ -8,7 +8,7 @@ import torch
 
 from kernels.backend import RESOLVED
 from train.cli import main
-from train.config.settings import resolve as resolve_settings
+from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
 from train.run.loop import set_up, training_step
 

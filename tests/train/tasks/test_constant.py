@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.tasks.constant import Constant, ConstantNormals, build_constants
-from train.tasks.names import TASKS, VOID
-from train.tasks.scores import build_metrics
+from train.metrics.constant import Constant
+from train.tasks import TASKS, VOID, build_constants, build_metrics
+from train.tasks.normals import ConstantNormals
 
 CLASSES = {"seg": ("background", "cat", "dog", "bird"), "parts": ("background", "head", "torso")}
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.tasks.losses import edge_loss
-from train.tasks.names import VOID
-from train.tasks.scores import EdgeLoss
+from train.tasks import VOID
+from train.tasks.edge import EdgeLoss, edge_loss
 
 
 def random_batch(seed: int, void: float) -> tuple[torch.Tensor, torch.Tensor]:

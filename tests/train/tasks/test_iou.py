@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.tasks.names import VOID
-from train.tasks.scores import ConfusionIoU
+from train.tasks import VOID
+from train.tasks.classes import ConfusionIoU
 
 
 def logits_of(classes: torch.Tensor, count: int) -> torch.Tensor:

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.tasks.losses import LOSS_WEIGHTS, LOSSES, class_loss, edge_loss, normals_loss, saliency_loss, unit
-from train.tasks.names import TASKS, VOID
+from train.tasks import TASKS, VOID
+from train.tasks.classes import class_loss
+from train.tasks.edge import edge_loss
+from train.tasks.normals import normals_loss, unit
+from train.tasks.sal import saliency_loss
 
 CHANNELS = {"seg": 5, "parts": 7, "sal": 2, "normals": 3, "edge": 1}
 # Float32 rounds at 6e-8; a loss of 24 pixels rounds some dozens of times.
@@ -82,7 +85,7 @@ NAIVE = {"seg": naive_class, "parts": naive_class, "sal": naive_saliency, "norma
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_equal_the_naive_formula(task, seed):
     prediction, label = random_batch(task, seed)
-    value, gradient = with_gradient(LOSSES[task], prediction, label)
+    value, gradient = with_gradient(TASKS[task].loss, prediction, label)
     target = label.double() if task == "normals" else label
     naive_value, naive_gradient = with_gradient(NAIVE[task], prediction.double(), target)
     torch.testing.assert_close(value, naive_value.float(), **ROUNDING)
@@ -92,7 +95,7 @@ def test_value_and_gradient_equal_the_naive_formula(task, seed):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_that_is_void_everywhere_costs_nothing(task):
     prediction, label = random_batch(task)
-    value, gradient = with_gradient(LOSSES[task], prediction, void_like(task, label))
+    value, gradient = with_gradient(TASKS[task].loss, prediction, void_like(task, label))
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -102,9 +105,9 @@ def test_void_pixels_have_no_influence(task):
     prediction, label = random_batch(task)
     void = (label == 0).all(1) if task == "normals" else label == VOID
     assert void.any() and not void.all()
-    value, gradient = with_gradient(LOSSES[task], prediction, label)
+    value, gradient = with_gradient(TASKS[task].loss, prediction, label)
     other = torch.where(void[:, None], 30 * torch.randn(prediction.shape), prediction)
-    other_value, other_gradient = with_gradient(LOSSES[task], other, label)
+    other_value, other_gradient = with_gradient(TASKS[task].loss, other, label)
     assert torch.equal(value, other_value)
     assert torch.equal(gradient, other_gradient)
     assert not gradient.movedim(1, -1)[void].any()
@@ -115,9 +118,9 @@ def test_void_pixels_have_no_influence(task):
 def test_every_dtype_is_computed_in_float32(task, dtype):
     prediction, label = random_batch(task)
     prediction = prediction.to(dtype)
-    value, gradient = with_gradient(LOSSES[task], prediction, label)
+    value, gradient = with_gradient(TASKS[task].loss, prediction, label)
     assert value.dtype == torch.float32
-    assert torch.equal(value, LOSSES[task](prediction.float(), label))
+    assert torch.equal(value, TASKS[task].loss(prediction.float(), label))
     assert gradient.dtype == dtype
 
 
@@ -125,7 +128,7 @@ def test_every_dtype_is_computed_in_float32(task, dtype):
 def test_nothing_depends_on_values_the_host_would_wait_for(task):
     """Meta tensors have shapes but no values: ``.item()`` and boolean indexing fail on them."""
     prediction, label = random_batch(task)
-    value, gradient = with_gradient(LOSSES[task], prediction.to("meta"), label.to("meta"))
+    value, gradient = with_gradient(TASKS[task].loss, prediction.to("meta"), label.to("meta"))
     assert value.shape == () and gradient.shape == prediction.shape
 
 
@@ -179,5 +182,10 @@ def test_edge_loss_is_the_pos_weight_form():
 
 
 def test_every_task_has_a_loss_and_a_weight():
-    assert tuple(LOSSES) == tuple(LOSS_WEIGHTS) == TASKS
-    assert LOSS_WEIGHTS == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}
+    assert {name: task.weight for name, task in TASKS.items()} == {
+        "seg": 1,
+        "parts": 2,
+        "sal": 5,
+        "normals": 10,
+        "edge": 50,
+    }

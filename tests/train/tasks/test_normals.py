@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.tasks.scores import Normals
+from train.tasks.normals import Normals
 
 
 def scored(prediction: list, label: list) -> dict[str, float]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.tasks.names import VOID
-from train.tasks.scores import Saliency
+from train.tasks import VOID
+from train.tasks.sal import Saliency
 
 
 def logits_of(probability: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kernels.errors import UserError
 from train.datasets.pascal.labels import Reader, read_photo
 from train.datasets.pascal.tree import ImageFiles
-from train.protocols.transforms import void_absent_parts
+from train.tasks import TASKS
 
 CHUNK = 8  # images that a process takes at a time
 
@@ -88,8 +88,6 @@ def _missing(path: Path, image: ImageFiles) -> str:
 
 
 def _count(task: str, label: NDArray) -> dict[int, int]:
-    if task == "normals":
-        label = label.any(axis=-1)
-    label = void_absent_parts({task: label}, np.random.default_rng())[task]  # as every protocol has it
+    label = TASKS[task].label_values(label)  # as every protocol has it
     counts = np.bincount(label.ravel())
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}

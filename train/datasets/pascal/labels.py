@@ -16,17 +16,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from kernels.errors import UserError
 from train.datasets.cache import Cache
 from train.datasets.pascal.mat import read_label_map, read_parts
 from train.datasets.pascal.tree import ImageFiles
-from train.datasets.pascal.voc import PALETTE, VOC_CLASSES
-from train.files.reading import reading, require_file
-from train.protocols.transforms import Sample
-from train.tasks.edges import edges_from_label_map
-from train.tasks.names import VOID
+from train.datasets.pascal.voc import VOC_CLASSES
+from train.files.images import image_shape, read_image
+from train.protocols import Sample
+from train.tasks import VOID
+from train.tasks.edge import edges_from_label_map
+from train.tasks.palette import PALETTE
 
 RESCALED = 1.25  # a label whose size differs by less than this factor was not rescaled but made for another photo
 SMALLEST = 1 / 8  # of the photo's sides: less has too few pixels to tell
@@ -52,13 +52,13 @@ class Reader:
             return _normals(path, image.label_map, shape)
         if task == "parts":
             parts = self.cache.get(path, "parts 1", read_parts)
-            return fit(path, parts, shape) if parts.any() else np.zeros(shape, np.uint8)
+            return match_photo(path, parts, shape) if parts.any() else np.zeros(shape, np.uint8)
         if task == "edge" and not self.edges_at_input:
-            return fit(path, self.cache.get(path, "edges 1", read_edges), shape)
-        return fit(path, READERS[task](path), shape)
+            return match_photo(path, self.cache.get(path, "edges 1", read_edges), shape)
+        return match_photo(path, READERS[task](path), shape)
 
 
-def fit(path: Path, label: NDArray, shape: tuple[int, int], interpolation: int = cv2.INTER_NEAREST) -> NDArray:
+def match_photo(path: Path, label: NDArray, shape: tuple[int, int], interpolation: int = cv2.INTER_NEAREST) -> NDArray:
     """``label`` (h, w, ...) at the photo's ``shape``; UserError where it is not the same picture rescaled."""
     height, width = label.shape[:2]
     if (height, width) == shape:
@@ -72,6 +72,11 @@ def fit(path: Path, label: NDArray, shape: tuple[int, int], interpolation: int =
             "rescaled: restore it"
         )
     return cv2.resize(label, (shape[1], shape[0]), interpolation=interpolation)
+
+
+def read_label_map_at(label_map: Path, photo: Path) -> NDArray[np.uint16]:
+    """The LabelMap at its photo's size, which is what boundaries are scored against."""
+    return match_photo(label_map, read_label_map(label_map), image_shape(photo))
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
@@ -123,9 +128,9 @@ def _normals(path: Path, label_map: Path | None, shape: tuple[int, int]) -> NDAr
     stored = read_normals(path)
     known = stored.any(axis=-1).astype(np.uint8)
     vectors = (2 * stored.astype(np.float32) / 255 - 1) * known[..., None]
-    vectors, valid = fit(path, vectors, shape, cv2.INTER_CUBIC), fit(path, known, shape) == 1
+    vectors, valid = match_photo(path, vectors, shape, cv2.INTER_CUBIC), match_photo(path, known, shape) == 1
     if label_map:
-        valid &= np.isin(fit(label_map, read_label_map(label_map), shape), valid_classes())
+        valid &= np.isin(match_photo(label_map, read_label_map(label_map), shape), valid_classes())
     return vectors * valid[..., None]
 
 
@@ -134,17 +139,3 @@ def valid_classes() -> NDArray[np.int64]:
     """The 170 LabelMap classes whose normals count."""
     text = (resources.files("train.datasets.pascal") / "normals_valid_classes.json").read_text()
     return np.array(sorted(json.loads(text)["ids"].values()))
-
-
-def read_image(path: Path, modes: Sequence[str], formats: Sequence[str] = ("PNG",)) -> Image.Image:
-    """The whole image, one of Pillow's ``modes`` with 8 bits a sample; UserError where it is another or damaged."""
-    require_file(path)
-    with reading(path):
-        with Image.open(path, formats=formats) as image:
-            if image.mode not in modes or ";16" in str(image.tile):  # colours of 16 bits come with mode RGB, cut to 8
-                expected = " or ".join(modes)
-                raise UserError(f"{path} has Pillow's mode {image.mode}, not 8 bits of {expected}: restore it")
-            image.load()
-        with Image.open(path, formats=formats) as checked:
-            checked.verify()  # the checksums of a PNG, which decoding leaves alone
-        return image

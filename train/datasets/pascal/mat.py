@@ -11,10 +11,10 @@ from kernels.errors import UserError
 from train.datasets.pascal.voc import PERSON
 from train.files.matlab import load_variable
 from train.files.reading import reading, require_file
-from train.tasks.names import PART_NAMES
+from train.tasks import PART_NAMES
 
 CONTEXT_CLASSES = 459
-# PASCAL-Part's parts of a person, by the part of train.tasks.names that each belongs to.
+# PASCAL-Part's parts of a person, by the part of train.tasks that each belongs to.
 PERSON_PARTS = {
     "head": ("hair", "head", "lear", "rear", "lebrow", "rebrow", "leye", "reye", "mouth", "nose"),
     "torso": ("neck", "torso"),

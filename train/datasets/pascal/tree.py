@@ -61,7 +61,9 @@ class Tree:
         return self.root / f"JPEGImages/{image_id}.jpg"
 
     def labels(self, task: str, image_id: str) -> list[Path]:
-        """Where the label may lie, the best first."""
+        """Where the label may lie, the best first; UserError for a task that PASCAL-Context has no labels of."""
+        if task not in self.files:
+            raise UserError(f"PASCAL-Context has no labels for {task!r}: choose --tasks among {', '.join(self.files)}")
         return [self.root / pattern.format(image_id) for pattern in self.files[task]]
 
     def label_map(self, image_id: str) -> Path:

@@ -1,42 +1,7 @@
-"""PASCAL VOC's classes and their colours."""
-
-import numpy as np
-from numpy.typing import NDArray
+"""PASCAL VOC's classes."""
 
 VOC_CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 PERSON = VOC_CLASSES.index("person")
-
-
-def _colours(count: int) -> NDArray[np.uint8]:
-    """The field's colours (count, 3) uint8: bit k of the three channels comes from bits 3k, 3k+1, 3k+2 of the class."""
-    ids = np.arange(count)
-    colours = np.zeros((count, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
-
-
-PALETTE = _colours(256)

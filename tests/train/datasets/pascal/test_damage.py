@@ -15,10 +15,10 @@ from scipy.io import savemat
 
 from kernels import UserError
 from train.datasets.pascal import tree
-from train.datasets.pascal.pascal_mt import Access, PascalMT
-from train.datasets.pascal.voc import PALETTE
-from train.protocols.protocols import build_protocol
-from train.tasks.names import TASKS
+from train.datasets.pascal.dataset import Access, PascalMT
+from train.protocols import build_protocol
+from train.tasks import DEFAULT_TASKS
+from train.tasks.palette import PALETTE
 
 TRAIN = [f"2008_{n:06d}" for n in range(8)]  # of the fabricated tree, see conftest.py
 HURT = TRAIN[0]
@@ -231,7 +231,7 @@ DAMAGE += [
 ]
 
 
-def read(root, tasks=TASKS, **access):
+def read(root, tasks=DEFAULT_TASKS, **access):
     return PascalMT(root, "train", tasks, build_protocol("mini", 32), 0, Access(**access))
 
 
@@ -370,7 +370,7 @@ def run(root, out, *options):
         "--data",
         str(root),
         "--tasks",
-        ",".join(TASKS),
+        ",".join(DEFAULT_TASKS),
         "--protocol",
         "mini",
         "--steps",

@@ -15,14 +15,14 @@ from kernels import UserError
 from train.datasets.pascal.inspection import inspect_image, inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import find_tree, list_images
-from train.tasks.names import TASKS
+from train.tasks import DEFAULT_TASKS
 
 HURT, NO_PERSON = "2008_000000", "2008_000001"
 ROOT = Path(__file__).resolve().parents[4]
 
 
 def images(root, split="train"):
-    return list_images(find_tree(root), split, TASKS)
+    return list_images(find_tree(root), split, DEFAULT_TASKS)
 
 
 class Deadly(Reader):
@@ -44,7 +44,7 @@ def test_every_image_is_counted_pixel_for_pixel(workers, pascal_tree):
         )
         assert finding.size == label.shape and finding.faults == ()
         assert all(sum(counts.values()) == label.size for counts in finding.pixels.values())
-        assert set(finding.pixels) == set(TASKS) and set(finding.pixels["normals"]) <= {0, 1}
+        assert set(finding.pixels) == set(DEFAULT_TASKS) and set(finding.pixels["normals"]) <= {0, 1}
     assert findings[1].id == NO_PERSON and set(findings[1].pixels["parts"]) == {255}
 
 
@@ -70,7 +70,7 @@ from pathlib import Path
 from train.datasets.pascal.inspection import inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import find_tree, list_images
-from train.tasks.names import TASKS
+from train.tasks import DEFAULT_TASKS
 
 class Slow(Reader):
     def label(self, image, task, shape):
@@ -80,7 +80,7 @@ class Slow(Reader):
 
 if __name__ == "__main__":
     try:
-        inspect_images(25 * list_images(find_tree(Path(sys.argv[1])), "all", TASKS), Slow(), 2)
+        inspect_images(25 * list_images(find_tree(Path(sys.argv[1])), "all", DEFAULT_TASKS), Slow(), 2)
     except KeyboardInterrupt:
         sys.exit(130)
 """

@@ -8,17 +8,17 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels import UserError
-from train.datasets.pascal.labels import Reader, fit, read_photo, read_sal, read_seg, valid_classes
+from train.datasets.pascal.labels import Reader, match_photo, read_photo, read_sal, read_seg, valid_classes
 from train.datasets.pascal.tree import find_tree, list_images
-from train.datasets.pascal.voc import PALETTE
-from train.tasks.names import TASKS
+from train.tasks import DEFAULT_TASKS
+from train.tasks.palette import PALETTE
 
 # images of the fabricated tree, see conftest.py
 CROWD, NO_PERSON, NO_PARTS = (f"2008_{n:06d}" for n in range(3))
 
 
 def raw(root, id, *tasks, split="all", reader=Reader(), partial=False):
-    images = list_images(find_tree(root), split, tasks or TASKS, partial)
+    images = list_images(find_tree(root), split, tasks or DEFAULT_TASKS, partial)
     return reader.sample(next(image for image in images if image.id == id))
 
 
@@ -148,7 +148,7 @@ def test_a_rescaled_label_is_brought_to_its_photo_nearest_and_normals_cubic(shap
 def test_a_label_of_any_other_size_is_refused(shape, tmp_path):
     """Off by one, transposed, hardly rescaled, rescaled in one direction, of another aspect, a speck, a giant."""
     with pytest.raises(UserError) as caught:
-        fit(tmp_path / "a.png", np.zeros(shape, np.uint8), (37, 50))
+        match_photo(tmp_path / "a.png", np.zeros(shape, np.uint8), (37, 50))
     assert str(caught.value).startswith(f"{tmp_path}/a.png is {shape[1]} x {shape[0]} pixels, its photo 50 x 37")
 
 
@@ -184,7 +184,7 @@ def direct(root, id, task):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_pascal_mini_agrees_with_a_direct_reading_pixel_for_pixel(pascal_mini, split):
-    images = list_images(find_tree(pascal_mini), split, TASKS, partial_labels=True)
+    images = list_images(find_tree(pascal_mini), split, DEFAULT_TASKS, partial_labels=True)
     seen = set()
     for image in images[::15]:
         sample = Reader().sample(image)
@@ -193,4 +193,4 @@ def test_pascal_mini_agrees_with_a_direct_reading_pixel_for_pixel(pascal_mini, s
             expected = direct(pascal_mini, image.id, task)
             np.testing.assert_allclose(label, expected, atol=1e-6 if task == "normals" else 0, err_msg=image.id)
         seen |= set(sample)
-    assert seen == set(TASKS)
+    assert seen == set(DEFAULT_TASKS)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from kernels import UserError
-from train.datasets.pascal.pascal_mt import PascalMT
+from train.datasets.pascal.dataset import PascalMT
 from train.datasets.pascal.tree import find_tree, read_split
-from train.protocols.protocols import build_protocol
-from train.tasks.names import TASKS
+from train.protocols import build_protocol
+from train.tasks import DEFAULT_TASKS
 
 RENAMED = {
     "human_parts": "PascalParts",
@@ -42,8 +42,8 @@ def lay_out(layout, source, folder):
 @pytest.mark.parametrize("given", ["tree", "folder around it"])
 def test_every_layout_gives_identical_samples(layout, given, pascal_tree, tmp_path):
     root = lay_out(layout, pascal_tree, tmp_path)
-    official = PascalMT(pascal_tree, "all", TASKS, build_protocol("mini", 32), 0)
-    dataset = PascalMT(root if given == "tree" else root.parent, "all", TASKS, build_protocol("mini", 32), 0)
+    official = PascalMT(pascal_tree, "all", DEFAULT_TASKS, build_protocol("mini", 32), 0)
+    dataset = PascalMT(root if given == "tree" else root.parent, "all", DEFAULT_TASKS, build_protocol("mini", 32), 0)
     assert str(dataset.tree) == f"layout {layout} at {root}"
     assert dataset.ids == official.ids
     for index in range(len(official)):

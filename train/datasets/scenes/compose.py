@@ -1,13 +1,4 @@
-"""The embedded data set: rendered rooms with solids and jointed figures, whose geometry is the label of all tasks.
-
-A scene is a list of surfaces, each a shape with what it is: object, class, body part, colour. One z-buffer finds the
-surface that owns each pixel; every label is then a table look-up:
-
-- seg: background (wall and floor), person, ball, box, cylinder, cone,
-- parts: the six parts of every figure,
-- sal: the object, figure or solid, that shows the most pixels,
-- normals: of all surfaces, wall and floor included; x right, y up, z towards the viewer,
-- edge: the field's rule on a label map in which each solid, each part of each figure, wall and floor have a label.
+"""What is in a scene: a room, solids and jointed figures, drawn at random.
 
 Looks are correlated with classes so that a small network learns them in minutes: each kind of solid has a hue about
 which its colour is drawn, and figures wear a blue shirt, pale sleeves, dark trousers and pale socks in random shades.
@@ -21,23 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.errors import UserError
-from train.datasets.scenes.raster import (
-    Box,
-    Cone,
-    Cylinder,
-    Pill,
-    Plane,
-    Shape,
-    ZBuffer,
-    triangular_axes,
-    upright_frame,
-)
-from train.tasks.edges import edges_from_label_map
-from train.tasks.names import PART_NAMES, TASKS
+from train.datasets.scenes.raster import Box, Cone, Cylinder, Pill, Plane, Shape, triangular_axes, upright_frame
+from train.tasks import PART_NAMES
 
 SEG_NAMES = ("background", "person", "ball", "box", "cylinder", "cone")
-SPLITS = ("train", "val")
 WALL, FLOOR, FIRST_OBJECT = 0, 1, 2
 HUES = {"ball": 0.98, "box": 0.12, "cylinder": 0.36, "cone": 0.78}
 BONES = {
@@ -89,6 +67,10 @@ class Scene:
     spots: list[Spot]
     room: np.ndarray
     light: np.ndarray
+
+    def table(self, field: str) -> np.ndarray:
+        """A field of all surfaces, by the surface's index."""
+        return np.array([getattr(surface, field) for surface in self.surfaces])
 
 
 def compose_scene(rng: np.random.Generator) -> Scene:
@@ -209,95 +191,3 @@ def _figure(rng: np.random.Generator, spot: Spot, number: int) -> Iterator[Surfa
         axes = height * girth * np.eye(3) if isinstance(girth, float) else triangular_axes(to_camera.T * girth)
         pill = Pill(hips + start @ to_camera, hips + end @ to_camera, axes)
         yield Surface(pill, number, SEG_NAMES.index("person"), PART_OF_BONE[name], colours[name])
-
-
-def rasterize(scene: Scene, size: int) -> ZBuffer:
-    """The owner of a pixel is an index of ``scene.surfaces``."""
-    buffer = ZBuffer(size)
-    for index, surface in enumerate(scene.surfaces):
-        buffer.paint(surface.shape, index)
-    return buffer
-
-
-def label(scene: Scene, buffer: ZBuffer, tasks: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The labels of the tasks, as the module docstring defines them."""
-    objects, seg, parts = (
-        np.array([getattr(surface, field) for surface in scene.surfaces]) for field in ("object", "seg", "part")
-    )
-    labels = {}
-    if "seg" in tasks:
-        labels["seg"] = seg.astype(np.uint8)[buffer.owner]
-    if "parts" in tasks:
-        labels["parts"] = parts.astype(np.uint8)[buffer.owner]
-    if "sal" in tasks:
-        shown = np.bincount(objects, np.bincount(buffer.owner.ravel(), minlength=len(objects)))
-        salient = FIRST_OBJECT + shown[FIRST_OBJECT:].argmax()
-        labels["sal"] = (objects == salient).astype(np.uint8)[buffer.owner]
-    if "normals" in tasks:
-        labels["normals"] = buffer.normal.astype(np.float32)
-    if "edge" in tasks:
-        # Powers of five: four neighbours cannot sum to four times the centre unless all are equal to it.
-        _, group = np.unique(len(PART_NAMES) * objects + parts, return_inverse=True)
-        labels["edge"] = edges_from_label_map((5**group)[buffer.owner])
-    return labels
-
-
-def shade(scene: Scene, buffer: ZBuffer, rng: np.random.Generator) -> np.ndarray:
-    """The picture, uint8 (size, size, 3): texture of wall and floor, Lambert's light, soft shadows, noise."""
-    colours = np.array([surface.colour for surface in scene.surfaces], np.float32)[buffer.owner]
-    light = 0.55 + 0.6 * np.maximum(np.tensordot(scene.light, buffer.normal, 1), 0)
-    light *= 0.75 + 0.25 * buffer.normal[2]  # the rim of a solid is darker than its middle
-    light *= _room_texture(scene, buffer)
-    light += rng.normal(0, 0.012, light.shape)
-    return np.minimum(colours * (255 * light[..., None]).astype(np.float32), 255).astype(np.uint8)
-
-
-def _room_texture(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """(size, size) factors: stripes on the wall, tiles and contact shadows on the floor, 1 on objects."""
-    along, height, away = (ax * buffer.x + ay * buffer.y + az * buffer.depth for ax, ay, az in scene.room)
-    tile, stripe, row = (np.floor(length).astype(int) for length in (along / 0.4, along / 0.25, away / 0.4))
-    wall = 1 - 0.05 * (stripe & 1) - 0.1 * np.clip(1 - height, 0, 1)
-    floor = 1 - 0.1 * (tile + row & 1)
-    for (x, y, z), *_ in scene.spots:
-        distance2 = (buffer.x - x) ** 2 + (buffer.y - y) ** 2 + (buffer.depth - z) ** 2
-        floor *= 1 - 0.5 * np.maximum(1 - distance2 / 0.25, 0) ** 2
-    return np.select([buffer.owner == WALL, buffer.owner == FLOOR], [wall, floor], 1)
-
-
-class Scenes:
-    """``length`` scenes of ``split`` ("train" or "val"), rendered at size x size when they are asked for.
-
-    A scene is a function of (seed, split, index) alone; ``size`` only sets how finely it is sampled. The epoch is
-    ignored: augmentation would add nothing that a greater length does not.
-    """
-
-    name = "scenes"
-    protocol = "scenes"
-    skipped = ()
-    classes = {"seg": SEG_NAMES, "parts": PART_NAMES}
-
-    def __init__(self, split: str, size: int, length: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> None:
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}: choose among {', '.join(SPLITS)}")
-        self.size, self.length, self.tasks = size, length, tasks
-        self.stream = (seed, SPLITS.index(split))
-        self.groups = (np.arange(length),)
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(f"scene-{self.stream[0]}-{index:05d}" for index in range(self.length))
-
-    def labelled(self, task: str) -> list[str]:
-        """The ids of the images that are scored for ``task``: all."""
-        return list(self.ids)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index_epoch: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The arrays of :mod:`train.datasets.base`; no pixel is void."""
-        index, _ = index_epoch
-        rng = np.random.default_rng([*self.stream, index])
-        scene = compose_scene(rng)
-        buffer = rasterize(scene, self.size)
-        return {"image": shade(scene, buffer, rng)} | label(scene, buffer, self.tasks)

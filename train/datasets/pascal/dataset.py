@@ -2,8 +2,9 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from kernels.errors import UserError
 from train.datasets.cache import open_cache
 from train.datasets.pascal.inspection import inspect_images
-from train.datasets.pascal.labels import Reader
+from train.datasets.pascal.labels import Reader, read_label_map_at
 from train.datasets.pascal.tree import ImageFiles, find_tree, list_images, require_complete, with_persons
 from train.datasets.pascal.voc import VOC_CLASSES
-from train.protocols.protocols import Protocol
-from train.protocols.transforms import Sample
-from train.tasks.names import PART_NAMES, TASKS
+from train.files.images import image_shape
+from train.protocols import Protocol, Sample
+from train.tasks import PART_NAMES, TASKS, Classes, Shape
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PascalMT:
     """
 
     name = "PASCAL_MT"
-    classes = {"seg": VOC_CLASSES, "parts": PART_NAMES}
+    classes: Classes = {"seg": VOC_CLASSES, "parts": PART_NAMES}
 
     def __init__(
         self,
@@ -56,9 +57,8 @@ class PascalMT:
         only: Container[str] | None = None,
     ) -> None:
         self.tree = find_tree(Path(root))
-        self.split, self.seed = split, seed
-        self.transforms, self.training = protocol, split == "train"
-        self.protocol = protocol.reported
+        self.split, self.seed, self.protocol = split, seed, protocol
+        self.training = split == "train" and not protocol.scoring
         self._reader = Reader(open_cache(access.cache, self.tree.root), protocol.edges_at_input)
         guided = protocol.needs_seg and self.training
         images = list_images(self.tree, split, tasks, access.partial_labels, guided)
@@ -76,9 +76,23 @@ class PascalMT:
     def ids(self) -> tuple[str, ...]:
         return tuple(image.id for image in self.images)
 
+    @property
+    def origin(self) -> str:
+        return str(self.tree)
+
+    def with_label(self, task: str) -> list[str]:
+        return [image.id for image in self.images if task in image.labels]
+
+    def photo_shape(self, index: int) -> Shape:
+        return image_shape(self.images[index].photo)
+
+    def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
+        images = [image for image in self.images if "edge" in image.labels]
+        return {image.id: partial(read_label_map_at, image.labels["edge"], image.photo) for image in images}
+
     def labelled(self, task: str) -> list[str]:
         """The ids of the images that are scored for ``task``; for parts those that may show a person, as is usual."""
-        ids = [image.id for image in self.images if task in image.labels]
+        ids = self.with_label(task)
         return with_persons(self.tree, self.split, ids) if task == "parts" else ids
 
     def __len__(self) -> int:
@@ -90,7 +104,7 @@ class PascalMT:
         image, rng = self.images[index], np.random.default_rng([self.seed, epoch, index])
         raw = self._reader.sample(image)
         try:
-            sample = self.transforms.apply(raw, self.training, rng)
+            sample = self.protocol.apply(raw, self.training, rng)
         except UserError as error:
             raise UserError(f"{image.photo}: {error}") from None
         return {name: array for name, array in sample.items() if name == "image" or name in image.labels}
@@ -113,7 +127,7 @@ def leave_out_bad(
 
 def group_by_tasks(labelled: Sequence[tuple[str, ...]]) -> tuple[NDArray[np.int64], ...]:
     """Indices of the images that are labelled for the same tasks, groups in the order of their tasks."""
-    members = defaultdict(list)
+    members, order = defaultdict(list), list(TASKS)
     for index, tasks in enumerate(labelled):
-        members[tuple(TASKS.index(task) for task in tasks)].append(index)
+        members[tuple(order.index(task) for task in tasks)].append(index)
     return tuple(np.array(members[tasks]) for tasks in sorted(members))

@@ -14,11 +14,11 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels.errors import UserError
+from train.datasets.pascal.dataset import Access, PascalMT, group_by_tasks
 from train.datasets.pascal.labels import valid_classes
-from train.datasets.pascal.pascal_mt import Access, PascalMT, group_by_tasks
-from train.protocols.protocols import build_protocol
-from train.protocols.transforms import centres, resize_nearest
-from train.tasks.names import TASKS
+from train.protocols import build_protocol
+from train.protocols.square import centres, resize_nearest
+from train.tasks import DEFAULT_TASKS
 
 SIZE = 32
 # images of the fabricated tree, see conftest.py
@@ -26,7 +26,7 @@ CROWD, NO_PERSON, NO_PARTS, CONTEXT_ONLY, SPECK, ALL_PARTS = (f"2008_{n:06d}" fo
 PIL_NEAREST = Image.Resampling.NEAREST
 
 
-def read(root, tasks=TASKS, split="all", protocol="mini", size=SIZE, seed=0, **access):
+def read(root, tasks=DEFAULT_TASKS, split="all", protocol="mini", size=SIZE, seed=0, **access):
     return PascalMT(root, split, tasks, build_protocol(protocol, size), seed, Access(**access))
 
 
@@ -291,7 +291,7 @@ def test_reading_leaves_the_tree_as_it_was(pascal_tree):
 def test_a_fully_labelled_set_is_one_group(pascal_tree):
     dataset = read(pascal_tree)
     assert len(dataset) == 12 and [group.tolist() for group in dataset.groups] == [list(range(12))]
-    assert set(dataset[0, 0]) == {"image", *TASKS}
+    assert set(dataset[0, 0]) == {"image", *DEFAULT_TASKS}
 
 
 def test_parts_alone_keeps_the_images_with_persons(pascal_copy):
@@ -320,9 +320,9 @@ def test_a_pascal_context_semseg_alone_makes_an_image_labelled_for_seg(pascal_tr
 
 
 @settings(deadline=None)
-@given(st.lists(st.sets(st.sampled_from(TASKS), min_size=1), min_size=1, max_size=40))
+@given(st.lists(st.sets(st.sampled_from(DEFAULT_TASKS), min_size=1), min_size=1, max_size=40))
 def test_groups_are_a_partition_into_equally_labelled_images(labelled):
-    labelled = [tuple(task for task in TASKS if task in tasks) for tasks in labelled]
+    labelled = [tuple(task for task in DEFAULT_TASKS if task in tasks) for tasks in labelled]
     groups = group_by_tasks(labelled)
     assert sorted(np.concatenate(groups)) == list(range(len(labelled)))
     kinds = [{labelled[index] for index in group} for group in groups]

@@ -1,0 +1,135 @@
+"""The embedded data set: rendered rooms whose geometry is the label of all tasks.
+
+A scene is a list of surfaces, each a shape with what it is: object, class, body part, colour. One z-buffer finds the
+surface that owns each pixel; every label is then a table look-up.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels.errors import UserError
+from train.datasets.scenes.compose import FIRST_OBJECT, FLOOR, SEG_NAMES, WALL, Scene, compose_scene
+from train.datasets.scenes.raster import ZBuffer
+from train.protocols import Rendered, Sample
+from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
+from train.tasks.edge import edges_from_label_map
+
+SPLITS = ("train", "val")
+
+
+def rasterize(scene: Scene, size: int) -> ZBuffer:
+    """The owner of a pixel is an index of ``scene.surfaces``."""
+    buffer = ZBuffer(size)
+    for index, surface in enumerate(scene.surfaces):
+        buffer.paint(surface.shape, index)
+    return buffer
+
+
+def label_seg(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """Background (wall and floor), person, ball, box, cylinder, cone."""
+    return scene.table("seg").astype(np.uint8)[buffer.owner]
+
+
+def label_parts(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """The six parts of every figure."""
+    return scene.table("part").astype(np.uint8)[buffer.owner]
+
+
+def label_sal(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """The object, figure or solid, that shows the most pixels."""
+    objects = scene.table("object")
+    shown = np.bincount(objects, np.bincount(buffer.owner.ravel(), minlength=len(objects)))
+    salient = FIRST_OBJECT + shown[FIRST_OBJECT:].argmax()
+    return (objects == salient).astype(np.uint8)[buffer.owner]
+
+
+def label_normals(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """Of all surfaces, wall and floor included."""
+    return buffer.normal.astype(np.float32)
+
+
+def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """The field's rule on a label map in which each solid, each part of each figure, wall and floor have a label."""
+    # Powers of five: four neighbours cannot sum to four times the centre unless all are equal to it.
+    _, group = np.unique(len(PART_NAMES) * scene.table("object") + scene.table("part"), return_inverse=True)
+    return edges_from_label_map((5**group)[buffer.owner])
+
+
+LABELS: dict[str, Callable[[Scene, ZBuffer], np.ndarray]] = {
+    "seg": label_seg, "parts": label_parts, "sal": label_sal, "normals": label_normals, "edge": label_edge,
+}  # fmt: skip
+
+
+def shade(scene: Scene, buffer: ZBuffer, rng: np.random.Generator) -> np.ndarray:
+    """The picture, uint8 (size, size, 3): texture of wall and floor, Lambert's light, soft shadows, noise."""
+    colours = np.array([surface.colour for surface in scene.surfaces], np.float32)[buffer.owner]
+    light = 0.55 + 0.6 * np.maximum(np.tensordot(scene.light, buffer.normal, 1), 0)
+    light *= 0.75 + 0.25 * buffer.normal[2]  # the rim of a solid is darker than its middle
+    light *= _room_texture(scene, buffer)
+    light += rng.normal(0, 0.012, light.shape)
+    return np.minimum(colours * (255 * light[..., None]).astype(np.float32), 255).astype(np.uint8)
+
+
+def _room_texture(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """(size, size) factors: stripes on the wall, tiles and contact shadows on the floor, 1 on objects."""
+    along, height, away = (ax * buffer.x + ay * buffer.y + az * buffer.depth for ax, ay, az in scene.room)
+    tile, stripe, row = (np.floor(length).astype(int) for length in (along / 0.4, along / 0.25, away / 0.4))
+    wall = 1 - 0.05 * (stripe & 1) - 0.1 * np.clip(1 - height, 0, 1)
+    floor = 1 - 0.1 * (tile + row & 1)
+    for (x, y, z), *_ in scene.spots:
+        distance2 = (buffer.x - x) ** 2 + (buffer.y - y) ** 2 + (buffer.depth - z) ** 2
+        floor *= 1 - 0.5 * np.maximum(1 - distance2 / 0.25, 0) ** 2
+    return np.select([buffer.owner == WALL, buffer.owner == FLOOR], [wall, floor], 1)
+
+
+class Scenes:
+    """``length`` scenes of ``split`` ("train" or "val"), rendered at size x size when they are asked for.
+
+    A scene is a function of (seed, split, index) alone; ``size`` only sets how finely it is sampled. The epoch is
+    ignored: augmentation would add nothing that a greater length does not. A data set as :mod:`train.datasets.base`
+    defines it.
+    """
+
+    name = "scenes"
+    origin = ""
+    skipped: tuple[str, ...] = ()
+    classes: Classes = {"seg": SEG_NAMES, "parts": PART_NAMES}
+
+    def __init__(
+        self, split: str, size: int, length: int, seed: int = 0, tasks: tuple[str, ...] = DEFAULT_TASKS
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}: choose among {', '.join(SPLITS)}")
+        self.size, self.length, self.tasks = size, length, tasks
+        self.protocol = Rendered(size)
+        self.stream = (seed, SPLITS.index(split))
+        self.groups = (np.arange(length),)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"scene-{self.stream[0]}-{index:05d}" for index in range(self.length))
+
+    def with_label(self, task: str) -> list[str]:
+        return list(self.ids)
+
+    def labelled(self, task: str) -> list[str]:
+        return list(self.ids)
+
+    def photo_shape(self, index: int) -> Shape:
+        return self.size, self.size
+
+    def boundary_maps(self) -> dict[str, Callable[[], np.ndarray]]:
+        """None: odsF is defined on PASCAL-Context's LabelMaps."""
+        return {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """``dataset[index, epoch]``: no pixel is void."""
+        index, _ = key
+        rng = np.random.default_rng([*self.stream, index])
+        scene = compose_scene(rng)
+        buffer = rasterize(scene, self.size)
+        return {"image": shade(scene, buffer, rng)} | {task: LABELS[task](scene, buffer) for task in self.tasks}

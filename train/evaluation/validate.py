@@ -1,0 +1,58 @@
+"""Scores while training: a model over collated batches, whose labels have the size of the input."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from fastmoe_lora import RoutingStatistics
+from model import MultiTaskViT
+from train.datasets.batches import Batch
+from train.metrics.base import Metric
+from train.tasks import Classes, Metrics, build_constants, build_metrics
+
+
+@torch.inference_mode()
+def validate(
+    model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
+) -> tuple[Metrics, RoutingStatistics | None]:
+    """({task: {metric: value}}, what the routers chose) over all batches; the model's mode is left as it was."""
+    device = model.task_embed.device
+    metrics = build_metrics(model.tasks, classes)
+    statistics = RoutingStatistics() if model.routing is not None else None
+    if model.routing is not None:
+        model.routing.statistics = statistics
+    training = model.training
+    model.eval()
+    for batch in tqdm(batches, title, leave=False, disable=None):
+        batch = batch.to(device)
+        for task, prediction in model(batch.images, batch.index).items():
+            metrics[task].update(prediction, batch.labels[task])
+    model.train(training)
+    if model.routing is not None:
+        model.routing.statistics = None
+    return scores_of(metrics), statistics
+
+
+def score_constant(
+    train_batches: Iterable[Batch], val_batches: Iterable[Batch], tasks: tuple[str, ...], classes: Classes
+) -> Metrics:
+    """The metrics of the best constant prediction, fitted on the training labels."""
+    constants, metrics = build_constants(tasks, classes), build_metrics(tasks, classes)
+    for batch in tqdm(train_batches, "constant: fit", leave=False, disable=None):
+        for task, label in batch.labels.items():
+            constants[task].update(label)
+    for batch in tqdm(val_batches, "constant: score", leave=False, disable=None):
+        for task, label in batch.labels.items():
+            metrics[task].update(constants[task].prediction(label), label)
+    return scores_of(metrics)
+
+
+def scores_of(metrics: dict[str, Metric]) -> Metrics:
+    """None where nothing was labelled: JSON knows no NaN."""
+    return {task: finite(metric.compute()) for task, metric in metrics.items()}
+
+
+def finite(scores: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None or math.isnan(value) else value for name, value in scores.items()}

@@ -1,0 +1,30 @@
+"""Images on disk, each checked before it counts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from kernels.errors import UserError
+from train.files.reading import reading, require_file
+
+
+def read_image(path: Path, modes: Sequence[str], formats: Sequence[str] = ("PNG",)) -> Image.Image:
+    """The whole image, one of Pillow's ``modes`` with 8 bits a sample; UserError where it is another or damaged."""
+    require_file(path)
+    with reading(path):
+        with Image.open(path, formats=formats) as image:
+            if image.mode not in modes or ";16" in str(image.tile):  # colours of 16 bits come with mode RGB, cut to 8
+                expected = " or ".join(modes)
+                raise UserError(f"{path} has Pillow's mode {image.mode}, not 8 bits of {expected}: restore it")
+            image.load()
+        with Image.open(path, formats=formats) as checked:
+            checked.verify()  # the checksums of a PNG, which decoding leaves alone
+        return image
+
+
+def image_shape(path: Path) -> tuple[int, int]:
+    """(height, width), read from the head of the file."""
+    require_file(path)
+    with reading(path), Image.open(path) as image:
+        return image.size[::-1]

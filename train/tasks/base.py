@@ -1,0 +1,167 @@
+"""What every task has in common: the interface that the rest of train/ uses, and its defaults.
+
+A task is one object in one file of train/tasks/. It owns its label (type, void, geometry), its loss, its scores, its
+files and its colours. Nothing outside train/tasks/ asks for the name of a task to decide what to do with its arrays.
+
+While transforms act on it, a label has the layout of OpenCV: (H, W), or (H, W, 3) for vectors. :meth:`Task.finish`
+turns it into what losses and metrics get. A *picture* is a prediction as a file stores it, (H, W) or (H, W, 3), of 8 or
+16 bits. Between a prediction and its picture lie the *levels*, the same values before they are rounded.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.metrics.base import Metric
+from train.metrics.constant import Constant
+
+VOID = 255  # a pixel of an integer label that counts for nothing
+GREY = np.array([160, 160, 160], dtype=np.uint8)  # the colour of void
+
+# Of a head's raw output (n, C, H, W) and the collated labels: a float32 scalar, the sum over valid pixels / max(#valid,
+# 1). A batch that is void everywhere costs 0 and has zero gradients. Nothing in it waits for the device.
+Loss = Callable[[Tensor, Tensor], Tensor]
+Label = NDArray
+Picture = NDArray[np.uint8] | NDArray[np.uint16]
+Shape = tuple[int, int]  # height, width
+
+
+class Headline(NamedTuple):
+    """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit."""
+
+    key: str
+    higher_is_better: bool
+    unit: str
+
+
+class Task(ABC):
+    """One dense prediction task. ``classes``, where a method takes them, names its classes in the data set, if any."""
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    channels: ClassVar[int]  # of its head; tasks whose classes depend on the data set override head_channels()
+    loss: ClassVar[Loss]
+    weight: ClassVar[float]  # of its loss in the sum over tasks
+    metric_type: ClassVar[type[Metric]]
+    constant_type: ClassVar[type[Constant]]
+    headlines: ClassVar[tuple[Headline, ...]]
+    delta_key: ClassVar[str]  # the score that enters Delta_m; a protocol may name another for saliency
+    folder: ClassVar[str]  # of prediction files: <folder>/<id>.png
+    modes: ClassVar[tuple[str, ...]]  # Pillow's modes that such a file may have
+    values: ClassVar[tuple[str, ...]]  # names of the values that label_values() returns
+    palette: ClassVar[NDArray[np.uint8] | None] = None  # (256, 3), which colours a file of class ids
+    void: ClassVar[int] = VOID  # stands around a label that is padded
+    stretching: ClassVar[int] = cv2.INTER_LINEAR  # OpenCV's interpolation of levels that family A resizes
+
+    def head_channels(self, classes: Sequence[str]) -> int:
+        return self.channels
+
+    # The label under transforms: NumPy, OpenCV's layout
+
+    def resample(self, label: Label, move: Callable[[Label, int], Label]) -> Label:
+        """The label under ``move(array, interpolation)``, a warp or a resize of family A."""
+        return move(label, cv2.INTER_NEAREST)
+
+    def flip(self, label: Label) -> Label:
+        """The label of the image mirrored left to right."""
+        return np.ascontiguousarray(label[:, ::-1])
+
+    def rotate(self, label: Label, rotation: NDArray[np.float64]) -> Label:
+        """The values after an in-plane rotation whose pixels have moved already; ``rotation`` (2, 2) maps offsets
+        (x right, y down)."""
+        return label
+
+    def rescale(self, label: Label, factor: float) -> Label:
+        """The values after the image was enlarged by ``factor``, as if the camera had come nearer."""
+        return label
+
+    def finish(self, label: Label) -> Label:
+        """The last step of every protocol: the label as losses and metrics get it."""
+        return label
+
+    def label_values(self, label: Label) -> Label:
+        """Integers to count in a raw label, indices of ``value_names``, VOID where it is void."""
+        return label
+
+    def value_names(self, classes: Sequence[str]) -> Sequence[str]:
+        return self.values
+
+    # Learning and scores
+
+    def metric(self, classes: Sequence[str]) -> Metric:
+        """A fresh accumulator of the task's scores."""
+        return self.metric_type()
+
+    def constant(self, classes: Sequence[str]) -> Constant:
+        """The best prediction that ignores the image, not yet fitted."""
+        return self.constant_type()
+
+    def postprocess(self, prediction: Tensor) -> Tensor:
+        """Raw output (n, C, H, W) -> what metrics count: class ids, probabilities, unit vectors or logits."""
+        return self.metric_type.postprocess(prediction)
+
+    # Files
+
+    @abstractmethod
+    def to_levels(self, postprocessed: Tensor) -> NDArray:
+        """The levels of one image's prediction, without its batch axis."""
+
+    def to_picture(self, levels: NDArray, rounded: bool) -> Picture:
+        """``levels`` as the file stores them: cut off, as the field does, or ``rounded``, which is closer."""
+        return (levels + 0.5 if rounded else levels).clip(0, 255).astype(np.uint8)
+
+    @abstractmethod
+    def from_picture(self, picture: Picture) -> Tensor:
+        """The postprocessed prediction that a file stands for, without a batch axis."""
+
+    def check_picture(self, path: Path, picture: Picture, classes: Sequence[str]) -> None:
+        """UserError where the file at ``path`` holds a value that means nothing; by default all mean something."""
+        return
+
+    def at_photo(self, output: NDArray[np.float32], shape: Shape) -> Picture:
+        """The picture of a raw output (C, h, w) at the photo's ``shape``. The output is resized before it is
+        postprocessed, so that borders are smooth."""
+        resized = np.stack([resize_channel(channel, shape) for channel in output])
+        return self.to_picture(self.to_levels(self.postprocess(torch.from_numpy(resized)[None])[0]), rounded=True)
+
+    # Colours: (H, W, 3) uint8
+
+    @abstractmethod
+    def paint_label(self, label: NDArray) -> NDArray[np.uint8]:
+        """A finished label; void is GREY."""
+
+    @abstractmethod
+    def paint_prediction(self, prediction: Tensor) -> NDArray[np.uint8]:
+        """A raw output (C, H, W) on the CPU, float32."""
+
+    @abstractmethod
+    def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
+        """A prediction over its photo."""
+
+
+def mean_over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
+    """The sum of ``per_pixel`` / max(#valid, 1)."""
+    return per_pixel.sum() / valid.sum().clamp(min=1)
+
+
+def resize_channel(channel: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
+    """(h, w) -> ``shape``, bilinear."""
+    return cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def paint_probability(probability: Tensor) -> NDArray[np.uint8]:
+    """(H, W) in 0..1 as grey."""
+    return np.repeat((255 * probability).round().byte().numpy()[..., None], 3, axis=-1)
+
+
+def paint_binary(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """1 in white, 0 in black, void in GREY."""
+    picture = np.repeat(255 * (label == 1)[..., None].astype(np.uint8), 3, axis=-1)
+    return np.where((label == VOID)[..., None], GREY, picture)
