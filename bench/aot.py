@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 
 # name: (target, bytes of shared memory that a block can have)
 TARGETS = {
@@ -84,8 +84,8 @@ def compiled(kernel: str, pool: str, dtype: str, target: str):
     JITFunction.run, architecture = record, tiles.architecture
     tiles.architecture = lambda device: target
     try:
-        rows = TaskRows.of(COUNTS, torch.device("cpu"))
-        LAUNCHES[kernel](t, rows, shape)
+        segments = TaskSegments.of(COUNTS, torch.device("cpu"))
+        LAUNCHES[kernel](t, segments, shape)
     finally:
         JITFunction.run, tiles.architecture = run, architecture
     (only,) = found

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from kernels.backend import RESOLVED
+from kernels.dispatch import RESOLVED
 from train.cli import main
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
