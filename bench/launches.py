@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from kernels.expand import expand, expand_backward
+from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gating import Gating
 from kernels.gelu import gelu, gelu_backward
 from kernels.grad_rank import grad_rank, grad_rank_given
 from kernels.gram import gram_a, gram_b
 from kernels.matmul import matmul, matmul_routed
+from kernels.packed import Packed
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
 from kernels.rows import TaskRows
@@ -63,3 +65,24 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     return made | {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+
+
+class AdaptedFFN:
+    """Both passes of an adapted FFN ``width`` wide over made-up tensors; ``like`` says the type and the device.
+    ``way`` is one of :data:`kernels.ffn.WAYS`."""
+
+    def __init__(self, pool: Pool, rows: TaskRows, width: int, like: Tensor, way: str) -> None:
+        self.setting, self.t = (rows, pool, way), make_tensors(pool, rows.counts, width, like)
+        t = self.t
+        self.packed = Packed.empty((width, 4 * width, width), (t["a"], t["b"], t["routers"]), like.dtype)
+        self.packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))
+        self.packed.fill(t["a"], t["b"], t["routers"])
+
+    def forward(self) -> None:
+        _, _, _, h, z, u = ffn_forward(self.t["x"], self.packed, self.t["routers"], *self.setting)
+        self.saved = self.t["x"], u, h, z
+
+    def backward(self) -> None:
+        """After :meth:`forward`; x stands in for dY."""
+        gradients = self.t["x"], self.t["dp"]
+        ffn_backward(gradients, self.saved, self.packed, self.t["routers"], *self.setting)
