@@ -11,6 +11,7 @@ from pathlib import Path
 import triton
 
 from bench.aot import compiled
+from bench.launches import LAUNCHES
 from bench.static.model import TARGET, cost
 
 FILE = Path(__file__).with_name("budget.json")
@@ -31,7 +32,7 @@ def measure(kernel: str, pool: str) -> float:
 
 def read(file: Path = FILE) -> Budgets:
     """Those of the Triton at hand; none, with a warning, where it has none."""
-    budgets = json.loads(file.read_text())
+    budgets = json.loads(file.read_text())["triton"]
     if version() not in budgets:
         missing = f"there are no budgets for Triton {version()}, only for {', '.join(budgets)}"
         warnings.warn(f"{missing}: python -m bench.static --budget", stacklevel=2)
@@ -39,16 +40,23 @@ def read(file: Path = FILE) -> Budgets:
 
 
 def renew(kernels: list[str], pools: list[str], file: Path = FILE) -> None:
-    """Writes what these kernels need now into the budgets of the Triton at hand."""
-    budgets = json.loads(file.read_text()) if file.exists() else {}
-    own = budgets.setdefault(version(), {})
+    """Writes what these kernels need now into the budgets of the Triton at hand; kernels that are gone are dropped."""
+    budgets = json.loads(file.read_text())["triton"] if file.exists() else {}
+    old = budgets.get(version(), {})
+    budgets[version()] = {kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES if kernel in {*old, *kernels}}
     for kernel in kernels:
-        own.setdefault(kernel, {}).update((pool, measure(kernel, pool)) for pool in pools)
-    rows = [
-        f' "{name}": {{\n' + ",\n".join(f'  "{kernel}": {json.dumps(row)}' for kernel, row in kernels.items()) + "\n }"
-        for name, kernels in sorted(budgets.items())
+        budgets[version()][kernel].update((pool, measure(kernel, pool)) for pool in pools)
+    file.write_text(dump(budgets))
+
+
+def dump(budgets: dict[str, Budgets]) -> str:
+    """JSON with one kernel to a line."""
+    versions = [
+        f'  "{name}": {{\n' + ",\n".join(f'   "{kernel}": {json.dumps(row)}' for kernel, row in own.items()) + "\n  }"
+        for name, own in sorted(budgets.items())
     ]
-    file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    head = ' "what": "warp instructions a token; to renew: python -m bench.static --budget",\n "triton": {\n'
+    return "{\n" + head + ",\n".join(versions) + "\n }\n}\n"
 
 
 def exceeded(kernels: list[str], pools: list[str], file: Path = FILE) -> list[str]:

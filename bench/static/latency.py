@@ -5,6 +5,7 @@ taken.
 """
 
 import re
+from bisect import bisect_left
 
 from bench.static.constants import LATENCIES
 from bench.static.sass import Code, Instruction
@@ -67,9 +68,10 @@ def _kept(i: Instruction, board: str) -> int:
 
 def clocks(code: Code, trips: list[int]) -> float:
     """Of one warp; ``trips`` of each of the code's loops."""
-    at = {i.address: n for n, i in enumerate(code.instructions)}
+    addresses = [i.address for i in code.instructions]
     total = dict(zip((loop.last for loop in code.loops), trips, strict=True))
-    first, left = {loop.last: at[loop.first] for loop in code.loops}, dict(total)
+    first = {loop.last: bisect_left(addresses, loop.first) for loop in code.loops}
+    left = dict(total)
     warp, n = Warp(), 0
     while n < len(code.instructions):
         i = code.instructions[n]

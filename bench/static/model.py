@@ -15,6 +15,7 @@ from bench.static import latency, sass, ttir
 from bench.static.constants import CONSTANTS, RATES, Constants
 
 REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, 228 * 1024, 64, 32  # of one multiprocessor
+SHORT = 8  # instructions of a loop that waits for a barrier, at most
 TARGET = "sm_90"
 
 
@@ -125,19 +126,24 @@ def resident(registers: int, shared: int, warps: int) -> int:
 
 
 def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
-    """Trips of each loop of the machine code, found by the line of its ``for`` statement in the source."""
-    known = source.trips_by_line()
-    left = {line: list(trips) for line, trips in known.items()}
+    """Trips of each loop of the machine code, found by the line of its ``for`` statement in the source. What cannot
+    be matched is named in a warning."""
+    left: dict[object, list[ttir.Loop]] = {}
+    for loop in source.loops:
+        left.setdefault(loop.line, []).append(loop)
     found = []
     for loop in code.loops:
         inside = [i.name for i in code.instructions if loop.first <= i.address <= loop.last]
-        if left.get(loop.line):
-            found.append(left[loop.line].pop(0))
-        elif "SYNCS" in inside:  # a wait for a barrier in shared memory
-            found.append(1)
+        waits = "SYNCS" in inside and len(inside) <= SHORT  # for a barrier in shared memory
+        if left.get(loop.line) and not waits:
+            found.append(source.trips(left[loop.line].pop(0)))
         else:
-            warnings.warn(f"the loop of {loop.line} is in the machine code more than once: counted once", stacklevel=2)
             found.append(1)
+            if not waits:
+                warnings.warn(f"the loop of {loop.line} was split by the compiler: a part counts once", stacklevel=2)
+    for loop in (loop for loops in left.values() for loop in loops):
+        if not source.is_constant(loop):  # one that is may have been unrolled
+            warnings.warn(f"the loop of {loop.line} is not in the machine code: it counts once", stacklevel=2)
     return found
 
 
@@ -167,6 +173,8 @@ def machine_code(cubin: bytes) -> tuple[sass.Code, int]:
 def cost(launch: Launch) -> Cost:
     code, registers = machine_code(launch.binary.asm["cubin"])
     source = ttir.parse(launch.binary.asm["ttir"], launch)
+    if any(i.name == "USETMAXREG" for i in code.instructions):
+        warnings.warn("warps are specialised: every warp is counted as if it executed all of them", stacklevel=2)
     trips = loop_trips(code, source)
     return Cost(
         launch.binary.metadata.name,

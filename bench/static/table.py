@@ -17,6 +17,7 @@ NOT_TIMED = (
     f"Nothing was timed. Instructions are counted in the code that Triton {triton.__version__} compiles for {TARGET}; "
     "microseconds and ratios follow from the constants below, which are assumed or published."
 )
+COUNTED_TITLE = "Instructions of one warp by unit, issue being all of them; those of all warps for each token; bytes"
 Row = dict
 
 
@@ -53,12 +54,12 @@ def _name(row: Row) -> list[str]:
 
 
 def counts(rows: list[Row], markdown: bool) -> str:
-    head = ["kernel", "pool, type, tokens", "tile", "programs", "resident", "waves", "registers", "shared", "instr/token",
-            *COUNTED, "DRAM MB", "L2 MB"]  # fmt: skip
+    occupancy = ("tile", "programs", "resident", "waves", "registers", "shared")
+    head = ["kernel", "pool, type, tokens", *occupancy, "instr/token", *COUNTED, "DRAM MB", "L2 MB"]
     lines = [
         [
             *_name(row),
-            *(str(row[name]) for name in ("tile", "programs", "resident", "waves", "registers", "shared")),
+            *(str(row[name]) for name in occupancy),
             f"{row['instructions_per_token']:,.0f}",
             *(f"{row['per_warp'][name]:,.0f}" for name in COUNTED),
             *(f"{row[name] / 1e6:,.1f}" for name in ("dram_bytes", "l2_bytes")),
@@ -101,17 +102,9 @@ def text(results: Row, markdown: bool) -> str:
     """All tables, with what they rest on."""
     parts = [("# Static model" if markdown else "Static model"), NOT_TIMED]
     sections = (
-        (
-            "Counted: instructions of one warp by unit (issue is all of them), and those of all warps for each token",
-            counts,
-            results["kernels"],
-        ),
+        (COUNTED_TITLE, counts, results["kernels"]),
         ("Modelled microseconds by unit", times, results["kernels"]),
-        (
-            "Predicted time of the adapted FFN over the frozen one, without the host's time",
-            predictions,
-            results["ratios"],
-        ),
+        ("Modelled time of the adapted FFN over the frozen one", predictions, results["ratios"]),
     )
     for title, table, rows in sections:
         if rows:

@@ -115,12 +115,10 @@ class Code:
         """How often a program executes what stands in these loops."""
         return prod(map(self.trips, around))
 
-    def trips_by_line(self) -> dict[tuple[str, int], list[int]]:
-        """Trips of the loops of each ``for`` statement, which may have been inlined more than once."""
-        found: dict = {}
-        for loop in self.loops:
-            found.setdefault(loop.line, []).append(self.trips(loop))
-        return found
+    def is_constant(self, loop: Loop) -> bool:
+        """Whether the compiler knows its trips."""
+        known = (self.results.get(bound) for bound in loop.bounds)
+        return all(operation and operation.name == "arith.constant" for operation in known)
 
     def flops(self) -> int:
         """Of all programs, padding included."""
@@ -157,7 +155,7 @@ _WAYS = {
 
 def _tile_bytes(text: str) -> int:
     """Of the last type in a load or a store: that of the tile, of its pointers or of one element."""
-    sizes, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?\b(?:b?f|i)(\d+)>", text)[-1]
+    sizes, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?(?:b?f|i)(\d+)>", text)[-1]
     return prod(map(int, sizes.split("x")[:-1])) * max(1, int(kind) // 8)
 
 
