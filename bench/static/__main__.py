@@ -54,7 +54,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a kernel exceeds its budget")
     parser.add_argument("--budget", action="store_true", help="renew the budgets")
-    for name, default in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", DTYPES)):
+    for name, default in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", reversed(DTYPES))):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default))
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     return parser

@@ -33,6 +33,10 @@ class Product:
     k: int
     n: int
 
+    @property
+    def name(self) -> str:
+        return f"product {self.m} x {self.k} x {self.n}"
+
     def microseconds(self, gpu: str, speed: str, c: Constants = CONSTANTS) -> float:
         """Inner dimensions go by 64, a last tile of columns that is not full has its factor."""
         n, k = self.n, -(-self.k // 64) * 64
@@ -148,14 +152,14 @@ def ratio(own: list[Step], base: list[Step], gpu: str, **options) -> float:
     return microseconds(own, gpu, **options) / microseconds(base, gpu, **options)
 
 
-def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict[str, float]]:
+def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict]:
     """For ``forward`` and for ``both`` passes: the ratio, its range over cuBLAS's rates, its uncertainty by judgement,
-    and the ratio with both GELUs at the DRAM bound."""
+    the ratio with both GELUs at the DRAM bound, and the microseconds of every step, gaps apart."""
     found = {}
     pairs = {"forward": (own.forward, base.forward), "both": (own.forward + own.backward, base.forward + base.backward)}
     for name, pair in pairs.items():
         by_speed = [ratio(*pair, gpu, speed=speed) for speed in CONSTANTS.cublas]
-        found[name] = {
+        values = {
             "ratio": ratio(*pair, gpu),
             "low": min(by_speed),
             "high": max(by_speed),
@@ -164,4 +168,6 @@ def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict[s
             "microseconds": microseconds(pair[0], gpu),
             "frozen_microseconds": microseconds(pair[1], gpu),
         }
+        found[name] = {key: round(value, 4) for key, value in values.items()}
+        found[name]["steps"] = [[step.name, round(step.microseconds(gpu, "mid"), 2)] for step in pair[0]]
     return found

@@ -24,7 +24,7 @@ class Cost:
     """A launch's cost. ``per_warp`` has instructions by unit, wavefronts and clocks of the tensor cores; ``serial`` is
     the clocks of one warp alone; bytes and operations are those of all programs."""
 
-    kernel: str
+    name: str
     programs: int
     warps: int
     registers: int

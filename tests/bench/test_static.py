@@ -194,7 +194,7 @@ class TestModel:
 
     def make(self, **changes) -> model.Cost:
         settled = {
-            "kernel": "some_kernel", "programs": 264, "warps": 4, "registers": 128, "shared": 100 * 1024,
+            "name": "some_kernel", "programs": 264, "warps": 4, "registers": 128, "shared": 100 * 1024,
             "per_warp": {"issue": 1_755.0, "fma": 400.0, "imad": 400.0, "alu": 351.0, "wavefronts": 175.5},
             "serial": 17_550.0, "dram_bytes": 30_000_000, "l2_bytes": 55_000_000, "flops": 0,
             "loops": (("kernel.py:4", 3),),
