@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 
 # name: (target, bytes of shared memory that a block can have)
 TARGETS = {
@@ -111,7 +111,7 @@ def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int,
     shape = parse_pool(pool)
     t = make_tensors(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
     with recording(target) as launches:
-        LAUNCHES[kernel](t, TaskRows.of(counts, torch.device("cpu")), shape)
+        LAUNCHES[kernel](t, TaskSegments.of(counts, torch.device("cpu")), shape)
     return launches[0]
 
 

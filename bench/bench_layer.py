@@ -15,7 +15,7 @@ from bench import layers, measure
 from bench.floor import floor_seconds, work
 from bench.peers import PEERS
 from bench.peers.base import Peer
-from kernels import resolve
+from kernels import resolve_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -75,7 +75,7 @@ def bench_ffn(benchmark, kernel, subject, width, tokens, config, direction) -> N
         "tokens": tokens,
         "config": config,
         "direction": direction,
-        "kernel": resolve(kernel, DEVICE),
+        "kernel": resolve_kernel(kernel, DEVICE),
     }
     benchmark.extra_info["absent"] = peer.absent(DEVICE)
     if benchmark.extra_info["absent"]:

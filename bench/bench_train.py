@@ -14,7 +14,7 @@ from bench import measure
 from bench.peers.base import rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
-from kernels import reference, resolve
+from kernels import reference, resolve_kernel
 from train.data.batches import Batch, collate
 from train.data.scenes import Scenes
 from train.loop import Run, set_up, training_step
@@ -110,7 +110,7 @@ def bench_training_step(benchmark, kernel: str, subject: str, tmp_path) -> None:
         "model": settings.model,
         "seconds": seconds,
         "images_per_second": speed,
-        "kernel": resolve(settings.kernel, run.device),
+        "kernel": resolve_kernel(settings.kernel, run.device),
         "peak_bytes": measure.peak_bytes(step) if ON_GPU else None,
         "heads_share": heads_seconds(run, batch) / seconds["median"],
         "loader_images_per_second": loader_images_per_second(settings),

@@ -5,8 +5,8 @@ The frozen FFN's time is taken as it is measured; the experts add, at site ffn w
     forward     route_shrink    T (d es + 2R es + 4C + 4N) bytes
                 K columns       2 T R D operations
     backward    dH', dx         2 T R D + 2 T (R + tasks C) d operations
-                grad_rank       T (3R es + 8C) bytes
-                two grams       T (D es + R es) + T (d es + R es + 4C) bytes
+                gate_backward       T (3R es + 8C) bytes
+                weight_grad     T (D es + R es) + T (d es + R es + 4C) bytes
 """
 
 from bench.layers import TASKS, Shape

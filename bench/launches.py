@@ -1,46 +1,50 @@
-"""Every launch of kernels/ on made-up tensors, for what compiles or times them one by one."""
+"""Every launch of kernels/ on random tensors, for programs that compile or time them one by one."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastmoe_lora import MoEConfig
 from kernels.expand import expand, expand_backward
 from kernels.ffn import ffn_backward, ffn_forward
-from kernels.gating import Gating
+from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
-from kernels.grad_rank import grad_rank, grad_rank_given
-from kernels.gram import gram_a, gram_b
 from kernels.matmul import matmul, matmul_routed
 from kernels.packed import Packed
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
+from kernels.weight_grad import weight_grad_a, weight_grad_b
 
 Tensors = dict[str, Tensor]
 # Ranks of 64 for the published pools, then 128 and 256: every entry of kernels/tables.json.
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
-LAUNCHES: dict[str, Callable[[Tensors, TaskRows, Pool], object]] = {
-    "route_shrink": lambda t, rows, pool: route_shrink(t["x"], t["a"], t["routers"], t["h"], rows, pool),
-    "expand": lambda t, rows, pool: expand(t["x"], t["h"], t["b"], rows, pool),
-    "expand_backward": lambda t, rows, pool: expand_backward(t["x"], t["h"], t["z"], t["a"], t["routers"], rows, pool),
-    "grad_rank": lambda t, rows, pool: grad_rank(t["x"], t["b"], t["h"], t["z"], t["dp"], rows, pool),
-    "grad_rank_given": lambda t, rows, pool: grad_rank_given(
-        t["space"][:, t["wide"].shape[1] :], t["h"].shape[1], t["h"], t["z"], t["dp"], rows, pool
+LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
+    "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["routers"], t["h"], segments, pool),
+    "expand": lambda t, segments, pool: expand(t["x"], t["h"], t["b"], segments, pool),
+    "expand_backward": lambda t, segments, pool: expand_backward(
+        t["x"], t["h"], t["z"], t["a"], t["routers"], segments, pool
     ),
-    "gram_a": lambda t, rows, pool: gram_a(t["x"], t["h"], t["z"], t["peak"], rows, pool),
-    "gram_b": lambda t, rows, pool: gram_b(t["x"], t["h"], rows, pool),
-    "matmul": lambda t, rows, pool: matmul(t["wide"], t["up"].t(), t["bias"], rows, pool),
-    "matmul_routed": lambda t, rows, pool: matmul_routed(t["wide"], t["down"], t["z"], t["routers"], rows, pool),
-    "gelu": lambda t, rows, pool: gelu(t["wide"], t["space"]),
-    "gelu_backward": lambda t, rows, pool: gelu_backward(t["wide"], t["space"]),
+    "gate_backward": lambda t, segments, pool: gate_backward(t["x"], t["b"], t["h"], t["z"], t["dp"], segments, pool),
+    "gate_backward_inplace": lambda t, segments, pool: gate_backward_inplace(
+        t["buffer"][:, t["wide"].shape[1] :], t["h"].shape[1], t["h"], t["z"], t["dp"], segments, pool
+    ),
+    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["z"], t["peak"], segments, pool),
+    "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], segments, pool),
+    "matmul": lambda t, segments, pool: matmul(t["wide"], t["up"].t(), t["bias"], segments, pool),
+    "matmul_routed": lambda t, segments, pool: matmul_routed(
+        t["wide"], t["down"], t["z"], t["routers"], segments, pool
+    ),
+    "gelu": lambda t, segments, pool: gelu(t["wide"], t["buffer"]),
+    "gelu_backward": lambda t, segments, pool: gelu_backward(t["wide"], t["buffer"]),
 }
 
 
 def parse_pool(text: str) -> Pool:
-    """``"16/3/1/4"`` under ase gating."""
-    experts, k, shared, rank = map(int, text.split("/"))
-    return Pool(experts, experts, rank, Gating("ase", k, shared))
+    """The pool of ``"N/k/S/r"`` under ase gating."""
+    config = MoEConfig.parse(text, "ase")
+    return Pool(config.experts, config.gating.router_columns(config.experts), config.rank, config.gating)
 
 
 def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) -> Tensors:
@@ -49,7 +53,7 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
     half = {
         "x": (tokens, width),
         "wide": (tokens, hidden),
-        "space": (tokens, hidden + ranks + tasks * pool.columns),
+        "buffer": (tokens, hidden + ranks + tasks * pool.columns),
         "h": (tokens, ranks),
         "a": (ranks, width),
         "b": (width, ranks),
@@ -69,10 +73,10 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
 
 class AdaptedFFN:
     """Both passes of an adapted FFN ``width`` wide over made-up tensors; ``like`` says the type and the device.
-    ``way`` is one of :data:`kernels.ffn.WAYS`."""
+    ``algorithm`` is one of :data:`kernels.ffn.ALGORITHMS`."""
 
-    def __init__(self, pool: Pool, rows: TaskRows, width: int, like: Tensor, way: str) -> None:
-        self.setting, self.t = (rows, pool, way), make_tensors(pool, rows.counts, width, like)
+    def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
+        self.setting, self.t = (segments, pool, algorithm), make_tensors(pool, segments.counts, width, like)
         t = self.t
         self.packed = Packed.empty((width, 4 * width, width), (t["a"], t["b"], t["routers"]), like.dtype)
         self.packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))

@@ -47,6 +47,7 @@ class Problem:
         nn.init.normal_(self.layer.lora_B, std=0.02)
         nn.init.normal_(self.layer.routers, std=shape.width**-0.5)
         routing.assign([shape.tokens // TASKS] * TASKS)
+        self.layer.pack_ahead()
         copies = max(2, -(-2 * L2_BYTES // (shape.tokens * shape.width * shape.dtype.itemsize)))
         if shape.device.type == "cpu":
             copies = 2
@@ -61,7 +62,7 @@ class Problem:
     @property
     def weights(self) -> list[Tensor]:
         """Every tensor of the layer that is there anyway."""
-        packed = self.layer.frozen.packed.tensors if self.layer.fused else ()
+        packed = self.layer.packing.packed.tensors if self.layer.fused else ()
         return [*self.layer.parameters(), *packed]
 
     def results(self, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

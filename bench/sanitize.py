@@ -7,7 +7,7 @@ Without the caching allocator every tensor is an allocation of its own, so that 
 
 import torch
 
-from kernels import Gating, TaskRows, lora_moe
+from kernels import Gating, TaskSegments, lora_moe
 
 # Ragged on purpose: no task, width or pool fills its tiles, and one task has no tokens.
 COUNTS, WIDTHS = (70, 0, 1, 129), (40, 72)
@@ -24,7 +24,7 @@ def run(gating: Gating, experts: int, rank: int, dtype: torch.dtype, device: tor
     shapes = [(tokens, d), (tokens, out), (ranks, d), (out, ranks)]
     x, base, a, b = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
     routers = torch.randn(len(COUNTS), gating.router_columns(experts), d, device=device, requires_grad=True)
-    y, _, p = lora_moe(x, base, (a, b), routers, TaskRows.of(COUNTS, device), gating, kernel="triton")
+    y, _, p = lora_moe(x, base, (a, b), routers, TaskSegments.of(COUNTS, device), gating, kernel="triton")
     (y.float().square().mean() + p.square().sum()).backward()
     if not all(leaf.grad.isfinite().all() for leaf in (x, base, a, b, routers)):
         raise SystemExit(f"gradients of {gating} in {dtype} are not finite")

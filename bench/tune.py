@@ -1,4 +1,4 @@
-"""The fastest tile sizes and way of the fused FFN on the GPU at hand, measured once and written to kernels/tables.json.
+"""Measure the fastest tile sizes and FFN algorithm on the GPU at hand and write them to kernels/tables.json.
 
     python -m bench.tune [--kernels route_shrink,...,ffn] [--out kernels/tables.json]
 
@@ -22,18 +22,18 @@ from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from kernels import tiles
-from kernels.ffn import WAYS
-from kernels.rows import TaskRows
+from kernels.ffn import ALGORITHMS
+from kernels.segments import TaskSegments
 
 TASKS, WIDTH = 5, 768
 TOKENS = {"small": 7_880, "large": 40_960}
 SPACE = {  # of sizes in the order of tiles.NAMES, then warps and stages
     "route_shrink": ((64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
     "expand": ((64, 128), (16, 32, 64, 128), (4, 8), (2, 3)),
-    "grad_rank": ((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
-    "grad_rank_given": ((16, 32, 64, 128), (4, 8), (1,)),
-    "gram_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
-    "gram_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
+    "gate_backward": ((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
+    "gate_backward_inplace": ((16, 32, 64, 128), (4, 8), (1,)),
+    "weight_grad_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
+    "weight_grad_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "matmul": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
 }
 SAME_TILE = {"expand": ("expand", "expand_backward"), "matmul": ("matmul", "matmul_routed")}
@@ -62,10 +62,12 @@ def time_launch(kernel: str, pool_name: str, device: torch.device) -> float:
     """Milliseconds of all launches that share the kernel's tile, at the large number of tokens."""
     pool, counts = parse_pool(pool_name), (TOKENS["large"] // TASKS,) * TASKS
     t = make_tensors(pool, counts, WIDTH, torch.empty(0, dtype=torch.bfloat16, device=device))
-    rows = TaskRows.of(counts, device)
+    segments = TaskSegments.of(counts, device)
     calls = [LAUNCHES[name] for name in SAME_TILE.get(kernel, (kernel,))]
-    _refuse_spills(lambda: [call(t, rows, pool) for call in calls])
-    return sum(triton.testing.do_bench(lambda call=call: call(t, rows, pool), return_mode="median") for call in calls)
+    _refuse_spills(lambda: [call(t, segments, pool) for call in calls])
+    return sum(
+        triton.testing.do_bench(lambda call=call: call(t, segments, pool), return_mode="median") for call in calls
+    )
 
 
 def _refuse_spills(launches: Callable[[], object]) -> None:
@@ -84,10 +86,11 @@ def _refuse_spills(launches: Callable[[], object]) -> None:
         JITFunction.run = run
 
 
-def time_way(way: str, tokens: int, device: torch.device) -> float:
+def time_algorithm(algorithm: str, tokens: int, device: torch.device) -> float:
     """Milliseconds of the FFN's forward and backward pass."""
-    rows = TaskRows.of((tokens // TASKS,) * TASKS, device)
-    ffn = AdaptedFFN(parse_pool("16/3/1/4"), rows, WIDTH, torch.empty(0, dtype=torch.bfloat16, device=device), way)
+    segments = TaskSegments.of((tokens // TASKS,) * TASKS, device)
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    ffn = AdaptedFFN(parse_pool("16/3/1/4"), segments, WIDTH, like, algorithm)
 
     def step():
         ffn.forward()
@@ -102,8 +105,7 @@ def classes(kernel: str) -> Iterator[tuple[str, str]]:
     by_limit = {}
     for name in POOLS:
         pool = parse_pool(name)
-        held = pool.padded * (pool.rank + 1)
-        by_limit[min(limit for limit in limits if held <= limit)] = name
+        by_limit[min(limit for limit in limits if pool.tile_columns <= limit)] = name
     return ((str(limit), name) for limit, name in by_limit.items())
 
 
@@ -122,10 +124,12 @@ def tune_kernel(kernel: str, row: Table, device: torch.device) -> None:
 
 
 def tune_ffn(row: Table, device: torch.device) -> None:
-    """The same for the way of the FFN, by number of tokens."""
+    """The same for the algorithm of the FFN, by number of tokens."""
     present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
     for name, tokens in TOKENS.items():
-        present[name] = fastest(present[name], list(WAYS), lambda way, n=tokens: time_way(way, n, device))
+        present[name] = fastest(
+            present[name], list(ALGORITHMS), lambda algorithm, n=tokens: time_algorithm(algorithm, n, device)
+        )
 
 
 def difference(before: Table, after: Table) -> list[str]:

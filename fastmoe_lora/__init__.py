@@ -11,6 +11,7 @@ if not getattr(kernels, "FASTMOE_LORA", False):
 from fastmoe_lora.adapt import LORA_TARGETS, SITES, adapt, add_lora, add_moe
 from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.layers import LoRALinear, LoRAMoE
+from fastmoe_lora.packing import Packing
 from fastmoe_lora.routing import Routing, RoutingStatistics, mutual_information_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LoRALinear",
     "LoRAMoE",
     "MoEConfig",
+    "Packing",
     "Routing",
     "RoutingStatistics",
     "adapt",

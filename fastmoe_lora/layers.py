@@ -1,22 +1,23 @@
-"""The two adapted layers: plain LoRA on a linear layer and a LoRA mixture-of-experts beside any module."""
+"""The two adapted layers: plain LoRA on a linear layer, and a LoRA mixture-of-experts beside any module."""
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.frozen import FrozenBase
+from fastmoe_lora.packing import PackedLayer, fusible
 from fastmoe_lora.routing import Routing
-from kernels import TaskRows, lora_moe, lora_moe_packed, resolve
-from kernels.packed import aligned
-from kernels.ranges import span
+from kernels import TaskSegments, lora_moe, lora_moe_packed, resolve_kernel
+from kernels.lora_linear import lora_linear, lora_linear_reference
+from kernels.nvtx import span
 
 
 def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, d_in) kaiming-uniform and B (d_out, rank) zero, so that an adapted layer starts as the frozen one;
-    fp32, whatever the type of the frozen weights."""
+    """A (rank, d_in) kaiming-uniform and B (d_out, rank) zero, so that an adapted layer starts as the frozen one.
+
+    Both are fp32, whatever the type of the frozen weights.
+    """
     d_in, d_out = shape
     a = nn.Parameter(torch.empty(rank, d_in, device=device))
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -24,10 +25,10 @@ def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.P
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + B A x, around an existing linear layer whose parameters (and their names) it keeps.
+    """y = W x + b + B A x on x (.., d_in), around an existing linear layer whose parameters (and names) it keeps.
 
-    Where W is frozen, LoRA is r more columns of its product: a pass over y to add a second one would take longer than
-    copying x to where A x stands beside it.
+    With W and b frozen, :func:`kernels.lora_linear.lora_linear` computes y from packed copies of the weights, in their
+    type or autocast's (see :mod:`fastmoe_lora.packing`). With W or b trained, y is the sum of two products.
     """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -35,46 +36,33 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         shape = linear.in_features, linear.out_features
         self.lora_A, self.lora_B = _lora(rank, shape, linear.weight.device)
+        self.packing = PackedLayer()
+
+    @property
+    def frozen(self) -> bool:
+        return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
+
+    def pack_ahead(self) -> None:
+        """Pack for the next pass; see :class:`fastmoe_lora.packing.Packing`."""
+        if self.frozen:
+            self.packing.pack((self,), (self.lora_A, self.lora_B))
 
     def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-        a, b, weight = (tensor.to(x.dtype) for tensor in (self.lora_A, self.lora_B, self.weight))
-        if self.weight.requires_grad:
-            return F.linear(x, weight, self.bias) + F.linear(F.linear(x, a), b)
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        y = _FurtherColumns.apply(x.flatten(0, -2), weight, bias, a, b)
-        return y.view(*x.shape[:-1], -1)
-
-
-class _FurtherColumns(torch.autograd.Function):
-    """y = [x | x A^T] [W | B]^T + b;  [dx_0 | dH] = dy [W | B],  dx = dx_0 + dH A,  dA = dH^T x,  dB = dy^T x A^T."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        inner = x.new_empty(len(x), x.shape[1] + aligned(len(a)))
-        inner[:, : x.shape[1]] = x
-        inner[:, x.shape[1] :] = F.linear(x, F.pad(a, (0, 0, 0, aligned(len(a)) - len(a))))
-        up = torch.cat([weight, F.pad(b, (0, aligned(len(a)) - len(a)))], dim=1)
-        ctx.save_for_backward(inner, up, a)
-        return F.linear(inner, up, bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
-        inner, up, a = ctx.saved_tensors
-        rank, width = a.shape
-        grad = dy @ up
-        dh = grad[:, width : width + rank]
-        da, db = dh.t() @ inner[:, :width], dy.t() @ inner[:, width : width + rank]
-        return grad[:, :width].addmm_(dh, a), None, None, da, db
+        lora = self.lora_A, self.lora_B
+        if not self.frozen:
+            return lora_linear_reference(x, (self.weight, self.bias), lora)
+        packed = self.packing.for_pass((self,), lora)
+        tokens = x.to(packed.up.dtype).flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(tokens, packed, lora).view(*x.shape[:-1], -1)
 
 
 class LoRAMoE(nn.Module):
     """y = base(x) + sum_e g_e(x) B_e A_e x, with one linear router per task: equation (10) without the residual.
 
-    ``base`` maps (..., d_in) to (..., d_out): a whole FFN, or one linear layer of it. The experts are shared by
-    the tasks; ``routing`` says which rows of x are whose. A frozen FFN, or a frozen linear layer wider than its input,
-    is fused with its experts where the kernels run: LoRA is then further columns of its products.
+    ``base`` maps (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it. The tasks share the experts;
+    ``routing`` says which rows of x belong to which task. Base and experts are one fused operation if the base is
+    frozen, the Triton kernels run, and :func:`fastmoe_lora.packing.fusible` accepts the base.
     """
 
     def __init__(
@@ -86,53 +74,52 @@ class LoRAMoE(nn.Module):
         columns = config.gating.router_columns(config.experts)
         self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
         self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
-        self.frozen = FrozenBase(base)
-        routing.layers.append(self)
+        self.packing = PackedLayer()
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The base's linear layers for the fused kernels; empty if they cannot compute it or its weights' gradients."""
+        trained = any(parameter.requires_grad for parameter in self.base.parameters())
+        return () if trained else fusible(self.base)
 
     @property
     def fused(self) -> bool:
-        """Whether base and experts are one operation, which needs Triton and a base that is not trained."""
-        return bool(self.frozen.linears) and resolve(self.routing.kernel, self.lora_A.device) == "triton"
+        """Whether base and experts are one operation."""
+        return bool(self.linears) and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
+
+    @property
+    def adapters(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_A, self.lora_B, self.routers
 
     def pack_ahead(self) -> None:
-        """Copy the parameters to where the fused kernels read them. ``routing.assign`` does it for the next pass; a
-        compiled or captured pass relies on that, any other sees to it itself."""
+        """Pack for the next pass; see :class:`fastmoe_lora.packing.Packing`."""
         if self.fused:
-            self.frozen.pack_ahead((self.lora_A, self.lora_B, self.routers))
+            self.packing.pack(self.linears, self.adapters)
 
     def forward(self, x: Tensor) -> Tensor:
         run = self._run_fused if self.fused else self._run_beside
-        y, gates, mean_probs, rows = run(x)
-        self.routing.record(self.layer, gates, mean_probs, rows)
+        y, gates, mean_probs, segments = run(x)
+        self.routing.record(self.layer, gates, mean_probs, segments)
         return y.view(*x.shape[:-1], -1)
 
-    def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
+    def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
         with span("ffn"):
             base = self.base(x)
         tokens = x.to(base.dtype).flatten(0, -2)
-        rows = self.routing.rows(len(tokens), x.device)
-        # Autocast would send the fp32 logits to half precision; lora_moe casts what may be cast by itself.
+        segments = self.routing.segments(len(tokens), x.device)
+        gating, kernel = self.config.gating, self.routing.kernel
+        # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
         with torch.autocast(x.device.type, enabled=False), span("experts"):
-            return *lora_moe(
-                tokens,
-                base.flatten(0, -2),
-                (self.lora_A, self.lora_B),
-                self.routers,
-                rows,
-                self.config.gating,
-                self.routing.kernel,
-            ), rows
+            lora = self.lora_A, self.lora_B
+            return *lora_moe(tokens, base.flatten(0, -2), lora, self.routers, segments, gating, kernel), segments
 
-    def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskRows]:
-        compiling = torch.compiler.is_compiling()
-        packed = self.frozen.packed if compiling else self.frozen.for_pass((self.lora_A, self.lora_B, self.routers))
-        if packed is None:
-            raise ValueError("the experts' weights are not packed yet: call routing.assign() before a compiled pass")
+    def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
+        packed = self.packing.for_pass(self.linears, self.adapters)
         tokens = x.to(packed.up.dtype).flatten(0, -2)
-        rows = self.routing.rows(len(tokens), x.device)
+        segments = self.routing.segments(len(tokens), x.device)
         lora = self.lora_A, self.lora_B
         with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_packed(tokens, packed, lora, self.routers, rows, self.config.gating), rows
+            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, self.config.gating), segments
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

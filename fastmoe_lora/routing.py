@@ -1,18 +1,18 @@
-"""What the routers of one model did: the mutual-information loss and the statistics people look at."""
+"""What the routers of one model chose: the mutual-information loss and routing statistics."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels import TaskRows
+from kernels import TaskSegments
 
 
 def mutual_information_loss(mean_probs: Tensor) -> Tensor:
     """Mod-Squad's loss, minus the mutual information of task and expert, one value per layer.
 
-    ``mean_probs`` (..., tasks, C) is p(expert given task) of the tasks present; each task has probability
-    1/tasks. The loss lies in [-log(tasks), 0] and is lowest where every task keeps experts of its own:
+    ``mean_probs`` (.., tasks, C) is p(expert given task) of the tasks present; each task has probability 1/tasks. The
+    loss lies in [-log(tasks), 0] and is lowest if no two tasks share an expert:
 
         L = -sum_te p(t,e) log(p(t,e) / (p(t) p(e)))
     """
@@ -29,33 +29,32 @@ class RoutingStatistics:
         self._sums: dict[int, Tensor] = {}
         self._tokens = torch.zeros(())
 
-    def add(self, layer: int, gates: Tensor, rows: TaskRows) -> None:
+    def add(self, layer: int, gates: Tensor, segments: TaskSegments) -> None:
         """Add the gates (T, N) of one layer's forward pass."""
         gates = gates.detach()
         both = torch.stack([gates, (gates > 0).to(gates.dtype)])
-        sums = torch.stack([run.sum(1) for run in both.split(rows.counts, dim=1)], dim=1).double().cpu()
+        sums = torch.stack([run.sum(1) for run in both.split(segments.counts, dim=1)], dim=1).double().cpu()
         self._sums[layer] = self._sums.get(layer, 0) + sums
         if layer == 0:
-            self._tokens = self._tokens + torch.tensor(rows.counts, dtype=torch.float64)
+            self._tokens = self._tokens + torch.tensor(segments.counts, dtype=torch.float64)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(gate mass, selection frequency), both (layers, tasks, N): means over a task's tokens, NaN for a task
-        without tokens. An always-on expert has frequency 1; its gate mass tells how much it is used."""
+        without tokens. An always-on expert has frequency 1; its gate mass says how much it is used."""
         sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)])
         mass, frequency = (sums / self._tokens[:, None]).unbind(1)
         return mass, frequency
 
 
 class Routing:
-    """Shared by the adapted layers of one model: how a batch divides among the tasks, and what the routers chose.
+    """State shared by the LoRAMoE layers of one model: how a batch divides among the tasks, and what routers chose.
 
-    The ViT between them need not know: its blocks pass tokens and nothing else.
+    The layers read it, so that the blocks of the ViT pass tokens only.
     """
 
     def __init__(self, tasks: int, kernel: str = "auto") -> None:
         self.tasks, self.kernel = tasks, kernel
         self.statistics: RoutingStatistics | None = None
-        self.layers: list[nn.Module] = []  # LoRAMoE, which add themselves
         self._images: tuple[int, ...] = ()
         self._mean_probs: dict[int, Tensor] = {}
 
@@ -64,24 +63,22 @@ class Routing:
         if len(images) != self.tasks:
             raise ValueError(f"{len(images)} counts for {self.tasks} tasks")
         self._images = tuple(images)
-        for layer in self.layers:
-            layer.pack_ahead()
 
-    def rows(self, tokens: int, device: torch.device) -> TaskRows:
-        """The tasks' rows of a matrix of ``tokens`` tokens, every image having equally many."""
+    def segments(self, tokens: int, device: torch.device) -> TaskSegments:
+        """The tasks' segments of a matrix of ``tokens`` tokens; every image has equally many."""
         images = sum(self._images)
         if images == 0 or tokens % images:
             raise ValueError(f"{tokens} tokens do not divide among the assigned {images} images: call assign() first")
-        return TaskRows.of(tuple(n * (tokens // images) for n in self._images), device)
+        return TaskSegments.of(tuple(n * (tokens // images) for n in self._images), device)
 
-    def record(self, layer: int, gates: Tensor, mean_probs: Tensor, rows: TaskRows) -> None:
+    def record(self, layer: int, gates: Tensor, mean_probs: Tensor, segments: TaskSegments) -> None:
         """Called by the adapted layers in their forward pass."""
         self._mean_probs[layer] = mean_probs
         if self.statistics is not None:
-            self.statistics.add(layer, gates, rows)
+            self.statistics.add(layer, gates, segments)
 
     def __getstate__(self) -> dict:
-        """What a copy of the model takes along: not the tensors of a pass whose graph belongs to the original."""
+        """Copies do not take the tensors of a pass along, whose graph belongs to the original."""
         return self.__dict__ | {"_mean_probs": {}}
 
     def mi_loss(self) -> Tensor:

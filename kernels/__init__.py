@@ -1,12 +1,11 @@
-"""Pure functions on tensors: each operation with its PyTorch reference and its Triton kernel side by side."""
+"""Pure functions on tensors: each Triton kernel beside its PyTorch reference."""
 
-from kernels.backend import KERNELS, resolve
+from kernels.dispatch import KERNELS, lora_moe, lora_moe_packed, resolve_kernel
 from kernels.errors import UserError
 from kernels.gating import GATINGS, Gating
-from kernels.operation import lora_moe, lora_moe_packed
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 
-# A package of Hugging Face is called `kernels` too; fastmoe_lora tells them apart by this name.
+# Hugging Face has a package called `kernels` too; fastmoe_lora tells them apart by this name.
 FASTMOE_LORA = True
 
 __all__ = [
@@ -14,9 +13,9 @@ __all__ = [
     "GATINGS",
     "KERNELS",
     "Gating",
-    "TaskRows",
+    "TaskSegments",
     "UserError",
     "lora_moe",
     "lora_moe_packed",
-    "resolve",
+    "resolve_kernel",
 ]

@@ -2,8 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake the user can mend.
+    """A mistake the user can correct.
 
-    Its message is one line that names the offending value or path and the remedy; command lines print
-    it to stderr and exit with status 2. Anything else that is raised is a bug and keeps its traceback.
+    Its message is one line that names the offending value or path and the remedy. Commands print it to stderr and exit
+    with status 2. Any other exception is a bug and keeps its traceback.
     """

@@ -1,10 +1,10 @@
-"""expand: from rank space back to the width of the tokens, in one pass over the output.
+"""expand: the up-projection H' B^T added to the base's output, in one pass over the output.
 
     forward     y = base + H' B^T                       (T, D)
-    backward    dx = base + dH A + dz W_task            (T, d), base if there is one
+    backward    dx = base + dH A + dz W_task            (T, d), base is optional
 
-Grid (block, task): a program keeps BM rows of rank space in registers and walks over the columns, so each is read
-once; the weights are small and come from the L2. The sum with ``base`` costs no pass of its own.
+Grid (block, task). A program keeps BM rows of H' (or of dH and dz) in registers and iterates over the output columns,
+so they are read once. The weights are small and stay in the L2.
 Bytes: T (D es + R es) read, T D es written; backward T (R es + 4C), with a base also T d es, read, T d es written.
 FLOPs: 2 T D R; backward 2 T d (R + 2C).
 """
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import dot_exact, task_rows
+from kernels.jit_helpers import dot_exact, task_rows
 from kernels.pool import Pool
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
 
@@ -26,10 +26,10 @@ def expand_reference(base: Tensor, gated: Tensor, b: Tensor) -> Tensor:
 
 
 def expand_backward_reference(
-    base: Tensor | None, dh: Tensor, dz: Tensor, a: Tensor, routers: Tensor, rows: TaskRows
+    base: Tensor | None, dh: Tensor, dz: Tensor, a: Tensor, routers: Tensor, segments: TaskSegments
 ) -> Tensor:
     """dx."""
-    through_routers = [run @ router for run, router in zip(dz.split(rows.counts), routers, strict=True)]
+    through_routers = [run @ router for run, router in zip(dz.split(segments.counts), routers, strict=True)]
     dx = dh @ a + torch.cat(through_routers).to(dh.dtype)
     return dx if base is None else base + dx
 
@@ -76,28 +76,31 @@ def expand_backward_kernel(
         tl.store(dx + rows * d + outer, total.to(dx.dtype.element_ty), here)
 
 
-def expand(base: Tensor, gated: Tensor, b: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
-    """y (T, D); base (T, D), gated (T, R) and b (D, R) in one type, with any row strides."""
+def expand(base: Tensor, gated: Tensor, b: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
+    """y (T, D) from base (T, D), H' = ``gated`` (T, R) and b (D, R), all of one type, with any row strides."""
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     sizes = tile("expand", base, pool)
-    expand_kernel[rows.grid(sizes["BM"])](
-        base, gated, b, y, rows.offsets, base.stride(0), gated.stride(0), b.stride(0), len(b),
+    expand_kernel[segments.grid(sizes["BM"])](
+        base, gated, b, y, segments.offsets, base.stride(0), gated.stride(0), b.stride(0), len(b),
         **pool.constants(), **sizes,
     )  # fmt: skip
     return y
 
 
 def expand_backward(
-    base: Tensor | None, dh: Tensor, dz: Tensor, a: Tensor, routers: Tensor, rows: TaskRows, pool: Pool
+    base: Tensor | None, dh: Tensor, dz: Tensor, a: Tensor, routers: Tensor, segments: TaskSegments, pool: Pool
 ) -> Tensor:
-    """dx (T, d); base (T, d) and dh (T, R) with any row strides and a (R, d) in one type, dz (T, C) and routers
-    (tasks, C, d) fp32."""
+    """dx (T, d).
+
+    base (T, d), dh (T, R) and a (R, d) have one type, the first two any row strides; dz (T, C) and routers (tasks, C,
+    d) are fp32.
+    """
     given = base is not None
     base = base if given else dh
     dx = dh.new_empty(len(dh), a.shape[1])
     sizes = tile("expand", dh, pool)
-    expand_backward_kernel[rows.grid(sizes["BM"])](
-        base, dh, dz, a, routers, dx, rows.offsets, base.stride(0), dh.stride(0), a.shape[1],
+    expand_backward_kernel[segments.grid(sizes["BM"])](
+        base, dh, dz, a, routers, dx, segments.offsets, base.stride(0), dh.stride(0), a.shape[1],
         **pool.constants(), BASE=given, **sizes,
     )  # fmt: skip
     return dx

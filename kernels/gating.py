@@ -1,4 +1,4 @@
-"""How router logits become gates: the four gatings under one name each."""
+"""The four gatings: how router logits become gates."""
 
 from dataclasses import dataclass
 

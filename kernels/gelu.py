@@ -1,10 +1,10 @@
-"""gelu: the exact (erf) GELU of the frozen FFN and its gradient, each one pass that may write beside other columns.
+"""gelu: the exact (erf) GELU of the frozen FFN and its gradient, written into columns of a wider buffer.
 
-    forward     a = u Phi(u)                                        (T, F)
-    backward    du = da (Phi(u) + u phi(u)), in the place of da     (T, F)
+    forward     a = u Phi(u)                                    (T, F)
+    backward    du = da (Phi(u) + u phi(u)), overwrites da      (T, F)
 
-Phi and phi are the normal distribution and its density; fp32 inside. PyTorch's own would need a copy to put ``a``
-beside H', and a buffer of its own for du.
+Phi and phi are the normal distribution and its density; the arithmetic is fp32. PyTorch's GELU cannot write into the
+columns next to H', nor overwrite da: it would need a copy and another buffer.
 Bytes: T F es read and written; backward T 2F es read, T F es written.
 """
 
@@ -44,12 +44,12 @@ def gelu_kernel(u, a, a_stride, T, F, BACKWARD: tl.constexpr, BM: tl.constexpr, 
 
 
 def gelu(u: Tensor, a: Tensor) -> None:
-    """Writes gelu(u) into ``a`` (T, F), which has any row stride; u (T, F) is contiguous."""
+    """Write gelu(u) into ``a`` (T, F), with any row stride; u (T, F) is contiguous."""
     _launch(u, a, backward=False)
 
 
 def gelu_backward(u: Tensor, da: Tensor) -> None:
-    """Turns ``da`` (T, F), which has any row stride, into du; u (T, F) is contiguous."""
+    """Overwrite ``da`` (T, F), with any row stride, by du; u (T, F) is contiguous."""
     _launch(u, da, backward=True)
 
 

@@ -1,12 +1,13 @@
-"""One adapted linear layer, LoRA as further columns of the frozen product:
+"""One linear layer with LoRA experts, computed as a wider GEMM:
 
     y = [x | H'] [W | B]^T + b
-    [dx_0 | dH'] = dY [W | B] ;  dx = dx_0 + dH A + dz W_task
+    [dx_0 | dH'] = dY [W | B]
+    dx = dx_0 + dH A + dz W_task
 
-route_shrink writes H' beside a copy of x, and dH takes the place of dH'. Where the layer is wider than its input, the
-copy is less than the pass over y that :func:`kernels.packed.columns_pay` weighs it against.
-Bytes beside the frozen product's own and rank space: forward T 3 d es, for route_shrink and the copy; backward
-T (D + 3 d) es, for the grams and expand's dx_0 -> dx.
+x is copied into the buffer [x | H'], whose last columns route_shrink writes. dH overwrites dH'. The copy costs less
+than a separate pass over y if D > d (:func:`kernels.packed.columns_pay`).
+Bytes beyond the frozen GEMM and beyond T x R matrices: forward T 3 d es (route_shrink and the copy); backward T (D + 3
+d) es (weight_grad reads dY and x, expand reads dx_0 and writes dx).
 """
 
 import torch
@@ -15,30 +16,30 @@ from torch.nn import functional as F
 
 from kernels import reference
 from kernels.expand import expand_backward
+from kernels.gate_backward import gate_backward_inplace
 from kernels.gating import Gating
-from kernels.grad_rank import grad_rank_given
-from kernels.gram import gram_a, gram_b
+from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
-from kernels.ranges import span
 from kernels.route_shrink import route_shrink
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
+from kernels.weight_grad import weight_grad_a, weight_grad_b
 
 
 def linear_reference(
-    x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+    x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, g, P): equation (10) beside the frozen ``linear``."""
-    return reference.lora_moe(x, F.linear(x, *linear), lora, routers, rows, gating)
+    """(y, g, P) of equation (10), with the frozen ``linear`` as base."""
+    return reference.lora_moe(x, F.linear(x, *linear), lora, routers, segments, gating)
 
 
 def linear_forward(
-    x: Tensor, packed: Packed, routers: Tensor, rows: TaskRows, pool: Pool
+    x: Tensor, packed: Packed, routers: Tensor, segments: TaskSegments, pool: Pool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y (T, D), g, P, H, z); x (T, d) in the type of ``packed``, routers (tasks, C, d) fp32."""
     inner = x.new_empty(len(x), packed.up.shape[1])
     with span("route"):
-        h, z, g, p = route_shrink(x, packed.down[: pool.ranks], routers, inner[:, packed.inner :], rows, pool)
+        h, z, g, p = route_shrink(x, packed.down[: pool.ranks], routers, inner[:, packed.inner :], segments, pool)
     with span("ffn"):
         inner[:, : packed.inner] = x
         y = F.linear(inner, packed.up, packed.bias_up)
@@ -50,14 +51,14 @@ def linear_backward(
     saved: tuple[Tensor, Tensor, Tensor],
     packed: Packed,
     routers: Tensor,
-    rows: TaskRows,
+    segments: TaskSegments,
     pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dB, dW), the last three fp32, from (dY, dP) and what the forward pass kept: (x, H, z)."""
+    """(dx, dA, dB, dW), the last three fp32, from (dY, dP) and (x, H, z), which the forward pass saved."""
     (dy, dp), (x, h, z) = gradients, saved
     grad = torch.mm(dy, packed.up)
-    dh, dz, gated, peak = grad_rank_given(grad[:, packed.inner :], packed.held, h, z, dp, rows, pool)
-    db = gram_b(dy, gated, rows, pool)
-    da, drouters = gram_a(x, dh, dz, peak, rows, pool)
-    dx = expand_backward(grad[:, : packed.inner], dh, dz, packed.down[: pool.ranks], routers, rows, pool)
+    dh, dz, gated, peak = gate_backward_inplace(grad[:, packed.inner :], packed.padded_ranks, h, z, dp, segments, pool)
+    db = weight_grad_b(dy, gated, segments, pool)
+    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    dx = expand_backward(grad[:, : packed.inner], dh, dz, packed.down[: pool.ranks], routers, segments, pool)
     return dx, da, db, drouters

@@ -1,10 +1,10 @@
-"""matmul: a product over tokens whose result no pass need touch again.
+"""matmul: a GEMM over the tokens with bias and router terms fused in.
 
     forward     y = [a | H'] [W2 | B]^T + b2                (T, D)
     backward    dx = [du | dH] [W1 ; A] + dz W_task         (T, d)
 
-Grid (tile, task): tiles of BM tokens by BN columns, no tile with two tasks; eight rows of tiles are walked column by
-column, so that their tokens stay in the L2. The routers' part, fp32, is the last step of the same sum.
+Grid (tile, task): tiles of BM tokens by BN columns; a tile never spans two tasks. Programs run through eight rows of
+tiles column by column, so that the tokens of those rows stay in the L2. dz W_task is the last step of the K loop.
 Bytes: T (K es + N es), weights from the L2. FLOPs: 2 T K N.
 """
 
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import dot_exact, task_rows
+from kernels.jit_helpers import dot_exact, task_rows
 from kernels.pool import Pool
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
 
@@ -24,9 +24,9 @@ def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def matmul_routed_reference(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, rows: TaskRows) -> Tensor:
+def matmul_routed_reference(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, segments: TaskSegments) -> Tensor:
     """x weight + dz W_task."""
-    through_routers = [run @ router for run, router in zip(dz.split(rows.counts), routers, strict=True)]
+    through_routers = [run @ router for run, router in zip(dz.split(segments.counts), routers, strict=True)]
     return x @ weight + torch.cat(through_routers).to(x.dtype)
 
 
@@ -59,25 +59,31 @@ def matmul_kernel(
     tl.store(y + rows * WIDTH + outer, total.to(y.dtype.element_ty), inside & (outer < WIDTH))
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, rows: TaskRows, pool: Pool) -> Tensor:
-    """x weight + bias (T, N); x (T, K) with any row stride, weight (K, N) with any strides, bias (N,) or None."""
-    return _launch(x, weight, bias, None, rows, pool)
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, segments: TaskSegments, pool: Pool) -> Tensor:
+    """x weight + bias (T, width): x (T, K) with any row stride, weight (K, width) with any strides, bias (width,) or
+    None."""
+    return _launch(x, weight, bias, None, segments, pool)
 
 
-def matmul_routed(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, rows: TaskRows, pool: Pool) -> Tensor:
-    """x weight + dz W_task (T, N); dz (T, C) and routers (tasks, C, N) fp32."""
-    return _launch(x, weight, None, (dz, routers), rows, pool)
+def matmul_routed(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
+    """x weight + dz W_task (T, width); dz (T, C) and routers (tasks, C, width) are fp32."""
+    return _launch(x, weight, None, (dz, routers), segments, pool)
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, routed: tuple[Tensor, Tensor] | None, rows: TaskRows, pool: Pool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    routed: tuple[Tensor, Tensor] | None,
+    segments: TaskSegments,
+    pool: Pool,
 ) -> Tensor:
     y = x.new_empty(len(x), weight.shape[1])
-    dz, routers = routed or (x, x)  # not read where there are none, and so is bias
+    dz, routers = routed or (x, x)  # x stands for absent tensors, which the kernel does not read
     sizes = tile("matmul", x, pool)
-    blocks, tasks = rows.grid(sizes["BM"])
+    blocks, tasks = segments.grid(sizes["BM"])
     matmul_kernel[(blocks * triton.cdiv(y.shape[1], sizes["BN"]), tasks)](
-        x, weight, x if bias is None else bias, dz, routers, y, rows.offsets, x.stride(0), *weight.stride(),
+        x, weight, x if bias is None else bias, dz, routers, y, segments.offsets, x.stride(0), *weight.stride(),
         *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
     )  # fmt: skip
     return y

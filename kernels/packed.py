@@ -1,4 +1,4 @@
-"""The weights of an adapted frozen base side by side, so that LoRA is a few more columns of the frozen products."""
+"""Frozen weights and adapters packed side by side, so that LoRA is a few more columns of the frozen GEMM."""
 
 from dataclasses import dataclass
 
@@ -9,27 +9,29 @@ Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
 def aligned(columns: int) -> int:
-    """Rows of a matrix begin at multiples of 16 bytes, as fast products want them."""
+    """``columns`` rounded up to a multiple of 8: rows then begin at multiples of 16 bytes, as fast GEMMs need."""
     return -(-columns // 8) * 8
 
 
 def columns_pay(d: int, width: int) -> bool:
-    """Whether LoRA beside one linear layer, d -> width, comes cheaper as further columns of its product, for which x
-    is copied (T 2 d es bytes), than as a pass over y (T 2 D es): in fc1, that is, and not in fc2."""
+    """True if widening the GEMM of a linear layer d -> width is cheaper than adding LoRA to its output.
+
+    Widening copies x (2 T d elements); a separate add reads and writes y (2 T D): fc1 yes, fc2 no.
+    """
     return width > d
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The weights of one adapted FFN, or of one adapted linear layer, side by side in the type they compute in.
+    """The weights of one adapted FFN, or of one adapted linear layer, side by side in their compute type.
 
                 an FFN                                                 a linear layer
     up          [W2 | B]               (D, F + R)                      [W | B]    (D, d + R)
     down        [W1 ; A ; W_tasks]     (F + R + tasks C, d)            A          (R, d)
     bias_up     b2                     (D,)                            b          (D,)
-    bias_down   b1                     (F,)                            nothing    (0,)
+    bias_down   b1                     (F,)                            empty      (0,)
 
-    The R of ``up`` and ``down``, and tasks C, are rounded up to multiples of 8 with zeros.
+    R in ``up`` and ``down``, and tasks C, are rounded up to multiples of 8 with zeros.
     """
 
     up: Tensor
@@ -38,11 +40,14 @@ class Packed:
     bias_down: Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], adapters: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> "Packed":
-        """For an FFN of widths (d, F, D) or a linear layer of widths (d, D), and the adapters (A, B, routers)."""
-        (d, *between, width), (a, _, routers) = shape, adapters
+    def empty(cls, shape: tuple[int, ...], adapters: tuple[Tensor, ...], dtype: torch.dtype) -> "Packed":
+        """Zeros for an FFN of widths (d, F, D) or a linear layer of widths (d, D).
+
+        ``adapters`` is (A, B, routers), or (A, B) for a linear layer with plain LoRA.
+        """
+        (d, *between, width), a = shape, adapters[0]
         hidden, ranks, make = sum(between), aligned(len(a)), {"dtype": dtype, "device": a.device}
-        columns = aligned(routers.shape[0] * routers.shape[1]) if hidden else 0
+        columns = aligned(adapters[2].shape[0] * adapters[2].shape[1]) if hidden else 0
         up, down = torch.zeros(width, shape[-2] + ranks, **make), torch.zeros(hidden + ranks + columns, d, **make)
         return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make))
 
@@ -52,33 +57,33 @@ class Packed:
 
     @property
     def hidden(self) -> int:
-        """F, or 0 of a linear layer."""
+        """F; 0 for a linear layer."""
         return len(self.bias_down)
 
     @property
     def inner(self) -> int:
-        """The columns of ``up`` before B: F, or d of a linear layer."""
+        """The columns of ``up`` before B: F, or d for a linear layer."""
         return self.hidden or self.down.shape[1]
 
     @property
-    def held(self) -> int:
-        """R, rounded up."""
+    def padded_ranks(self) -> int:
+        """R rounded up to a multiple of 8."""
         return self.up.shape[1] - self.inner
 
     @torch.no_grad()
     def fill_frozen(self, *linears: Linear) -> None:
-        """Copies fc1 and fc2, or the linear layer."""
-        places = (self.down[: self.hidden], self.bias_down), (self.up[:, : self.inner], self.bias_up)
-        for (weight, bias), (weight_place, bias_place) in zip(linears, places[-len(linears) :], strict=True):
-            weight_place.copy_(weight)
+        """Copy fc1 and fc2, or the linear layer."""
+        targets = (self.down[: self.hidden], self.bias_down), (self.up[:, : self.inner], self.bias_up)
+        for (weight, bias), (weight_target, bias_target) in zip(linears, targets[-len(linears) :], strict=True):
+            weight_target.copy_(weight)
             if bias is not None:
-                bias_place.copy_(bias)
+                bias_target.copy_(bias)
 
     @torch.no_grad()
-    def fill(self, a: Tensor, b: Tensor, routers: Tensor) -> None:
-        """Copies the adapters, once after each of their updates."""
+    def fill(self, a: Tensor, b: Tensor, *routers: Tensor) -> None:
+        """Copy the adapters; needed once after each of their updates."""
         self.up[:, self.inner : self.inner + b.shape[1]].copy_(b)
         self.down[self.hidden : self.hidden + len(a)].copy_(a)
         if self.hidden:
-            first = self.hidden + self.held
-            self.down[first : first + routers.shape[0] * routers.shape[1]].copy_(routers.flatten(0, 1))
+            stacked = routers[0].flatten(0, 1)
+            self.down[self.hidden + self.padded_ranks :][: len(stacked)].copy_(stacked)

@@ -1,4 +1,4 @@
-"""What the Triton kernels are specialised for: the expert pool, and tile sizes from a fixed table."""
+"""The expert pool: the compile-time constants that every Triton kernel is specialised for."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,10 @@ def _power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Pool:
-    """N experts of rank r behind routers of C columns; R = N r. Tiles have NP >= N expert columns: a power of two,
-    and at least 16, the narrowest product a GPU makes."""
+    """N experts of rank r with C logits per token.
+
+    Tiles have NP >= N expert columns: a power of two and at least 16, the narrowest operand of a GPU's matrix product.
+    """
 
     experts: int
     columns: int
@@ -35,10 +37,16 @@ class Pool:
 
     @property
     def padded(self) -> int:
+        """NP."""
         return max(16, _power_of_two(self.experts))
 
+    @property
+    def tile_columns(self) -> int:
+        """Columns that a kernel holds per token: its ranks and its gates or logits, NP (r + 1)."""
+        return self.padded * (self.rank + 1)
+
     def constants(self) -> dict[str, int]:
-        """The compile-time constants that every kernel takes."""
+        """The constants that every kernel takes."""
         return {"N": self.experts, "C": self.columns, "NP": self.padded, "RANK": self.rank}
 
     def gate_constants(self) -> dict[str, int | str]:

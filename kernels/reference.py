@@ -1,15 +1,30 @@
 """The reference: LoRA mixture-of-experts as the paper writes it (ASE, arXiv 2510.00570), dense over the experts.
 
-Notation: T tokens of all tasks, task-major; N experts of rank r, the last S of them shared; R = N*r; expert e
-owns rows e*r .. (e+1)*r of A and the same columns of B; C router columns, N or N - S.
+    H  = x A^T                       (T, R)   the down-projection of every expert, equation (4)
+    z  = x W_task^T                  (T, C)   router logits, equations (6) and (7)
+    g  = gates(z)                    (T, N)   0 where an expert is inactive, equations (8) and (9)
+    H' = H * per_rank(g)             (T, R)   each gate repeated r times, once per row of its expert
+    y  = base + H' B^T               (T, D)   equation (10)
 
-    H  = x A^T                                   (T, R)   every expert's down-projection, equation (4)
-    z  = x W_task^T                              (T, C)   router logits, equations (6) and (7)
-    g  = gates(z)                                (T, N)   0 where an expert is inactive, equations (8) and (9)
-    y  = base + (H * expand_r(g)) B^T            (T, D)   equation (10)
+Logits, softmax and gates are fp32 (fp64 for fp64 inputs) whatever the type of x. At N r = 64 the whole pool is one
+64-column matrix, so no token is sorted or gathered: an inactive expert has gate 0.
 
-Logits, softmax and gates are fp32 (fp64 for fp64 inputs) whatever the type of x. With N*r of 64 the whole pool
-is one 64-column matrix, so nothing is sorted or gathered: an inactive expert is a zero gate.
+Symbols, the same in every file of kernels/ and fastmoe_lora/:
+
+    T       tokens of all tasks, task-major: the tokens of a task are consecutive rows
+    d, D    width of the layer's input x and output y
+    F       width between fc1 and fc2 of an FFN
+    N, S    experts; shared ones, which are the last S of them and always active
+    k       sparse experts that are selected per token
+    r, R    rank of an expert; R = N r. Expert e owns rows e r .. (e + 1) r of A and the same columns of B
+    C       logits per token: N, or N - S where a shared expert has no logit (naive-shared)
+    A, B    down-projections (R, d) and up-projections (D, R) of all experts; W_task the router (C, d) of a task
+    H, H'   x A^T before and after the gates (T, R)
+    z, g    logits (T, C) and gates (T, N)
+    P       (tasks, C): mean of softmax(z) over a task's tokens, p(expert given task) of the mutual-information loss
+    dX      gradient of the loss with respect to X: dy, dH, dH' = dy B, dz, dA, dB, dW
+    u, a    input and output of the FFN's GELU (T, F)
+    es      bytes of one element of x
 """
 
 import torch
@@ -17,18 +32,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.gating import Gating
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 
 
-def router_logits(x: Tensor, routers: Tensor, rows: TaskRows) -> Tensor:
-    """z (T, C) in at least fp32: each task's rows of x (T, d) meet that task's router of ``routers`` (tasks, C, d)."""
+def router_logits(x: Tensor, routers: Tensor, segments: TaskSegments) -> Tensor:
+    """z (T, C) in at least fp32: the rows of x (T, d) of each task times that task's router of (tasks, C, d)."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    runs = x.to(exact).split(rows.counts)
+    runs = x.to(exact).split(segments.counts)
     return torch.cat([F.linear(run, router.to(exact)) for run, router in zip(runs, routers, strict=True)])
 
 
 def top_k_mask(z: Tensor, k: int) -> Tensor:
-    """True at the k largest of each row of z (T, C); of equal logits the lowest index wins (torch.topk picks any)."""
+    """True at the k largest of each row of z (T, C). Of equal logits the lowest index wins; torch.topk picks any."""
     largest = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, largest, True)
 
@@ -46,26 +61,26 @@ def gates(z: Tensor, gating: Gating) -> Tensor:
     return z.masked_fill(~active, -torch.inf).softmax(-1)
 
 
-def mean_probs(z: Tensor, rows: TaskRows) -> Tensor:
+def mean_probs(z: Tensor, segments: TaskSegments) -> Tensor:
     """P (tasks, C): mean over a task's tokens of softmax(z) before the top-k; 0 for a task without tokens.
 
-    This is p(expert given task), all that the mutual-information loss needs.
+    P is p(expert given task), the only input of the mutual-information loss.
     """
-    runs = z.softmax(-1).split(rows.counts)
+    runs = z.softmax(-1).split(segments.counts)
     return torch.stack([run.sum(0) / max(len(run), 1) for run in runs])
 
 
 def lora_moe(
-    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, D) = base + sum_e g_e B_e A_e x, with the gates g (T, N) and P (tasks, C).
 
-    x (T, d) and base (T, D) share a floating type; ``lora`` is (A (R, d), B (D, R)); A, B and the routers
-    may be kept in a wider type and are cast to x's.
+    x (T, d) and base (T, D) share a floating type; ``lora`` is (A (R, d), B (D, R)). A, B and the routers may have a
+    wider type; A and B are cast to that of x.
     """
     a, b = (weight.to(x.dtype) for weight in lora)
-    z = router_logits(x, routers, rows)
+    z = router_logits(x, routers, segments)
     g = gates(z, gating)
     hidden = F.linear(x, a)
     gated = (hidden * g.repeat_interleave(a.shape[0] // g.shape[1], dim=-1)).to(x.dtype)
-    return torch.addmm(base, gated, b.t()), g, mean_probs(z, rows)
+    return torch.addmm(base, gated, b.t()), g, mean_probs(z, segments)

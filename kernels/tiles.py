@@ -1,11 +1,11 @@
-"""What was measured once and is looked up ever after: tile sizes and the way of the fused FFN, by architecture.
+"""Tuned tile sizes and FFN algorithm per architecture.
 
-``tables.json`` is fixed, so that rounding never depends on a search; ``python -m bench.tune`` measures a new row for
-the GPU at hand. An architecture without a row of its own takes the default, and says so once.
+``tables.json`` is fixed, so that rounding never depends on a search at run time. ``python -m bench.tune`` measures a
+new row for the GPU at hand. An architecture without a row uses the default and warns once.
 
-A row of a tile holds its ranks and its gates or logits in registers: NP (r + 1) columns. Every entry compiles without
-spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Products in half precision
-have at least 64 rows, which Hopper's wgmma needs, but for grad_rank where a row holds more than 272.
+Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
+without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Half-precision
+products have at least 64 rows, which Hopper's wgmma needs, except gate_backward with more than 272 columns.
 """
 
 import json
@@ -20,13 +20,13 @@ from kernels.errors import UserError
 from kernels.pool import Pool
 
 MOST_RANKS = 256  # NP r
-LARGE = 16_384  # tokens from which the FFN's way is that of large products
+LARGE = 16_384  # tokens from which the FFN uses the algorithm that was fastest for large batches
 
-# architecture: {kernel: {element size in bytes: {up to so many columns: (the sizes of NAMES, warps, stages)}}}
+# architecture: {kernel: {bytes of an element: {at most so many columns: (the sizes of NAMES, warps, stages)}}}
 TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())
 NAMES = {
-    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "grad_rank": ("BM", "BK"), "grad_rank_given": ("BM",),
-    "gram_a": ("BW", "BT"), "gram_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
+    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "gate_backward": ("BM", "BK"), "gate_backward_inplace":
+    ("BM",), "weight_grad_a": ("BW", "BT"), "weight_grad_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
 }  # fmt: skip
 
 
@@ -50,24 +50,23 @@ def _row(name: str, device: torch.device) -> dict:
 
 
 def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
-    """The tile sizes and Triton's options, by name, of a launch over tokens like ``x``."""
+    """Tile sizes and Triton's options, by name, for a launch over tokens of x's type and device."""
     if pool.padded * pool.rank > MOST_RANKS:
         raise UserError(
-            f"the Triton kernels hold up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
+            f"the Triton kernels take up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
             f"{pool.experts} experts of rank {pool.rank} need --kernel=reference"
         )
     if pool.rank & (pool.rank - 1):
         raise UserError(
             f"the Triton kernels take ranks that are powers of two, not rank {pool.rank}; use --kernel=reference"
         )
-    held = pool.padded * (pool.rank + 1)
     rows = _row(kernel, x.device)[str(x.element_size())]
-    *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if held <= limit))]
-    # The default of FP fusion (a * b + c in one rounding) differs between versions of Triton.
+    *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if pool.tile_columns <= limit))]
+    # The default of FP fusion (a * b + c with one rounding) differs between versions of Triton.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return dict(zip(NAMES[kernel], sizes, strict=True)) | options
 
 
-def ffn_way(x: Tensor) -> str:
-    """The fastest of :data:`kernels.ffn.WAYS` for tokens like ``x``."""
+def ffn_algorithm(x: Tensor) -> str:
+    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device."""
     return _row("ffn", x.device)["large" if len(x) >= LARGE else "small"]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastmoe_lora import Routing
-from kernels.ranges import span
+from fastmoe_lora import Packing, Routing
+from kernels.nvtx import span
 from model.heads import HEADS
 from model.vit import ViT
 
@@ -21,7 +21,7 @@ class MultiTaskViT(nn.Module):
     def __init__(self, vit: ViT, channels: Mapping[str, int], head: str, routing: Routing | None = None) -> None:
         super().__init__()
         self.tasks = tuple(channels)
-        self.vit, self.routing = vit, routing
+        self.vit, self.routing, self.packing = vit, routing, Packing(vit)
         self.task_embed = nn.Parameter(torch.empty(len(self.tasks), vit.width).normal_(std=0.02))
         self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
@@ -42,6 +42,7 @@ class MultiTaskViT(nn.Module):
         counts = [len(index[task]) if task in index else 0 for task in self.tasks]
         if self.routing is not None:
             self.routing.assign(counts)
+        self.packing.pack()
         with span("backbone"):
             tokens = self.vit.embed((images / 255 - self.image_mean) / self.image_std)
             pairs = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import add_lora, add_moe
-from kernels import UserError, resolve
+from kernels import UserError, resolve_kernel
 from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
 from train import checkpoint
 from train.data.pascal_mt import Access, PascalMT
@@ -25,7 +25,7 @@ def build_device(settings: Settings) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     device = torch.device(name)
-    resolve(settings.kernel, device)
+    resolve_kernel(settings.kernel, device)
     return device
 
 

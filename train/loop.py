@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
-from kernels import UserError, ranges, resolve
-from kernels.ranges import span, spanned
+from kernels import UserError, nvtx, resolve_kernel
+from kernels.nvtx import span, spanned
 from model import MultiTaskViT
 from train import build, checkpoint
 from train.data.batches import Batch, collate, eval_loader, train_loader
@@ -94,7 +94,7 @@ def run_folder(settings: Settings, fresh: bool) -> Path:
 def set_up(settings: Settings, fresh: bool) -> Run:
     """Build everything, make the run's folder and say what will happen."""
     if settings.nvtx:
-        ranges.enable()
+        nvtx.enable()
     device = build.build_device(settings)
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
@@ -118,7 +118,8 @@ def announce(run: Run) -> str:
             f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, protocol {train_set.protocol}",
             f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
             f"{trainable / 1e6:.2f} M trainable; {adaptation}",
-            f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {resolve(s.kernel, run.device)}"
+            f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, "
+            f"kernel {resolve_kernel(s.kernel, run.device)}"
             if moe
             else "moe       none",
             f"run       {run.total} steps of {s.batch_size} images on {run.device} -> {run.out}",
@@ -274,7 +275,7 @@ def results_of(run: Run, speed: float, losses: dict[str, float], metrics: Metric
         "model": {"name": s.model, "head": s.head, "site": s.site, "backbone": "frozen" if s.pretrained else "trained"},
         "moe": s.moe,
         "gating": moe.gating_name if moe else None,
-        "kernel": resolve(s.kernel, run.device) if moe else None,
+        "kernel": resolve_kernel(s.kernel, run.device) if moe else None,
         "seed": s.seed,
         "steps": run.step,
         "images_per_second": round(speed, 2),

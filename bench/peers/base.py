@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmoe_lora import LoRAMoE
-from kernels import TaskRows, reference
+from kernels import TaskSegments, reference
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -52,8 +52,8 @@ class Peer:
         return "needs a GPU" if self.gpu and device.type != "cuda" else ""
 
 
-def rows_of(layer: LoRAMoE, x: Tensor) -> TaskRows:
-    return layer.routing.rows(len(x), x.device)
+def rows_of(layer: LoRAMoE, x: Tensor) -> TaskSegments:
+    return layer.routing.segments(len(x), x.device)
 
 
 def select(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:

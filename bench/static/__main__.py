@@ -23,7 +23,7 @@ from bench.launches import LAUNCHES
 from bench.static import budget, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
-from kernels.ffn import WAYS
+from kernels.ffn import ALGORITHMS
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 TOKENS, TASKS = (40_960, 7_880), 5
@@ -42,7 +42,7 @@ def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], token
 def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
     halves = [dtype for dtype in dtypes if dtype in HALF]
-    for n, pool, dtype, algorithm in tqdm(list(product(tokens, pools, halves, WAYS)), "ratios", leave=False):
+    for n, pool, dtype, algorithm in tqdm(list(product(tokens, pools, halves, ALGORITHMS)), "ratios", leave=False):
         setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
         rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))
     return rows

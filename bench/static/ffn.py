@@ -17,7 +17,7 @@ from bench.aot import DTYPES, WIDTH, Launch, recording
 from bench.launches import AdaptedFFN, parse_pool
 from bench.static.constants import CONSTANTS, RATES, Constants
 from bench.static.model import TARGET, Cost, cost, power_sum
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 
 PRODUCTS = {"mm": 0, "linear": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # position of the left operand
 # What moves nothing, or makes a tensor without filling it.
@@ -118,8 +118,8 @@ class Passes:
 
 
 def adapted(pool: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> Passes:
-    rows = TaskRows.of((tokens // tasks,) * tasks, torch.device("cpu"))
-    ffn = AdaptedFFN(parse_pool(pool), rows, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"), algorithm)
+    segments = TaskSegments.of((tokens // tasks,) * tasks, torch.device("cpu"))
+    ffn = AdaptedFFN(parse_pool(pool), segments, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"), algorithm)
     return Passes(trace(ffn.forward), trace(ffn.backward))
 
 

@@ -136,15 +136,15 @@ class Code:
         since repeats hit the L2, and no more of it than is asked for; lanes that are masked count in full."""
         asked: dict[tuple[str, str], int] = {}
         for operation in self.operations:
-            for way in _WAYS.get(operation.name, ()):
-                key = self.argument(operation.operands[0]), way
+            for direction in _DIRECTIONS.get(operation.name, ()):
+                key = self.argument(operation.operands[0]), direction
                 moved = _tile_bytes(operation.text) * self.rounds(operation.around) * self.programs
                 asked[key] = asked.get(key, 0) + moved
         seen = {key: min(n, _tensor_bytes(self.launch.arguments[key[0]])) for key, n in asked.items()}
         return sum(seen.values()), sum(asked.values())
 
 
-_WAYS = {
+_DIRECTIONS = {
     "tt.load": ("read",),
     "tt.store": ("written",),
     "tt.descriptor_load": ("read",),

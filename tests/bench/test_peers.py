@@ -39,7 +39,7 @@ def test_selected_experts_and_gates_are_the_reference_s(config):
     problem = layers.Problem(shape(config))
     layer, x = problem.layer, problem.x[0]
     active, weights = select(layer, x)
-    z = reference.router_logits(x, layer.routers, layer.routing.rows(len(x), x.device))
+    z = reference.router_logits(x, layer.routers, layer.routing.segments(len(x), x.device))
     expected = reference.gates(z, layer.config.gating)
     torch.testing.assert_close(torch.zeros_like(expected).scatter(1, active, weights), expected)
 

@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from bench import tune
 from kernels import tiles
-from kernels.ffn import WAYS
+from kernels.ffn import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,17 +39,21 @@ def test_every_class_of_every_kernel_is_measured():
 
 def test_tuning_writes_the_fastest_tiles_of_the_architecture_and_leaves_the_default(monkeypatch):
     def time_launch(kernel, pool, device):  # the largest step is the fastest
-        held = tune.parse_pool(pool).padded * (tune.parse_pool(pool).rank + 1)
+        columns = tune.parse_pool(pool).tile_columns
         entries = row[kernel]["2"]
-        return 1 / entries[str(min(limit for limit in map(int, entries) if held <= limit))][1]
+        return 1 / entries[str(min(limit for limit in map(int, entries) if columns <= limit))][1]
 
     monkeypatch.setattr(tune, "time_launch", time_launch)
-    monkeypatch.setattr(tune, "time_way", lambda way, tokens, device: WAYS.index(way) + 1 if tokens > 10_000 else 1)
+    monkeypatch.setattr(
+        tune,
+        "time_algorithm",
+        lambda algorithm, tokens, device: ALGORITHMS.index(algorithm) + 1 if tokens > 10_000 else 1,
+    )
     default, row = json.dumps(tiles.TABLES["default"]), {}
     tune.tune_kernel("expand", row, torch.device("cpu"))
     tune.tune_ffn(row, torch.device("cpu"))
     assert {entry[1] for entry in row["expand"]["2"].values()} == {128}
-    assert row["ffn"]["large"] == WAYS[0]
+    assert row["ffn"]["large"] == ALGORITHMS[0]
     assert json.dumps(tiles.TABLES["default"]) == default
     changed = tune.difference({}, row)
     assert any(line.startswith("expand 2 512") and line.endswith("-> [64, 128, 4, 2]") for line in changed)

@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Routing, adapt, add_lora  # noqa: E402
-from kernels import GATINGS, operators  # noqa: E402
-from kernels.backend import RESOLVED  # noqa: E402
+from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, add_lora  # noqa: E402
+from kernels import GATINGS, custom_ops  # noqa: E402
+from kernels.dispatch import RESOLVED  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -108,11 +108,11 @@ def operations(monkeypatch):
     ran = []
     for name in ("lora_moe", "lora_moe_packed"):
 
-        def counted(*arguments, name=name, original=getattr(operators, name)):
+        def counted(*arguments, name=name, original=getattr(custom_ops, name)):
             ran.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(operators, name, counted)
+        monkeypatch.setattr(custom_ops, name, counted)
     return ran
 
 
@@ -164,7 +164,8 @@ class TestFused:
             vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
             routing = adapt(vit, CONFIGS["ase"], len(IMAGES), site, kernel=kernel)
             spread(vit)
-            assert all(layer.fused == (site == "fc1" and kernel == "triton") for layer in routing.layers)
+            layers = [block.get_submodule(f"mlp.{site}") for block in vit.blocks]
+            assert all(layer.fused == (site == "fc1" and kernel == "triton") for layer in layers)
             routing.assign(IMAGES)
             y = vit.encode(vit.embed(torch.randn(sum(IMAGES), 3, 16, 16)))
             loss = F.mse_loss(y, torch.randn(y.shape)) + routing.mi_loss()
@@ -283,10 +284,11 @@ class TestNewestWeights:
 
     def test_are_copied_once_for_each_pass_and_the_frozen_ones_once_for_all(self, x, copies):
         layer = layer_on(Mlp())
+        Packing(layer).pack()
         assert copies == {"fill_frozen": 1, "fill": 1}
         optimizer = torch.optim.SGD(adapters(layer), 0.1)
         for step in range(3):
-            layer.routing.assign(IMAGES)
+            Packing(layer).pack()
             for _ in range(2):  # two batches for one step
                 layer(x).sum().backward()
                 layer.routing.mi_loss()
@@ -308,8 +310,8 @@ class TestNewestWeights:
     def test_are_in_the_type_that_the_module_was_moved_to(self, dtype, layer, x):
         layer(x)
         layer.to(dtype)
-        layer.routing.assign(IMAGES)
-        assert {t.dtype for t in layer.frozen.packed.tensors} == {dtype}
+        Packing(layer).pack()
+        assert {t.dtype for t in layer.packing.packed.tensors} == {dtype}
         if dtype == torch.float16:  # the interpreter multiplies bf16 wrongly
             y, plain = layer(x.to(dtype)), as_reference(layer, x.to(dtype))["y"]
             assert y.dtype == dtype
@@ -320,8 +322,8 @@ class TestNewestWeights:
     def test_are_in_autocast_s_type_within_it_and_in_their_own_without(self, dtype, layer, x):
         before = results(layer, x)
         with torch.autocast("cpu", dtype):
-            layer.routing.assign(IMAGES)
-            assert {t.dtype for t in layer.frozen.packed.tensors} == {dtype}
+            Packing(layer).pack()
+            assert {t.dtype for t in layer.packing.packed.tensors} == {dtype}
             if dtype == torch.float16:
                 within = results(layer, x)
                 assert within["y"].dtype == dtype and within["lora_A"].dtype == within["x"].dtype == torch.float32
@@ -334,7 +336,7 @@ class TestNewestWeights:
     def test_of_a_copy_are_its_own(self, layer, x):
         before = results(layer, x)
         twin = copy.deepcopy(layer)
-        assert twin.frozen.base is twin.base
+        assert twin.packing is not layer.packing
         with torch.no_grad():
             twin.lora_B.mul_(2)
             twin.base.fc1.weight.mul_(2)
@@ -349,6 +351,7 @@ class TestNewestWeights:
         layer = spread(LoRAMoE(Mlp().requires_grad_(False), (WIDTH, OUT), CONFIGS["ase"], routing, 0))
         with mode():
             routing.assign(IMAGES)
+            Packing(layer).pack()
             y = layer(x)
             routing._mean_probs.clear()
         trained = results(layer, x)
@@ -359,7 +362,7 @@ class TestNewestWeights:
 def test_a_whole_vit_with_plain_lora_beside_has_the_gradients_of_the_reference():
     """LoRA on the attention, the fused FFN behind it: the gradient passes through both."""
     vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
-    routing = adapt(vit, CONFIGS["topk"], len(IMAGES), kernel="triton")
+    adapt(vit, CONFIGS["topk"], len(IMAGES), kernel="triton")
     add_lora(vit, 2, ())
     spread(vit)
     images = torch.randn(sum(IMAGES), 3, 16, 16)
@@ -373,5 +376,5 @@ def test_a_whole_vit_with_plain_lora_beside_has_the_gradients_of_the_reference()
         loss = F.mse_loss(y, weight) + model.blocks[0].mlp.routing.mi_loss()
         loss.backward()
         found.append({"y": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert routing.layers[0].fused and not twin.blocks[0].mlp.fused
+    assert vit.blocks[0].mlp.fused and not twin.blocks[0].mlp.fused
     assert_close(*found)

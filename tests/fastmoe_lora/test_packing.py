@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastmoe_lora import MoEConfig, adapt
+from fastmoe_lora import MoEConfig, Packing, adapt
 from model import ViT, ViTConfig
 
 IMAGES, WIDTH = [2, 1], 16
@@ -56,14 +56,14 @@ def assert_same(twins, x):
     assert twins[0].fused and (ours - right).norm() <= 1e-5 * part.norm()
 
 
-@pytest.mark.parametrize("assigned", [True, False], ids=["assigned each step", "assigned once"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed each step", "never packed"])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_steps_of_every_optimiser_are_seen(twins, x, name, assigned):
+def test_steps_of_every_optimiser_are_seen(twins, x, name, packed):
     optimisers = [OPTIMISERS[name](trainable(layer)) for layer in twins]
     for _ in range(3):
         for layer, optimiser in zip(twins, optimisers, strict=True):
-            if assigned:
-                layer.routing.assign(IMAGES)
+            if packed:
+                Packing(layer).pack()
             optimiser.zero_grad()
             layer(x).square().sum().backward()
             optimiser.step()
@@ -81,10 +81,10 @@ def test_changes_by_way_of_data_are_seen(twins, x):
     assert_same(twins, x)
 
 
-def test_a_state_loaded_after_assign_is_seen(twins, x):
+def test_a_state_loaded_after_packing_is_seen(twins, x):
     state = {name: 2 * value for name, value in twins[1].state_dict().items()}
     for layer in twins:
-        layer.routing.assign(IMAGES)
+        Packing(layer).pack()
         layer.load_state_dict(state)
     assert_same(twins, x)
 
@@ -108,13 +108,13 @@ def test_a_checkpointed_pass_packs_again_within_backward(twins, x):
         assert (ours - right).norm() <= 1e-5 * right.norm()
 
 
-def test_a_pass_after_assign_copies_nothing(twins, x, monkeypatch):
+def test_a_pass_after_packing_copies_nothing(twins, x, monkeypatch):
     from kernels.packed import Packed
 
     layer, copied, fill = twins[0], [], Packed.fill
     monkeypatch.setattr(Packed, "fill", lambda self, *args: (copied.append(self), fill(self, *args)))
-    layer.routing.assign(IMAGES)
+    Packing(layer).pack()
     layer(x)
     assert len(copied) == 1
-    layer(x)  # who does not assign pays a copy for every pass
+    layer(x)  # an eager pass that nobody packed for copies
     assert len(copied) == 2

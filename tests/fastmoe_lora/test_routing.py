@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from fastmoe_lora import Routing, RoutingStatistics, mutual_information_loss
-from kernels import TaskRows
+from kernels import TaskSegments
 
 CPU = torch.device("cpu")
 
@@ -100,9 +100,9 @@ def recorded(images: list[int], *layers: Tensor) -> Routing:
     """A routing after a forward pass in which layer l had the mean probabilities ``layers[l]``."""
     routing = Routing(len(images))
     routing.assign(images)
-    rows = routing.rows(sum(images), CPU)
+    segments = routing.segments(sum(images), CPU)
     for layer, mean_probs in enumerate(layers):
-        routing.record(layer, torch.zeros(sum(images), mean_probs.shape[1]), mean_probs, rows)
+        routing.record(layer, torch.zeros(sum(images), mean_probs.shape[1]), mean_probs, segments)
     return routing
 
 
@@ -125,7 +125,7 @@ class TestRoutingMILoss:
     def test_is_of_the_last_forward_pass(self):
         old, new = random_probs(2, 4, seed=1), random_probs(2, 4, seed=2)
         routing = recorded([1, 1], old)
-        routing.record(0, torch.zeros(2, 4), new, routing.rows(2, CPU))
+        routing.record(0, torch.zeros(2, 4), new, routing.segments(2, CPU))
         torch.testing.assert_close(routing.mi_loss(), naive_loss(new), rtol=1e-12, atol=1e-14)
 
     def test_keeps_no_graph_alive(self):
@@ -158,7 +158,7 @@ class TestRoutingStatistics:
     def statistics(self, passes):
         statistics = RoutingStatistics()
         for layer, counts, gates in passes:
-            statistics.add(layer, gates, TaskRows.of(counts, CPU))
+            statistics.add(layer, gates, TaskSegments.of(counts, CPU))
         return statistics
 
     def test_equal_naive_counts_over_several_batches(self, passes, statistics):
@@ -185,23 +185,23 @@ class TestRoutingStatistics:
         assert mass[:, [0, 2], -1].lt(1).all()
 
     def test_layers_come_in_their_order_and_not_in_that_of_the_calls(self):
-        statistics, rows = RoutingStatistics(), TaskRows.of((2,), CPU)
+        statistics, segments = RoutingStatistics(), TaskSegments.of((2,), CPU)
         for layer in (2, 0, 1):
-            statistics.add(layer, torch.full((2, 3), float(layer)), rows)
+            statistics.add(layer, torch.full((2, 3), float(layer)), segments)
         assert statistics.compute()[0][:, 0, 0].tolist() == [0, 1, 2]
 
     def test_are_fed_by_the_routing_only_when_asked_for(self):
         routing = recorded([1, 1])
-        gates, mean_probs, rows = torch.ones(2, 3), random_probs(2, 3), routing.rows(2, CPU)
-        routing.record(0, gates, mean_probs, rows)
+        gates, mean_probs, segments = torch.ones(2, 3), random_probs(2, 3), routing.segments(2, CPU)
+        routing.record(0, gates, mean_probs, segments)
         routing.statistics = RoutingStatistics()
-        routing.record(0, 3 * gates, mean_probs, rows)
+        routing.record(0, 3 * gates, mean_probs, segments)
         assert routing.statistics.compute()[0].eq(3).all()
 
     def test_hold_no_graph(self):
         gates = torch.ones(2, 3, requires_grad=True) * 1
         statistics = RoutingStatistics()
-        statistics.add(0, gates, TaskRows.of((2,), CPU))
+        statistics.add(0, gates, TaskSegments.of((2,), CPU))
         assert not statistics.compute()[0].requires_grad
 
 
@@ -219,32 +219,32 @@ class TestRoutingRows:
     def test_every_image_has_equally_many_tokens(self, images, tokens, counts, offsets):
         routing = Routing(len(images))
         routing.assign(images)
-        rows = routing.rows(tokens, CPU)
-        assert rows.counts == counts
-        assert rows.offsets.tolist() == offsets
-        assert rows.offsets.dtype == torch.int32
+        segments = routing.segments(tokens, CPU)
+        assert segments.counts == counts
+        assert segments.offsets.tolist() == offsets
+        assert segments.offsets.dtype == torch.int32
 
     def test_follow_the_latest_assignment(self):
         routing = Routing(2)
         for images, counts in [([1, 2], (2, 4)), ([2, 1], (4, 2))]:
             routing.assign(images)
-            assert routing.rows(6, CPU).counts == counts
+            assert routing.segments(6, CPU).counts == counts
 
     def test_without_an_assignment_are_an_error(self):
         with pytest.raises(ValueError, match=r"assign\(\)"):
-            Routing(2).rows(10, CPU)
+            Routing(2).segments(10, CPU)
 
     def test_of_an_empty_assignment_are_an_error(self):
         routing = Routing(2)
         routing.assign([0, 0])
         with pytest.raises(ValueError, match=r"0 images.*assign\(\)"):
-            routing.rows(10, CPU)
+            routing.segments(10, CPU)
 
     def test_of_tokens_that_do_not_divide_are_an_error(self):
         routing = Routing(2)
         routing.assign([2, 1])
         with pytest.raises(ValueError, match="10 tokens do not divide among the assigned 3 images"):
-            routing.rows(10, CPU)
+            routing.segments(10, CPU)
 
     @pytest.mark.parametrize("images", [[], [1], [1, 1, 1]], ids=str)
     def test_one_count_for_each_task_or_an_error(self, images):

@@ -1,4 +1,4 @@
-"""The adapted FFN as one operation: every way of computing it against fp64, and what it saves, keeps and repeats.
+"""The adapted FFN as one operation: every algorithm of computing it against fp64, and what it saves, keeps and repeats.
 
 Without a GPU the kernels run in Triton's interpreter, on the CPU; with one, the same tests run on it, in bf16 too.
 """
@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import GATINGS, Gating, TaskRows, UserError, operators  # noqa: E402
-from kernels.ffn import WAYS, ffn_reference  # noqa: E402
+from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops  # noqa: E402
+from kernels.ffn import ALGORITHMS, ffn_reference  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
 from kernels.reference import router_logits  # noqa: E402
 
@@ -29,7 +29,7 @@ BF16 = pytest.param(
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 EVERY_HALF = pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 EVERY_GATING = pytest.mark.parametrize("gating", GATINGS)
-EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS)
 WITH_SHARED = ("ase", "naive-shared")
 RESULTS = ("y", "g", "P", "dx", "dA", "dB", "drouters")
 
@@ -61,7 +61,7 @@ class FFN:
     A and B are rounded to that type, so that casting them, which every implementation does, is exact."""
 
     gating: Gating
-    rows: TaskRows
+    segments: TaskSegments
     linears: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     leaves: list[Tensor]  # x, A, B, routers
     cotangents: tuple[Tensor, Tensor]  # of y and P: neither drowns the other in dz
@@ -74,9 +74,9 @@ class FFN:
         self.packed.fill_frozen(*self.linears)
         self.packed.fill(*adapters)
 
-    def forward(self, way, x=None, leaves=None):
+    def forward(self, algorithm, x=None, leaves=None):
         x, a, b, routers = leaves or self.leaves if x is None else (x, *self.leaves[1:])
-        return operators.lora_moe_packed(x, self.packed, (a, b), routers, self.rows, self.gating, way)
+        return custom_ops.lora_moe_packed(x, self.packed, (a, b), routers, self.segments, self.gating, algorithm)
 
     def reference(self, dtype):
         """The results of PyTorch with x, the weights and the sums in ``dtype``, A, B and the routers no less exact."""
@@ -85,10 +85,10 @@ class FFN:
             leaf.detach().to(dtype if place == 0 else exact).requires_grad_() for place, leaf in enumerate(self.leaves)
         ]
         linears = tuple(tuple(tensor.to(dtype) for tensor in linear) for linear in self.linears)
-        return self.results(ffn_reference(x, linears, (a, b), routers, self.rows, self.gating), leaves)
+        return self.results(ffn_reference(x, linears, (a, b), routers, self.segments, self.gating), leaves)
 
-    def __call__(self, way):
-        return self.results(self.forward(way), self.leaves)
+    def __call__(self, algorithm):
+        return self.results(self.forward(algorithm), self.leaves)
 
     def results(self, outputs, leaves):
         y, g, p = outputs
@@ -115,13 +115,13 @@ def make(gating, shape, dtype=torch.float32, device=None):
         linears = tuple(
             (normal(n, m, scale=m**-0.5, type=dtype), normal(n, type=dtype)) for n, m in ((hidden, d), (width, hidden))
         )
-        rows = TaskRows.of(counts, device)
+        segments = TaskSegments.of(counts, device)
         dp = normal(tasks, columns) * torch.tensor(counts, device=device)[:, None] * columns
         leaves = [leaf.requires_grad_() for leaf in (x, a.float(), b.float(), routers)]
-        z = router_logits(x.detach().double(), routers.detach().double(), rows)
+        z = router_logits(x.detach().double(), routers.detach().double(), segments)
         ranked = z[:, : experts - gate.shared].sort(descending=True).values
         if gate.k == experts - gate.shared or (ranked[:, gate.k - 1] - ranked[:, gate.k]).min() > 5e-5:
-            return FFN(gate, rows, linears, leaves, (normal(tokens, width, type=dtype), dp))
+            return FFN(gate, segments, linears, leaves, (normal(tokens, width, type=dtype), dp))
     raise AssertionError("no seed gives a clear selection")
 
 
@@ -153,22 +153,22 @@ def assert_same_bits(actual, expected, names=RESULTS):
 class TestAccuracy:
     @EVERY_SHAPE
     @EVERY_GATING
-    @EVERY_WAY
-    def test_in_fp32(self, way, gating, shape):
+    @EVERY_ALGORITHM
+    def test_in_fp32(self, algorithm, gating, shape):
         ffn = make(gating, shape)
         exact, plain = ffn.reference(torch.float64), ffn.reference(torch.float32)
         allowed = {name: max(FP32_ERROR, TIMES_PYTORCH_ONCE * error) for name, error in errors(plain, exact).items()}
-        assert too_large(errors(ffn(way), exact), allowed) == {}
+        assert too_large(errors(ffn(algorithm), exact), allowed) == {}
 
     @EVERY_HALF
-    @EVERY_WAY
-    def test_in_half_precision_is_pytorch_s(self, way, dtype):
+    @EVERY_ALGORITHM
+    def test_in_half_precision_is_pytorch_s(self, algorithm, dtype):
         pairs = []
         for gating in GATINGS:
             for shape in SHAPES:
                 ffn = make(gating, shape, dtype)
                 exact = ffn.reference(torch.float64)
-                pairs.append((errors(ffn(way), exact), errors(ffn.reference(dtype), exact)))
+                pairs.append((errors(ffn(algorithm), exact), errors(ffn.reference(dtype), exact)))
                 allowed = {n: max(torch.finfo(dtype).eps / 4, TIMES_PYTORCH_ONCE * e) for n, e in pairs[-1][1].items()}
                 assert too_large(pairs[-1][0], allowed) == {}, (gating, shape)
         ours, plain = (
@@ -183,7 +183,7 @@ class TestAccuracy:
         ffn = make(gating, ((5, 2, 2, 2), (3, 0, 2), (8, 16, 24)))
         experts, rank = 5, 2
         shape = experts, ffn.gating.k, ffn.gating.shared, rank
-        problem = make_problem(gating, shape, ffn.rows.counts, d_in=8, d_out=24)
+        problem = make_problem(gating, shape, ffn.segments.counts, d_in=8, d_out=24)
         x, problem.a, problem.b, problem.routers = leaves = [
             leaf.detach().double().cpu().requires_grad_() for leaf in ffn.leaves
         ]
@@ -198,34 +198,34 @@ class TestAccuracy:
 
     def test_the_ways_differ_in_the_rounding_of_products_alone(self):
         ffn = make("topk", SHAPES[3])
-        first, *others = (ffn(way) for way in WAYS)
+        first, *others = (ffn(algorithm) for algorithm in ALGORITHMS)
         for other in others:
             assert_same_bits(other, first, ("g", "P"))
             # Two fp32 sums in different orders, each as exact as FP32_ERROR promises.
             assert too_large(errors(other, first), dict.fromkeys(RESULTS, 2 * FP32_ERROR)) == {}
 
-    @EVERY_WAY
-    def test_no_tokens_at_all(self, way, device):
+    @EVERY_ALGORITHM
+    def test_no_tokens_at_all(self, algorithm, device):
         tokens, adapters = torch.zeros(0, 24, device=device), [(8, 24), (40, 8), (2, 4, 24)]
         a, b, routers = (torch.randn(size, device=device) for size in adapters)
         leaves = [leaf.requires_grad_() for leaf in (tokens, a, b, routers)]
         weights = torch.randn(16, 24, device=device), torch.randn(40, 16, device=device)
         linears = tuple((weight, weight[:, 0].clone()) for weight in weights)
         dy, dp = torch.zeros(0, 40, device=device), torch.ones(2, 4, device=device)
-        results = FFN(Gating("ase", 1, 1), TaskRows.of((0, 0), device), linears, leaves, (dy, dp))(way)
+        results = FFN(Gating("ase", 1, 1), TaskSegments.of((0, 0), device), linears, leaves, (dy, dp))(algorithm)
         assert results["y"].shape == (0, 40) and results["g"].shape == (0, 4) and results["dx"].shape == (0, 24)
         assert all(results[name].eq(0).all() for name in ("P", "dA", "dB", "drouters"))
 
 
-@EVERY_WAY
+@EVERY_ALGORITHM
 class TestGradients:
     @EVERY_DTYPE
-    def test_have_the_types_of_what_they_belong_to(self, way, dtype):
-        results = make("naive-shared", SHAPES[1], dtype)(way)
+    def test_have_the_types_of_what_they_belong_to(self, algorithm, dtype):
+        results = make("naive-shared", SHAPES[1], dtype)(algorithm)
         assert [results[name].dtype for name in RESULTS] == [dtype, *[torch.float32] * 2, dtype, *[torch.float32] * 3]
 
     @EVERY_DTYPE
-    def test_are_the_same_bits_in_every_run_and_every_pass_back(self, way, dtype):
+    def test_are_the_same_bits_in_every_run_and_every_pass_back(self, algorithm, dtype):
         ffn = make("ase", SHAPES[0], dtype)
         saved = {}
 
@@ -234,63 +234,63 @@ class TestGradients:
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            y, g, p = ffn.forward(way)
+            y, g, p = ffn.forward(algorithm)
         cotangents = [weight.to(output.dtype) for weight, output in zip(ffn.cotangents, (y, p), strict=True)]
         before = [weight.clone() for weight in cotangents]
         once, twice = (torch.autograd.grad((y, p), ffn.leaves, cotangents, retain_graph=True) for _ in range(2))
         first = dict(zip(RESULTS, (y, g, p, *once), strict=True))
         assert_same_bits(dict(zip(RESULTS, (y, g, p, *twice), strict=True)), first)
-        assert_same_bits(ffn(way), first)
+        assert_same_bits(ffn(algorithm), first)
         assert saved and all(torch.equal(tensor, was) for tensor, was in saved.values())
         assert all(torch.equal(weight, was) for weight, was in zip(cotangents, before, strict=True))
 
-    def test_do_not_depend_on_strides(self, way, ffn):
+    def test_do_not_depend_on_strides(self, algorithm, ffn):
         (dy, dp), x = ffn.cotangents, ffn.leaves[0].detach()
-        expected = ffn(way)
+        expected = ffn(algorithm)
         apart = torch.cat([x, x + 1], 1)[:, : x.shape[1]].requires_grad_()
         columns = x.t().contiguous().t().requires_grad_()
         for layout in (apart, columns):
             assert not layout.is_contiguous()
             ffn.leaves[0] = layout
             for ffn.cotangents in ((dy, dp), (torch.cat([dy, dy + 1], 1)[:, : dy.shape[1]], dp.t().contiguous().t())):
-                assert_same_bits(ffn(way), expected)
+                assert_same_bits(ffn(algorithm), expected)
 
-    def test_of_a_sum_whose_cotangents_are_one_row_expanded(self, way, ffn):
-        rows = [weight[:1].expand_as(weight) for weight in ffn.cotangents]
-        ffn.cotangents = [row.contiguous() for row in rows]
-        expected = ffn(way)
-        ffn.cotangents = rows
-        assert_same_bits(ffn(way), expected)
-        y = ffn.forward(way)[0]
+    def test_of_a_sum_whose_cotangents_are_one_row_expanded(self, algorithm, ffn):
+        segments = [weight[:1].expand_as(weight) for weight in ffn.cotangents]
+        ffn.cotangents = [row.contiguous() for row in segments]
+        expected = ffn(algorithm)
+        ffn.cotangents = segments
+        assert_same_bits(ffn(algorithm), expected)
+        y = ffn.forward(algorithm)[0]
         ffn.cotangents = torch.ones_like(y), torch.zeros_like(ffn.cotangents[1])
-        assert torch.equal(torch.autograd.grad(y.sum(), ffn.leaves[0])[0], ffn(way)["dx"])
+        assert torch.equal(torch.autograd.grad(y.sum(), ffn.leaves[0])[0], ffn(algorithm)["dx"])
 
-    def test_through_y_alone_or_p_alone_are_enough(self, way, ffn):
+    def test_through_y_alone_or_p_alone_are_enough(self, algorithm, ffn):
         dy, dp = ffn.cotangents
         for output, weight, both in ((0, dy, (dy, 0 * dp)), (2, dp, (0 * dy, dp))):
             ffn.cotangents = both
-            expected = ffn(way)
-            actual = torch.autograd.grad(ffn.forward(way)[output], ffn.leaves, weight)
+            expected = ffn(algorithm)
+            actual = torch.autograd.grad(ffn.forward(algorithm)[output], ffn.leaves, weight)
             assert_same_bits(dict(zip(RESULTS[3:], actual, strict=True)), expected, RESULTS[3:])
 
-    def test_of_a_checkpointed_pass_are_those_of_a_plain_one(self, way, ffn):
-        outputs = checkpoint(lambda *leaves: ffn.forward(way, leaves=leaves), *ffn.leaves, use_reentrant=False)
-        assert_same_bits(ffn.results(outputs, ffn.leaves), ffn(way))
+    def test_of_a_checkpointed_pass_are_those_of_a_plain_one(self, algorithm, ffn):
+        outputs = checkpoint(lambda *leaves: ffn.forward(algorithm, leaves=leaves), *ffn.leaves, use_reentrant=False)
+        assert_same_bits(ffn.results(outputs, ffn.leaves), ffn(algorithm))
 
-    def test_leave_the_packed_weights_as_they_are(self, way, ffn):
+    def test_leave_the_packed_weights_as_they_are(self, algorithm, ffn):
         before = [tensor.clone() for tensor in ffn.packed.tensors]
-        ffn(way)
+        ffn(algorithm)
         assert all(torch.equal(tensor, was) for tensor, was in zip(ffn.packed.tensors, before, strict=True))
 
 
 @EVERY_DTYPE
 @EVERY_GATING
-@EVERY_WAY
-def test_saved_beside_the_weights_are_x_u_h_and_the_logits(way, gating, dtype):
+@EVERY_ALGORITHM
+def test_saved_beside_the_weights_are_x_u_h_and_the_logits(algorithm, gating, dtype):
     """To the byte, so neither gelu(u) nor anything else of its width is kept."""
     (experts, _, _, rank), counts, (_, hidden, _) = shape = SHAPES[0]
     ffn = make(gating, shape, dtype)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*ffn.leaves, *ffn.packed.tensors, ffn.rows.offsets)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*ffn.leaves, *ffn.packed.tensors, ffn.segments.offsets)}
     saved = {}
 
     def keep(tensor):
@@ -298,7 +298,7 @@ def test_saved_beside_the_weights_are_x_u_h_and_the_logits(way, gating, dtype):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = ffn.forward(way)
+        outputs = ffn.forward(algorithm)
     assert {leaf.untyped_storage().data_ptr() for leaf in ffn.leaves} <= saved.keys() and outputs[0].requires_grad
     extra = sum(size for place, size in saved.items() if place not in known)
     columns = ffn.gating.router_columns(experts)
@@ -313,23 +313,23 @@ class TestOperators:
     EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
     @staticmethod
-    def arguments(ffn, way):
-        return *ffn.packed.tensors, ffn.rows.offsets, ffn.rows.counts, *vars(ffn.gating).values(), way
+    def arguments(ffn, algorithm):
+        return *ffn.packed.tensors, ffn.segments.offsets, ffn.segments.counts, *vars(ffn.gating).values(), algorithm
 
     @EVERY_CASE
     def test_forward(self, case):
-        *rest, way = case
+        *rest, algorithm = case
         ffn = make(*rest)
-        torch.library.opcheck(operators.lora_moe_packed_op, (*ffn.leaves, *self.arguments(ffn, way)))
+        torch.library.opcheck(custom_ops.lora_moe_packed_op, (*ffn.leaves, *self.arguments(ffn, algorithm)))
 
     @EVERY_CASE
     def test_backward(self, case):
-        *rest, way = case
+        *rest, algorithm = case
         ffn = make(*rest)
         x, *adapters = (leaf.detach() for leaf in ffn.leaves)
-        *_, h, z, u = operators.lora_moe_packed_op(x, *adapters, *self.arguments(ffn, way))
-        arguments = *ffn.cotangents, x, u, h, z, *adapters, *self.arguments(ffn, way)
-        torch.library.opcheck(operators.lora_moe_packed_backward_op, arguments)
+        *_, h, z, u = custom_ops.lora_moe_packed_op(x, *adapters, *self.arguments(ffn, algorithm))
+        arguments = *ffn.cotangents, x, u, h, z, *adapters, *self.arguments(ffn, algorithm)
+        torch.library.opcheck(custom_ops.lora_moe_packed_backward_op, arguments)
 
 
 class TestRefusals:

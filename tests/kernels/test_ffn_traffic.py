@@ -8,9 +8,9 @@ import torch
 import triton
 
 from bench.traffic import Traffic, counting
-from kernels import Gating, TaskRows
-from kernels.ffn import WAYS
-from kernels.operators import lora_moe_packed
+from kernels import Gating, TaskSegments
+from kernels.custom_ops import lora_moe_packed
+from kernels.ffn import ALGORITHMS
 from kernels.packed import Packed
 
 pytestmark = pytest.mark.skipif(
@@ -23,12 +23,12 @@ D, F = 384, 768
 POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (16, 3, 1, 16)]  # the paper's (N, k, S, r), and R = 256
 pools = pytest.mark.parametrize("shape", POOLS, ids=lambda shape: "/".join(map(str, shape)))
 
-SHRINK, GELU, RANK, GRAM = "route_shrink_kernel", "gelu_kernel", "grad_rank_kernel", "gram_kernel"
+SHRINK, GELU, GATE, WEIGHT_GRAD = "route_shrink_kernel", "gelu_kernel", "gate_backward_kernel", "weight_grad_kernel"
 MATMUL, EXPAND, EXPAND_BACKWARD = "matmul_kernel", "expand_kernel", "expand_backward_kernel"
 
 
 @cache
-def measure(shape, way="columns", gating="ase", counts=(32,) * TASKS) -> tuple[Traffic, Traffic]:
+def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS) -> tuple[Traffic, Traffic]:
     """(forward, backward) in fp16 with fp32 adapters, D wide on both sides."""
     experts, k, shared, rank = shape
     rng, tokens, gate = torch.Generator().manual_seed(0), sum(counts), Gating(gating, k, shared)
@@ -43,9 +43,9 @@ def measure(shape, way="columns", gating="ase", counts=(32,) * TASKS) -> tuple[T
     packed.fill(a, b, routers)
     leaves = [leaf.requires_grad_() for leaf in (x, a, b, routers)]
     dy, dp = torch.ones(tokens, D, dtype=torch.float16), torch.ones(routers.shape[:2])
-    rows = TaskRows.of(tuple(counts), x.device)
+    segments = TaskSegments.of(tuple(counts), x.device)
     with counting(tokens) as forward:
-        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, rows, gate, way)
+        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, segments, gate, algorithm)
     with counting(tokens) as backward:
         torch.autograd.grad((y, mean_probs), leaves, (dy, dp))
     return forward, backward
@@ -73,35 +73,35 @@ def test_two_launches_forward_and_four_backward_where_pytorch_makes_the_products
     """Of these GELU's, one each, replace PyTorch's own."""
     forward, backward = measure(shape, gating=gating)
     assert forward.launches == Counter([SHRINK, GELU])
-    assert backward.launches == Counter([GELU, RANK, GRAM, GRAM])
+    assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD])
     assert forward.atomics == backward.atomics == 0
 
 
-def test_the_other_ways_launch_one_more_each_way():
-    """In way ``matmul`` it replaces a product of PyTorch's."""
-    for way, up, down in (("matmul", MATMUL, MATMUL), ("expand", EXPAND, EXPAND_BACKWARD)):
-        forward, backward = measure(POOLS[0], way)
+def test_the_other_algorithms_launch_one_more_each_way():
+    """In algorithm ``matmul`` it replaces a product of PyTorch's."""
+    for algorithm, up, down in (("matmul", MATMUL, MATMUL), ("expand", EXPAND, EXPAND_BACKWARD)):
+        forward, backward = measure(POOLS[0], algorithm)
         assert forward.launches == Counter([SHRINK, GELU, up])
-        assert backward.launches == Counter([GELU, RANK, GRAM, GRAM, down])
+        assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, down])
         assert forward.atomics == backward.atomics == 0
 
 
 @pools
-@pytest.mark.parametrize("way", WAYS)
-def test_pytorch_makes_the_products_and_touches_no_token_besides(way, shape):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_pytorch_makes_the_products_and_touches_no_token_besides(algorithm, shape):
     """Two forward and two backward, as the frozen FFN alone, but with LoRA's columns; no copy, cast, cat or add."""
     ranks, columns = shape[0] * shape[3], TASKS * shape[0]
-    products = {  # columns of the operand and of the result; the other two of way matmul are ours
+    products = {  # columns of the operand and of the result; the other two of algorithm matmul are ours
         "columns": ((D, F), (F + ranks, D), (D, F + ranks), (F + ranks + columns, D)),
         "matmul": ((D, F), None, (D, F + ranks), None),
         "expand": ((D, F), (F, D), (D, F), (F, D)),
-    }[way]
+    }[algorithm]
     expected = [Counter(), Counter()]  # bytes per token
     names = ("aten.linear.default",) * 2 + ("aten.mm.out", "aten.mm.default")
     for half, name, shapes in zip((0, 0, 1, 1), names, products, strict=True):
-        for width, what in zip(shapes or (), ("read", "written"), strict=True):
+        for width, what in zip(shapes or (), ("read", "written"), strict=False):
             expected[half][name, f"{TOKENS}x{width}", what] += width * HALF
-    assert [Counter(of_pytorch(half)) for half in measure(shape, way)] == expected
+    assert [Counter(of_pytorch(half)) for half in measure(shape, algorithm)] == expected
 
 
 @pools
@@ -117,10 +117,10 @@ def test_memory_sees_the_compulsory_bytes_and_what_is_known_besides(shape):
     experts, ranks = shape[0], shape[0] * shape[3]
     wide, rank, gates, spread = D * HALF, ranks * HALF, experts * FULL, TASKS * experts * HALF
     shrink = wide + 2 * rank + gates  # x -> H, H', g (or z)
-    grad_rank = 2 * rank + gates + rank + gates + spread  # dH', H, g (or z) -> dH, dz, dz in columns
-    grams = wide + rank + wide + rank + gates  # dY, H'; x, dH, dz
+    gate_backward = 2 * rank + gates + rank + gates + spread  # dH', H, g (or z) -> dH, dz, dz in columns
+    weight_grads = wide + rank + wide + rank + gates  # dY, H'; x, dH, dz
     gelu = 5 * F * HALF
-    compulsory = shrink + grad_rank + grams + gelu
+    compulsory = shrink + gate_backward + weight_grads + gelu
     # z beside g, which statistics look at; H' anew, since only H is kept between the passes.
     besides = gates + rank
     measured = sum(of_kernels(half) for half in measure(shape))
@@ -129,11 +129,11 @@ def test_memory_sees_the_compulsory_bytes_and_what_is_known_besides(shape):
 
 
 @pools
-def test_no_byte_is_moved_twice_in_a_launch_but_rank_space_once_per_column_tile_of_gram(shape):
+def test_no_byte_is_moved_twice_in_a_launch_but_rank_space_once_per_column_tile_of_weight_grad(shape):
     for half in measure(shape):
         for key, issued in half.issued.items():
             kernel, name, _ = key
-            times = half.grids[kernel][0] if kernel.startswith("gram") and name in ("narrow", "logits") else 1
+            times = half.grids[kernel][0] if kernel.startswith("weight_grad") and name in ("narrow", "logits") else 1
             assert issued == times * half.distinct[key], f"{key}\n{half}"
 
 

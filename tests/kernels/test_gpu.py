@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import Gating, TaskRows, lora_moe  # noqa: E402
-from kernels.ffn import WAYS, ffn_reference  # noqa: E402
+from fastmoe_lora import Packing  # noqa: E402
+from kernels import Gating, TaskSegments, lora_moe  # noqa: E402
+from kernels.custom_ops import lora_moe_packed  # noqa: E402
+from kernels.ffn import ALGORITHMS, ffn_reference  # noqa: E402
 from kernels.linear import linear_reference  # noqa: E402
-from kernels.operators import lora_moe_packed  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -47,7 +48,7 @@ def name(kind) -> str:
 
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=name)
-ways = pytest.mark.parametrize("way", [*WAYS, "linear"])
+algorithms = pytest.mark.parametrize("algorithm", [*ALGORITHMS, "linear"])
 base_kinds = pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=name)
 
 
@@ -56,7 +57,7 @@ class Call:
     """One forward and backward pass: its tensors, and the gradients dy of y and dp of P that come back."""
 
     gating: Gating
-    rows: TaskRows
+    segments: TaskSegments
     x: Tensor
     base: Tensor
     a: Tensor
@@ -70,7 +71,7 @@ class Call:
         return self.x, self.a, self.b, self.routers
 
     def forward(self, kernel: str = "triton") -> tuple[Tensor, Tensor, Tensor]:
-        return lora_moe(self.x, self.base, (self.a, self.b), self.routers, self.rows, self.gating, kernel=kernel)
+        return lora_moe(self.x, self.base, (self.a, self.b), self.routers, self.segments, self.gating, kernel=kernel)
 
     def exact_base(self, x: Tensor) -> Tensor:
         return self.base.double()
@@ -85,7 +86,7 @@ class Call:
         """The same in fp64, with ``selected`` (T, N - S) for the top-k: a logit that rounds to the other side of
         another selects other experts, which is no error of arithmetic and would drown all that are."""
         x, a, b, routers = (leaf.detach().double().requires_grad_() for leaf in self.leaves)
-        runs = zip(x.split(self.rows.counts), routers, strict=True)
+        runs = zip(x.split(self.segments.counts), routers, strict=True)
         z = torch.cat([run @ router.T for run, router in runs])
         if self.gating.name in ("ase", "topk-renorm"):
             always = selected.new_ones(len(x), self.gating.shared)
@@ -93,7 +94,7 @@ class Call:
         else:
             g = torch.cat([z.softmax(1) * selected, z.new_ones(len(x), self.gating.shared)], 1)
         y = self.exact_base(x) + (x @ a.T * g.repeat_interleave(len(a) // g.shape[1], 1)) @ b.T
-        p = torch.stack([run.sum(0) / max(len(run), 1) for run in z.softmax(1).split(self.rows.counts)])
+        p = torch.stack([run.sum(0) / max(len(run), 1) for run in z.softmax(1).split(self.segments.counts)])
         gradients = torch.autograd.grad((y, p), (x, a, b, routers), (self.dy.double(), self.dp.double()))
         return dict(zip(NAMES, (y.detach(), g.detach(), p.detach(), *gradients), strict=True))
 
@@ -101,19 +102,19 @@ class Call:
 @dataclass
 class FusedCall(Call):
     """The same on the frozen fc1 and fc2 of ``linears``, or its linear layer (``base`` is not read), computed in
-    ``way``."""
+    ``algorithm``."""
 
     linears: tuple[tuple[Tensor, Tensor], ...]
     packed: Packed
-    way: str
+    algorithm: str
 
     def forward(self, kernel: str = "triton") -> tuple[Tensor, Tensor, Tensor]:
-        rest = (self.a, self.b), self.routers, self.rows, self.gating
+        rest = (self.a, self.b), self.routers, self.segments, self.gating
         if kernel == "reference" and len(self.linears) == 1:
             return linear_reference(self.x, *self.linears, *rest)
         if kernel == "reference":
             return ffn_reference(self.x, self.linears, *rest)
-        return lora_moe_packed(self.x, self.packed, *rest, self.way)
+        return lora_moe_packed(self.x, self.packed, *rest, self.algorithm)
 
     def exact_base(self, x: Tensor) -> Tensor:
         *down, up = ([t.double() for t in linear] for linear in self.linears)
@@ -122,20 +123,20 @@ class FusedCall(Call):
         return F.linear(x, *up)
 
 
-def make_fused(kind=KINDS[0], counts=COUNTS["T=1576"], way: str = "") -> FusedCall:
-    """An FFN, or a linear layer where ``way`` is "linear"."""
+def make_fused(kind=KINDS[0], counts=COUNTS["T=1576"], algorithm: str = "") -> FusedCall:
+    """An FFN, or a linear layer where ``algorithm`` is "linear"."""
     call, rng = make_call(kind, counts), torch.Generator().manual_seed(1)
     adapters, dtype = (call.a, call.b, call.routers), kind[2]
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (std * torch.randn(*size, generator=rng)).to(dtype).to(DEVICE)
 
-    widths = (WIDTH, WIDTH) if way == "linear" else (WIDTH, 4 * WIDTH, WIDTH)
+    widths = (WIDTH, WIDTH) if algorithm == "linear" else (WIDTH, 4 * WIDTH, WIDTH)
     linears = tuple((normal(n, m, std=m**-0.5), normal(n)) for m, n in pairwise(widths))
     packed = Packed.empty(widths, adapters, dtype)
     packed.fill_frozen(*linears)
     packed.fill(*adapters)
-    return FusedCall(**vars(call), linears=linears, packed=packed, way=way)
+    return FusedCall(**vars(call), linears=linears, packed=packed, algorithm=algorithm)
 
 
 def make_call(kind=KINDS[0], counts=COUNTS["T=1576"]) -> Call:
@@ -153,7 +154,7 @@ def make_call(kind=KINDS[0], counts=COUNTS["T=1576"]) -> Call:
     columns = gate.router_columns(experts)
     routers = torch.randn(TASKS, columns, WIDTH, generator=rng).mul(0.03).to(DEVICE).requires_grad_()
     dp = torch.randn(TASKS, columns, generator=rng).to(DEVICE)
-    return Call(gate, TaskRows.of(tuple(counts), DEVICE), x, base, a, b, routers, normal(tokens, WIDTH), dp)
+    return Call(gate, TaskSegments.of(tuple(counts), DEVICE), x, base, a, b, routers, normal(tokens, WIDTH), dp)
 
 
 def errors(call: Call, kernel: str) -> dict[str, float]:
@@ -195,15 +196,15 @@ def test_errors_are_those_of_the_type(kind, counts):
 
 @pytest.mark.parametrize("counts", ["T=7880", "uneven"])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], *KINDS[4:]], ids=name)
-@ways
-def test_errors_beside_packed_weights_are_those_of_the_type(way, kind, counts):
-    assert_errors_are_those_of_the_type(make_fused(kind, COUNTS[counts], way))
+@algorithms
+def test_errors_beside_packed_weights_are_those_of_the_type(algorithm, kind, counts):
+    assert_errors_are_those_of_the_type(make_fused(kind, COUNTS[counts], algorithm))
 
 
 @base_kinds
-@ways
-def test_ten_runs_beside_packed_weights_have_the_same_bits_and_never_wait(way, kind):
-    call = make_fused(kind, COUNTS["uneven"], way)
+@algorithms
+def test_ten_runs_beside_packed_weights_have_the_same_bits_and_never_wait(algorithm, kind):
+    call = make_fused(kind, COUNTS["uneven"], algorithm)
     first = call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -235,16 +236,16 @@ def test_ten_runs_have_the_same_bits(kind):
 def test_a_permutation_permutes_the_bits(kind, what):
     call = make_call(kind, COUNTS["uneven"])
     tasks = torch.randperm(TASKS) if what == "tasks" else torch.arange(TASKS)
-    runs = torch.arange(len(call.x)).split(call.rows.counts)
+    runs = torch.arange(len(call.x)).split(call.segments.counts)
     if what != "tasks":
         runs = [run[torch.randperm(len(run))] for run in runs]
     order = torch.cat([runs[t] for t in tasks]).to(DEVICE)
     tasks = tasks.to(DEVICE)
-    rows = TaskRows.of(tuple(call.rows.counts[t] for t in tasks.tolist()), DEVICE)
+    segments = TaskSegments.of(tuple(call.segments.counts[t] for t in tasks.tolist()), DEVICE)
     # The same leaves for A and B; the rest in its new order.
     moved = {key: getattr(call, key).detach()[order].requires_grad_() for key in ("x", "base", "dy")}
     moved |= {key: getattr(call, key).detach()[tasks].requires_grad_() for key in ("routers", "dp")}
-    before, after = call(), replace(call, rows=rows, **moved)()
+    before, after = call(), replace(call, segments=segments, **moved)()
     assert_same_bits(after, {key: before[key][order] for key in ("y", "g", "dx")})
 
 
@@ -381,7 +382,7 @@ def change_adapters(block) -> None:
                 p.mul_(1.5)
 
 
-def test_a_captured_layer_replays_with_the_weights_that_were_assigned():
+def test_a_captured_layer_replays_with_the_weights_that_were_packed():
     block, routing, x = make_block()
     assert block.mlp.fused
     aside = torch.cuda.Stream()
@@ -394,8 +395,9 @@ def test_a_captured_layer_replays_with_the_weights_that_were_assigned():
     with torch.cuda.graph(graph):
         captured = block_results(block, routing, x)
     before = None
+    packing = Packing(block)
     for _ in range(2):
-        routing.assign((2,) * TASKS)
+        packing.pack()
         graph.replay()
         replayed = {key: t.clone() for key, t in captured.items()}
         assert_same_bits(replayed, block_results(block, routing, x))
@@ -404,14 +406,14 @@ def test_a_captured_layer_replays_with_the_weights_that_were_assigned():
         change_adapters(block)
 
 
-def test_a_compiled_block_is_one_graph_and_uses_the_weights_that_were_assigned():
+def test_a_compiled_block_is_one_graph_and_uses_the_weights_that_were_packed():
     block, routing, x = make_block()
     torch._dynamo.reset()
     plain = copy.deepcopy(block)
     block.compile(fullgraph=True)
+    packing = Packing(block)
     for _ in range(2):
-        routing.assign((2,) * TASKS)
-        plain.mlp.routing.assign((2,) * TASKS)
+        packing.pack()
         actual = block_results(block, routing, x)
         for key, expected in block_results(plain, plain.mlp.routing, x).items():
             # fp32 sums of up to 768 products in another order.

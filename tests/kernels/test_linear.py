@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import GATINGS, Gating, TaskRows, operators  # noqa: E402
+from kernels import GATINGS, Gating, TaskSegments, custom_ops  # noqa: E402
 from kernels.linear import linear_reference  # noqa: E402
 from kernels.packed import Packed, columns_pay  # noqa: E402
 from kernels.reference import router_logits  # noqa: E402
@@ -55,7 +55,7 @@ class Layer:
     ``leaves``. A and B are rounded to that type, so that casting them, which every implementation does, is exact."""
 
     gating: Gating
-    rows: TaskRows
+    segments: TaskSegments
     linear: tuple[Tensor, Tensor]
     leaves: list[Tensor]  # x, A, B, routers
     cotangents: tuple[Tensor, Tensor]  # of y and P: neither drowns the other in dz
@@ -69,7 +69,7 @@ class Layer:
 
     def forward(self):
         x, a, b, routers = self.leaves
-        return operators.lora_moe_packed(x, self.packed, (a, b), routers, self.rows, self.gating)
+        return custom_ops.lora_moe_packed(x, self.packed, (a, b), routers, self.segments, self.gating)
 
     def __call__(self):
         return self.results(self.forward(), self.leaves)
@@ -81,7 +81,7 @@ class Layer:
             leaf.detach().to(dtype if place == 0 else exact).requires_grad_() for place, leaf in enumerate(self.leaves)
         ]
         linear = tuple(tensor.to(dtype) for tensor in self.linear)
-        return self.results(linear_reference(x, linear, (a, b), routers, self.rows, self.gating), leaves)
+        return self.results(linear_reference(x, linear, (a, b), routers, self.segments, self.gating), leaves)
 
     def results(self, outputs, leaves):
         y, g, p = outputs
@@ -104,14 +104,14 @@ def make(gating, shape, dtype=torch.float32):
 
         x, routers = normal(tokens, d), normal(tasks, columns, d, scale=1.5 * d**-0.5, type=torch.float32)
         a, b = normal(experts * rank, d, scale=d**-0.5).float(), normal(width, experts * rank).float()
-        rows = TaskRows.of(counts, DEVICE)
-        z = router_logits(x.double(), routers.double(), rows)
+        segments = TaskSegments.of(counts, DEVICE)
+        z = router_logits(x.double(), routers.double(), segments)
         ranked = z[:, : experts - gate.shared].sort(descending=True).values
         if gate.k == experts - gate.shared or not tokens or (ranked[:, gate.k - 1] - ranked[:, gate.k]).min() > 5e-5:
             linear = normal(width, d, scale=d**-0.5), normal(width)
             dp = normal(tasks, columns, type=torch.float32) * torch.tensor(counts, device=DEVICE)[:, None] * columns
             leaves = [leaf.requires_grad_() for leaf in (x, a, b, routers)]
-            return Layer(gate, rows, linear, leaves, (normal(tokens, width), dp))
+            return Layer(gate, segments, linear, leaves, (normal(tokens, width), dp))
     raise AssertionError("no seed gives a clear selection")
 
 
@@ -168,7 +168,7 @@ class TestAccuracy:
         """fp64 above is kernels.linear.linear_reference; this one shares no code with kernels/."""
         layer = make(gating, ((5, 2, 2, 2), (3, 0, 2), (8, 24)))
         shape = 5, layer.gating.k, layer.gating.shared, 2
-        problem = make_problem(gating, shape, layer.rows.counts, d_in=8, d_out=24)
+        problem = make_problem(gating, shape, layer.segments.counts, d_in=8, d_out=24)
         x, problem.a, problem.b, problem.routers = leaves = [
             leaf.detach().double().cpu().requires_grad_() for leaf in layer.leaves
         ]
@@ -234,7 +234,7 @@ def test_saved_beside_the_weights_are_x_h_and_the_logits(gating, dtype):
     (experts, _, _, rank), counts, _ = shape = SHAPES[0]
     layer = make(gating, shape, dtype)
     known = {
-        tensor.untyped_storage().data_ptr() for tensor in (*layer.leaves, *layer.packed.tensors, layer.rows.offsets)
+        tensor.untyped_storage().data_ptr() for tensor in (*layer.leaves, *layer.packed.tensors, layer.segments.offsets)
     }
     saved = {}
 
@@ -258,16 +258,16 @@ class TestOperators:
 
     @staticmethod
     def arguments(layer):
-        return *layer.packed.tensors, layer.rows.offsets, layer.rows.counts, *vars(layer.gating).values(), ""
+        return *layer.packed.tensors, layer.segments.offsets, layer.segments.counts, *vars(layer.gating).values(), ""
 
     def test_forward(self, layer):
-        torch.library.opcheck(operators.lora_moe_packed_op, (*layer.leaves, *self.arguments(layer)))
+        torch.library.opcheck(custom_ops.lora_moe_packed_op, (*layer.leaves, *self.arguments(layer)))
 
     def test_backward(self, layer):
         x, *adapters = (leaf.detach() for leaf in layer.leaves)
-        *_, h, z, u = operators.lora_moe_packed_op(x, *adapters, *self.arguments(layer))
+        *_, h, z, u = custom_ops.lora_moe_packed_op(x, *adapters, *self.arguments(layer))
         arguments = *layer.cotangents, x, u, h, z, *adapters, *self.arguments(layer)
-        torch.library.opcheck(operators.lora_moe_packed_backward_op, arguments)
+        torch.library.opcheck(custom_ops.lora_moe_packed_backward_op, arguments)
 
 
 def test_columns_pay_where_the_layer_is_wider_than_its_input():

@@ -8,8 +8,8 @@ import torch
 import triton
 
 from bench.traffic import Traffic, counting
-from kernels import Gating, TaskRows
-from kernels.operators import lora_moe_packed
+from kernels import Gating, TaskSegments
+from kernels.custom_ops import lora_moe_packed
 from kernels.packed import Packed
 
 pytestmark = pytest.mark.skipif(
@@ -37,9 +37,9 @@ def measure(shape, counts=(32,) * TASKS) -> tuple[Traffic, Traffic]:
     packed.fill_frozen((normal(D_OUT, D_IN), normal(D_OUT)))
     packed.fill(a, b, routers)
     x, a, b, routers = leaves = [leaf.requires_grad_() for leaf in (normal(tokens, D_IN).half(), a, b, routers)]
-    rows, cotangents = TaskRows.of(counts, x.device), (normal(tokens, D_OUT).half(), torch.ones(TASKS, experts))
+    segments, cotangents = TaskSegments.of(counts, x.device), (normal(tokens, D_OUT).half(), torch.ones(TASKS, experts))
     with counting(tokens) as forward:
-        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, rows, gate)
+        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, segments, gate)
     with counting(tokens) as backward:
         torch.autograd.grad((y, mean_probs), leaves, cotangents)
     return forward, backward
@@ -54,7 +54,9 @@ def of_pytorch(traffic: Traffic) -> Counter:
 def test_one_launch_forward_and_four_backward(shape):
     forward, backward = measure(shape)
     assert forward.launches == Counter(["route_shrink_kernel"])
-    assert backward.launches == Counter(["grad_rank_kernel", "gram_kernel", "gram_kernel", "expand_backward_kernel"])
+    assert backward.launches == Counter(
+        ["gate_backward_kernel", "weight_grad_kernel", "weight_grad_kernel", "expand_backward_kernel"]
+    )
     assert forward.atomics == backward.atomics == 0
 
 
@@ -78,18 +80,18 @@ def test_pytorch_copies_x_makes_two_products_and_touches_no_token_besides(shape)
 
 @pools
 def test_memory_sees_the_compulsory_bytes_and_what_is_known_besides(shape):
-    """Every pass reads what it needs and writes what the next one needs, once; only gram_b sees anything D wide."""
+    """Every pass reads what it needs and writes what the next one needs, once; weight_grad_b alone reads D columns."""
     experts, ranks = shape[0], shape[0] * shape[3]
     narrow, wide, rank, gates = D_IN * HALF, D_OUT * HALF, ranks * HALF, experts * FULL
     shrink = narrow + 2 * rank + 2 * gates  # x -> H, H', z, g
-    grad_rank = 2 * rank + gates + 2 * rank + gates  # dH', H, z -> dH, H', dz
-    grams = wide + rank + narrow + rank + gates  # dY, H'; x, dH, dz
+    gate_backward = 2 * rank + gates + 2 * rank + gates  # dH', H, z -> dH, H', dz
+    weight_grads = wide + rank + narrow + rank + gates  # dY, H'; x, dH, dz
     expand = 2 * narrow + rank + gates  # dx_0, dH, dz -> dx
     seen = [
         sum(n / TOKENS for (kernel, *_), n in half.distinct.items() if not kernel.startswith("aten."))
         for half in measure(shape)
     ]
-    assert seen == [shrink, grad_rank + grams + expand], "\n".join(map(str, measure(shape)))
+    assert seen == [shrink, gate_backward + weight_grads + expand], "\n".join(map(str, measure(shape)))
 
 
 @pytest.mark.parametrize("counts", [(50, 0, 46), (0, 0, 96)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck
 
-from kernels import GATINGS, Gating, TaskRows, lora_moe
+from kernels import GATINGS, Gating, TaskSegments, lora_moe
 
 # (N, k, S, r). Among them k = N - S, r = 1, N = 2 and a single sparse expert.
 SHAPES_WITH_SHARED = [(16, 3, 1, 4), (8, 2, 2, 1), (5, 3, 2, 2), (4, 1, 3, 3), (2, 1, 1, 2)]
@@ -34,9 +34,9 @@ many = settings(max_examples=60, deadline=None)
 
 def run(problem):
     _, k, shared, _ = problem.shape
-    rows = TaskRows.of(problem.counts, torch.device("cpu"))
+    segments = TaskSegments.of(problem.counts, torch.device("cpu"))
     lora = problem.a, problem.b
-    return lora_moe(problem.x, problem.base, lora, problem.routers, rows, Gating(problem.gating, k, shared))
+    return lora_moe(problem.x, problem.base, lora, problem.routers, segments, Gating(problem.gating, k, shared))
 
 
 def cotangent(output):
@@ -52,8 +52,8 @@ def gates_of(logits, name, k, shared):
     lora = torch.zeros(experts, columns, dtype=torch.float64), torch.zeros(1, experts, dtype=torch.float64)
     routers = torch.eye(columns, dtype=torch.float64)[None]
     base = torch.zeros(tokens, 1, dtype=torch.float64)
-    rows = TaskRows.of((tokens,), torch.device("cpu"))
-    return lora_moe(logits, base, lora, routers, rows, Gating(name, k, shared))[1]
+    segments = TaskSegments.of((tokens,), torch.device("cpu"))
+    return lora_moe(logits, base, lora, routers, segments, Gating(name, k, shared))[1]
 
 
 @st.composite

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from bench.traffic import Traffic, counting
-from kernels import Gating, TaskRows, lora_moe
+from kernels import Gating, TaskSegments, lora_moe
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts loads and stores in Triton's interpreter: TRITON_INTERPRET=1"
@@ -95,9 +95,9 @@ def measure(shape, d=768, counts=(64,) * TASKS, gating="ase") -> tuple[Traffic, 
     x, base = leaf(tokens, d, dtype=torch.float16), leaf(tokens, d, dtype=torch.float16)
     lora, routers = (leaf(experts * rank, d), leaf(d, experts * rank)), leaf(TASKS, gate.router_columns(experts), d)
     dy, dp = torch.ones(tokens, d, dtype=torch.float16), torch.ones(routers.shape[:2])
-    rows = TaskRows.of(tuple(counts), x.device)
+    segments = TaskSegments.of(tuple(counts), x.device)
     with counting(tokens) as forward:
-        y, _, mean_probs = lora_moe(x, base, lora, routers, rows, gate, kernel="triton")
+        y, _, mean_probs = lora_moe(x, base, lora, routers, segments, gate, kernel="triton")
     with counting(tokens) as backward:
         torch.autograd.grad((y, mean_probs), (x, base, *lora, routers), (dy, dp))
     return forward, backward
@@ -113,11 +113,11 @@ def compulsory(shape, d: int) -> int:
     wide, rank, gates = d * HALF, ranks * HALF, experts * 4
     shrink = wide + 2 * rank + gates  # x -> H, H', g (or z)
     expand = wide + rank + wide  # base, H' -> y
-    grad_rank = wide + rank + gates + rank + gates  # dY, H, g -> dH, dz
-    gram_b = wide + rank  # dY, H'
-    gram_a = wide + rank + gates  # x, dH, dz
+    gate_backward = wide + rank + gates + rank + gates  # dY, H, g -> dH, dz
+    weight_grad_b = wide + rank  # dY, H'
+    weight_grad_a = wide + rank + gates  # x, dH, dz
     expand_backward = rank + gates + wide  # dH, dz -> dx
-    return shrink + expand + grad_rank + gram_b + gram_a + expand_backward
+    return shrink + expand + gate_backward + weight_grad_b + weight_grad_a + expand_backward
 
 
 def ratio(shape, d: int, which: str) -> float:
@@ -149,9 +149,9 @@ def test_pytorch_itself_touches_no_token(shape):
 @widths
 @pools
 def test_memory_sees_at_most_5_percent_more_than_the_compulsory_bytes(shape, d):
-    # Two writes exceed them: z beside g, 4N bytes, and H', which the forward pass made for expand, once more for the
-    # gram of dB, R es, since only H is kept between the passes. At R = 256 and width 384 they are 576 of 9,792 bytes,
-    # 5.9 %, and with 64 experts 768 of 10,752, 7.1 %.
+    # Two writes exceed them: z beside g, 4N bytes, and H' a second time for the weight_grad of dB, R es, since only H
+    # is kept between the passes. At R = 256 and width 384 they are 576 of 9,792 bytes, 5.9 %; with 64 experts 768 of
+    # 10,752, 7.1 %.
     limit = {(384, (16, 3, 1, 16)): 1.06, (384, (64, 12, 4, 4)): 1.08}.get((d, shape), 1.05)
     assert ratio(shape, d, "distinct") <= limit, "\n".join(map(str, measure(shape, d)))
 
@@ -174,11 +174,11 @@ def test_issued_bytes_are_bounded(shape, d):
 
 
 @pools
-def test_no_byte_is_moved_twice_in_a_launch_but_rank_space_once_per_column_tile_of_gram(shape):
+def test_no_byte_is_moved_twice_in_a_launch_but_rank_space_once_per_column_tile_of_weight_grad(shape):
     for half in measure(shape):
         for key, issued in half.issued.items():
             kernel, name, _ = key
-            times = half.grids[kernel][0] if kernel.startswith("gram") and name in ("narrow", "logits") else 1
+            times = half.grids[kernel][0] if kernel.startswith("weight_grad") and name in ("narrow", "logits") else 1
             assert issued == times * half.distinct[key], f"{key}\n{half}"
 
 

@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, add_moe  # noqa: E402
-from kernels import GATINGS, Gating, TaskRows, UserError, lora_moe, operators, resolve  # noqa: E402
-from kernels.backend import RESOLVED  # noqa: E402
+from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops, lora_moe, resolve_kernel  # noqa: E402
+from kernels.dispatch import RESOLVED  # noqa: E402
 from kernels.reference import router_logits, top_k_mask  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -70,7 +70,7 @@ def typed(problem, dtype, device):
 
 
 def task_rows(problem):
-    return TaskRows.of(problem.counts, problem.x.device)
+    return TaskSegments.of(problem.counts, problem.x.device)
 
 
 def gating_of(problem):
@@ -189,7 +189,7 @@ COUNTS = (
     (2, 0, 0, 4),
     (0, 0, 1),
     (9, 0),  # tasks without rows
-    (128, 3),  # two chunks of gram
+    (128, 3),  # two chunks of weight_grad
 )
 WIDTHS = tuple(range(8, 137, 8))
 
@@ -278,7 +278,7 @@ class TestAccuracy:
         problem.routers.data.mul_(1e-3 / problem.routers.std())
         z = router_logits(problem.x, problem.routers, task_rows(problem))
         exact = router_logits(problem.x.double(), problem.routers.double(), task_rows(problem))
-        actual = operators.lora_moe_op(
+        actual = custom_ops.lora_moe_op(
             problem.x,
             problem.base,
             problem.a,
@@ -550,21 +550,21 @@ class TestOperators:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_forward(self, case, problem_of):
         problem = problem_of(*case)
-        torch.library.opcheck(operators.lora_moe_op, (*problem.leaves, *self.arguments(problem)))
+        torch.library.opcheck(custom_ops.lora_moe_op, (*problem.leaves, *self.arguments(problem)))
 
     def test_forward_of_matrices_that_are_not_contiguous(self, problem_of):
         problem = problem_of(*self.CASES[0])
         x, base = (layout(leaf.detach()) for leaf, layout in ((problem.x, transposed), (problem.base, scattered)))
-        torch.library.opcheck(operators.lora_moe_op, (x, base, *problem.leaves[2:], *self.arguments(problem)))
+        torch.library.opcheck(custom_ops.lora_moe_op, (x, base, *problem.leaves[2:], *self.arguments(problem)))
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_backward(self, case, problem_of):
         problem = problem_of(*case)
         dy, dp = cotangents(problem)
         x, base, a, b, routers = (leaf.detach() for leaf in problem.leaves)
-        *_, h, z = operators.lora_moe_op(x, base, a, b, routers, *self.arguments(problem))
+        *_, h, z = custom_ops.lora_moe_op(x, base, a, b, routers, *self.arguments(problem))
         arguments = dy, dp, x, h, z, a, b, routers, *self.arguments(problem)
-        torch.library.opcheck(operators.lora_moe_backward_op, arguments)
+        torch.library.opcheck(custom_ops.lora_moe_backward_op, arguments)
 
 
 class TestRefusals:
@@ -605,17 +605,19 @@ class TestResolve:
     def test_auto_on_a_cpu_is_the_reference_even_where_triton_can_be_interpreted(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         cpu = torch.device("cpu")
-        assert resolve("auto", cpu) == resolve("reference", cpu) == "reference"
-        assert resolve("triton", cpu) == "triton"
+        assert resolve_kernel("auto", cpu) == resolve_kernel("reference", cpu) == "reference"
+        assert resolve_kernel("triton", cpu) == "triton"
 
     def test_triton_on_a_cpu_needs_the_interpreter(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        message = TestRefusals.message(resolve, "triton", torch.device("cpu"))
+        message = TestRefusals.message(resolve_kernel, "triton", torch.device("cpu"))
         assert "TRITON_INTERPRET=1" in message and "--kernel=reference" in message
-        assert resolve("auto", torch.device("cpu")) == "reference"
+        assert resolve_kernel("auto", torch.device("cpu")) == "reference"
 
     def test_an_unknown_kernel_is_refused(self):
-        assert "choose among auto, triton, reference" in TestRefusals.message(resolve, "cuda", torch.device("cpu"))
+        assert "choose among auto, triton, reference" in TestRefusals.message(
+            resolve_kernel, "cuda", torch.device("cpu")
+        )
 
 
 @pytest.fixture
@@ -677,7 +679,12 @@ class TestWholeModel:
         assert launches == 2 * ["route_shrink_kernel", "expand_kernel"]
         launches.clear()
         next(run)
-        assert launches == 2 * ["grad_rank_kernel", "gram_kernel", "gram_kernel", "expand_backward_kernel"]
+        assert launches == 2 * [
+            "gate_backward_kernel",
+            "weight_grad_kernel",
+            "weight_grad_kernel",
+            "expand_backward_kernel",
+        ]
 
     def test_the_reference_launches_none(self, device, launches):
         list(self.run("ase", "reference", device))

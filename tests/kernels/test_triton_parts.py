@@ -14,14 +14,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import Gating, TaskRows, reference  # noqa: E402
+from kernels import Gating, TaskSegments, reference  # noqa: E402
 from kernels.expand import expand, expand_backward, expand_backward_reference, expand_reference  # noqa: E402
+from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_backward_reference  # noqa: E402
 from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
-from kernels.grad_rank import grad_rank, grad_rank_given, grad_rank_reference  # noqa: E402
-from kernels.gram import gram_a, gram_a_reference, gram_b, gram_b_reference  # noqa: E402
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
 from kernels.pool import Pool  # noqa: E402
 from kernels.route_shrink import route_shrink, route_shrink_reference  # noqa: E402
+from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 BF16 = pytest.param(
@@ -31,7 +31,7 @@ BF16 = pytest.param(
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 
 # (gating, (N, k, S, r), tokens of each task, d, D): every gating; one expert padded to 16 and N = 128; R = 1 to 256;
-# blocks of 32 and 64 tokens filled, overfilled by one and empty; several column tiles and several chunks of gram.
+# blocks of 32 and 64 tokens filled, overfilled by one and empty; several column tiles and chunks of weight_grad.
 CASES = (
     ("ase", (16, 3, 1, 4), (5, 0, 33), 24, 40),
     ("ase", (2, 1, 1, 1), (1,), 8, 136),
@@ -79,7 +79,7 @@ class Inputs:
     def __init__(self, case, dtype, device):
         name, (experts, k, shared, rank), counts, d, self.width = case
         self.rng, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
-        self.gating, self.rows = Gating(name, k, shared), TaskRows.of(counts, device)
+        self.gating, self.segments = Gating(name, k, shared), TaskSegments.of(counts, device)
         self.tokens, tasks, columns = sum(counts), len(counts), self.gating.router_columns(experts)
         self.x, self.base, self.dy = self.half(self.tokens, d), *(self.half(self.tokens, self.width) for _ in range(2))
         self.a, self.b = self.half(experts * rank, d, scale=d**-0.5), self.half(self.width, experts * rank)
@@ -110,45 +110,47 @@ class TestKernels:
     def test_route_shrink(self, inputs):
         i = inputs
         gated = torch.empty_like(i.h)
-        h, z, g, means = route_shrink(i.x, i.a, i.routers, gated, i.rows, i.pool)
+        h, z, g, means = route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool)
         # Apart, since where two logits are as close as rounding fp64 may select otherwise: H and z from the inputs, g
         # and P from the logits that the kernel returned.
-        given = i.x, i.a, i.routers, i.rows, i.gating
+        given = i.x, i.a, i.routers, i.segments, i.gating
         assert_as_good_as(lambda *given: route_shrink_reference(*given)[:2], given, (h, z))
-        assert_as_good_as(lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.rows)), (z,), (g, means))
+        assert_as_good_as(
+            lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.segments)), (z,), (g, means)
+        )
         assert torch.equal(g > 0, reference.gates(z, i.gating) > 0)
         assert torch.equal(gated, (h * g.repeat_interleave(i.pool.rank, dim=1)).to(i.dtype))
         assert (h.dtype, z.dtype, g.dtype, means.dtype) == (i.dtype, *[torch.float32] * 3)
 
     def test_expand(self, inputs):
         i = inputs
-        assert_as_good_as(expand_reference, (i.base, i.h, i.b), expand(i.base, i.h, i.b, i.rows, i.pool))
+        assert_as_good_as(expand_reference, (i.base, i.h, i.b), expand(i.base, i.h, i.b, i.segments, i.pool))
 
     @pytest.mark.parametrize("given", [False, True], ids=["alone", "over a base"])
     def test_expand_backward(self, inputs, given):
         i = inputs
         base = i.x if given else None
-        dx = expand_backward(base, i.dh, i.dz, i.a, i.routers, i.rows, i.pool)
-        assert_as_good_as(expand_backward_reference, (base, i.dh, i.dz, i.a, i.routers, i.rows), dx)
+        dx = expand_backward(base, i.dh, i.dz, i.a, i.routers, i.segments, i.pool)
+        assert_as_good_as(expand_backward_reference, (base, i.dh, i.dz, i.a, i.routers, i.segments), dx)
 
-    def test_grad_rank(self, inputs):
+    def test_gate_backward(self, inputs):
         i = inputs
-        outputs = grad_rank(i.dy, i.b, i.h, i.z, i.dp, i.rows, i.pool)
-        assert_as_good_as(grad_rank_reference, (i.dy, i.b, i.h, i.z, i.dp, i.rows, i.gating), outputs)
+        outputs = gate_backward(i.dy, i.b, i.h, i.z, i.dp, i.segments, i.pool)
+        assert_as_good_as(gate_backward_reference, (i.dy, i.b, i.h, i.z, i.dp, i.segments, i.gating), outputs)
         assert [output.dtype for output in outputs] == [i.dtype, torch.float32, i.dtype, torch.float32]
 
-    def test_gram_b(self, inputs):
+    def test_weight_grad_b(self, inputs):
         i = inputs
-        db = gram_b(i.dy, i.h, i.rows, i.pool)
-        assert_as_good_as(gram_b_reference, (i.dy, i.h), db)
+        db = weight_grad_b(i.dy, i.h, i.segments, i.pool)
+        assert_as_good_as(weight_grad_b_reference, (i.dy, i.h), db)
         assert db.dtype == torch.float32
 
-    def test_gram_a(self, inputs):
+    def test_weight_grad_a(self, inputs):
         i = inputs
-        da, drouters = gram_a(i.x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool)
-        assert_as_good_as(gram_a_reference, (i.x, i.dh, i.dz, i.rows), (da, drouters))
+        da, drouters = weight_grad_a(i.x, i.dh, i.dz, i.dz.abs().amax(), i.segments, i.pool)
+        assert_as_good_as(weight_grad_a_reference, (i.x, i.dh, i.dz, i.segments), (da, drouters))
         assert da.dtype == drouters.dtype == torch.float32
-        absent = [task for task, count in enumerate(i.rows.counts) if count == 0]
+        absent = [task for task, count in enumerate(i.segments.counts) if count == 0]
         assert drouters[absent].eq(0).all()
 
 
@@ -175,29 +177,29 @@ class TestKernelsOfTheFFN:
     def test_route_shrink_pads_with_zeros(self, inputs):
         i, ranks = inputs, inputs.pool.ranks
         alone, wide = torch.empty_like(i.h), Between(i.tokens, multiple_of_8(ranks), i.dtype, i.device)
-        outputs = (route_shrink(i.x, i.a, i.routers, gated, i.rows, i.pool) for gated in (alone, wide.target))
+        outputs = (route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool) for gated in (alone, wide.target))
         assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
         assert torch.equal(wide.target[:, :ranks], alone) and wide.target[:, ranks:].eq(0).all()
         assert wide.left_alone()
 
     @pytest.mark.parametrize("room", [False, True], ids=["alone", "with columns for dz"])
-    def test_grad_rank_given(self, inputs, room):
+    def test_gate_backward_inplace(self, inputs, room):
         i, ranks, (tasks, columns) = inputs, inputs.pool.ranks, inputs.dp.shape
-        held = multiple_of_8(ranks)
-        space = Between(i.tokens, held + room * multiple_of_8(tasks * columns), i.dtype, i.device)
-        space.target[:, :ranks] = i.dh
-        dh, dz, gated, peak = grad_rank_given(space.target, held, i.h, i.z, i.dp, i.rows, i.pool)
-        assert dh.data_ptr() == space.target.data_ptr(), "dH takes the place of dH'"
+        padded = multiple_of_8(ranks)
+        buffer = Between(i.tokens, padded + room * multiple_of_8(tasks * columns), i.dtype, i.device)
+        buffer.target[:, :ranks] = i.dh
+        dh, dz, gated, peak = gate_backward_inplace(buffer.target, padded, i.h, i.z, i.dp, i.segments, i.pool)
+        assert dh.data_ptr() == buffer.target.data_ptr(), "dH takes the place of dH'"
         # dH' I is dH', exactly.
-        given = i.dh, torch.eye(ranks, dtype=i.dtype, device=i.device), i.h, i.z, i.dp, i.rows, i.gating
-        assert_as_good_as(grad_rank_reference, given, (dh.contiguous(), dz, gated, peak))
-        assert space.target[:, ranks:held].eq(0).all() and space.left_alone()
-        spread = torch.zeros_like(space.target[:, held:])
+        given = i.dh, torch.eye(ranks, dtype=i.dtype, device=i.device), i.h, i.z, i.dp, i.segments, i.gating
+        assert_as_good_as(gate_backward_reference, given, (dh.contiguous(), dz, gated, peak))
+        assert buffer.target[:, ranks:padded].eq(0).all() and buffer.left_alone()
+        spread = torch.zeros_like(buffer.target[:, padded:])
         first = 0
-        for task, count in enumerate(i.rows.counts if room else ()):
+        for task, count in enumerate(i.segments.counts if room else ()):
             run = slice(first, first := first + count)
             spread[run, task * columns : (task + 1) * columns] = dz[run]
-        assert torch.equal(space.target[:, held:], spread)
+        assert torch.equal(buffer.target[:, padded:], spread)
 
     def test_gelu(self, inputs):
         i = inputs
@@ -220,15 +222,15 @@ class TestKernelsOfTheFFN:
     def test_matmul(self, inputs, biased):
         i = inputs
         bias = i.bias if biased else None
-        y = matmul(i.x, i.weight, bias, i.rows, i.pool)
+        y = matmul(i.x, i.weight, bias, i.segments, i.pool)
         assert_as_good_as(matmul_reference, (i.x, i.weight, bias), y)
         transposed = i.weight.t().contiguous().t()
-        assert torch.equal(matmul(i.x, transposed, bias, i.rows, i.pool), y)
+        assert torch.equal(matmul(i.x, transposed, bias, i.segments, i.pool), y)
 
     def test_matmul_routed(self, inputs):
         i = inputs
-        y = matmul_routed(i.x, i.weight, i.dz, i.to_width, i.rows, i.pool)
-        assert_as_good_as(matmul_routed_reference, (i.x, i.weight, i.dz, i.to_width, i.rows), y)
+        y = matmul_routed(i.x, i.weight, i.dz, i.to_width, i.segments, i.pool)
+        assert_as_good_as(matmul_routed_reference, (i.x, i.weight, i.dz, i.to_width, i.segments), y)
 
 
 @EVERY_DTYPE
@@ -243,20 +245,20 @@ class TestLayouts:
             return padded[:, matrix.shape[1] : 2 * matrix.shape[1]]
 
         calls = (
-            (lambda x: route_shrink(x, i.a, i.routers, torch.empty_like(i.h), i.rows, i.pool), i.x),
-            (lambda base: expand(base, i.h, i.b, i.rows, i.pool), i.base),
-            (lambda gated: expand(i.base, gated, i.b, i.rows, i.pool), i.h),
-            (lambda b: expand(i.base, i.h, b, i.rows, i.pool), i.b),
-            (lambda b: grad_rank(i.dy, b, i.h, i.z, i.dp, i.rows, i.pool), i.b),
-            (lambda dh: expand_backward(None, dh, i.dz, i.a, i.routers, i.rows, i.pool), i.dh),
-            (lambda dh: gram_a(i.x, dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.dh),
-            (lambda dy: grad_rank(dy, i.b, i.h, i.z, i.dp, i.rows, i.pool), i.dy),
-            (lambda dy: gram_b(dy, i.h, i.rows, i.pool), i.dy),
-            (lambda x: gram_a(x, i.dh, i.dz, i.dz.abs().amax(), i.rows, i.pool), i.x),
-            (lambda base: expand_backward(base, i.dh, i.dz, i.a, i.routers, i.rows, i.pool), i.x),
-            (lambda x: matmul(x, i.weight, i.bias, i.rows, i.pool), i.x),
-            (lambda weight: matmul(i.x, weight, i.bias, i.rows, i.pool), i.weight),
-            (lambda x: matmul_routed(x, i.weight, i.dz, i.to_width, i.rows, i.pool), i.x),
+            (lambda x: route_shrink(x, i.a, i.routers, torch.empty_like(i.h), i.segments, i.pool), i.x),
+            (lambda base: expand(base, i.h, i.b, i.segments, i.pool), i.base),
+            (lambda gated: expand(i.base, gated, i.b, i.segments, i.pool), i.h),
+            (lambda b: expand(i.base, i.h, b, i.segments, i.pool), i.b),
+            (lambda b: gate_backward(i.dy, b, i.h, i.z, i.dp, i.segments, i.pool), i.b),
+            (lambda dh: expand_backward(None, dh, i.dz, i.a, i.routers, i.segments, i.pool), i.dh),
+            (lambda dh: weight_grad_a(i.x, dh, i.dz, i.dz.abs().amax(), i.segments, i.pool), i.dh),
+            (lambda dy: gate_backward(dy, i.b, i.h, i.z, i.dp, i.segments, i.pool), i.dy),
+            (lambda dy: weight_grad_b(dy, i.h, i.segments, i.pool), i.dy),
+            (lambda x: weight_grad_a(x, i.dh, i.dz, i.dz.abs().amax(), i.segments, i.pool), i.x),
+            (lambda base: expand_backward(base, i.dh, i.dz, i.a, i.routers, i.segments, i.pool), i.x),
+            (lambda x: matmul(x, i.weight, i.bias, i.segments, i.pool), i.x),
+            (lambda weight: matmul(i.x, weight, i.bias, i.segments, i.pool), i.weight),
+            (lambda x: matmul_routed(x, i.weight, i.dz, i.to_width, i.segments, i.pool), i.x),
         )
         for call, matrix in calls:
             for left, right in zip(listed(call(apart(matrix))), listed(call(matrix)), strict=True):

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, adapt  # noqa: E402
-from kernels.backend import RESOLVED  # noqa: E402
+from kernels.dispatch import RESOLVED  # noqa: E402
 from model import VITS, MultiTaskViT, ViT  # noqa: E402
 
 CHANNELS = {"seg": 21, "parts": 7, "sal": 2, "normals": 3, "edge": 1}

@@ -7,7 +7,7 @@ from importlib import resources
 import pytest
 from safetensors.torch import save_file
 
-from kernels.backend import RESOLVED
+from kernels.dispatch import RESOLVED
 from model import VITS, ViT
 from train.build import build_model
 from train.cli import build_parser, main

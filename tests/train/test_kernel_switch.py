@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from kernels.backend import RESOLVED
+from kernels.dispatch import RESOLVED
 from train.cli import main
 from train.data.batches import train_loader
 from train.loop import set_up, training_step

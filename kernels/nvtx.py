@@ -1,4 +1,4 @@
-"""Named ranges in a profiler's timeline (NVTX): nothing at all until :func:`enable` was called."""
+"""Named ranges in a profiler's timeline (NVTX); without effect until :func:`enable` is called."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ _on = False
 
 
 def enable() -> None:
-    """Let the ranges of this process appear; ImportError where the package nvtx is missing."""
+    """Turn the ranges of this process on; ImportError if the package nvtx is missing."""
     global _on
     import nvtx  # noqa: F401
 
@@ -28,7 +28,7 @@ def span(name: str) -> AbstractContextManager:
 
 
 def spanned(name: str, items: Iterable[Item]) -> Iterator[Item]:
-    """The items, the wait for each of them in a range."""
+    """Yields the items; the wait for each item is a range."""
     iterator = iter(items)
     while True:
         with span(name):

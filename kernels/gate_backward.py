@@ -1,4 +1,4 @@
-"""grad_rank: the gradient arrives in rank space and passes through the gates, in one pass over dY.
+"""gate_backward: the gradient through the gates, from dY to dH and dz, in one pass over dY.
 
     dH' = dY B                               dH = dH' * per_rank(g)          (T, R)          H' = H * per_rank(g)
     dg  = sum over an expert's rows of H * dH'
@@ -6,10 +6,10 @@
           g dg - p sum(g dg)                 topk, naive-shared: over the routers' columns, p their softmax
         + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
 
-Grid (block, task), BM tokens each. The gates are computed anew from z, as cheaply as they could be read; H' is written
-for the gram of dB. Gate gradients are inner products in rank space: no expert's output is ever stored.
-Where a wider product has made dH' already, it is read instead of dY, and dH takes its place; dz is then also spread
-out in the tokens' type, each task's in columns of its own and zeros in the others', which makes dz W_task one product.
+Grid (block, task), BM tokens each. The gates are recomputed from z, which costs no more than reading them. H' is
+written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
+GIVEN: dH' comes from a wider GEMM and is overwritten by dH. SPREAD: dz is also stored in per-task blocks, C columns per
+task and zero elsewhere, so that dz W_task joins the next GEMM.
 Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
 """
 
@@ -19,19 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.device import gates, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
 from kernels.gating import Gating
+from kernels.jit_helpers import gates, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
 from kernels.pool import Pool
-from kernels.rows import TaskRows
+from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def grad_rank_reference(
-    dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, gating: Gating
+def gate_backward_reference(
+    dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, gating: Gating
 ) -> Outputs:
-    """(dH, dz, H', the largest magnitude in dz)."""
+    """(dH, dz, H', the largest magnitude in dz), which is 0 without tokens."""
     g, p = reference.gates(z, gating), z.softmax(-1)
     rank = h.shape[1] // g.shape[1]
     dgated = dy @ b
@@ -41,7 +41,7 @@ def grad_rank_reference(
         dz = _softmax_backward(g, dg)
     else:
         dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
-    c = torch.cat([row.expand(n, -1) / n for n, row in zip(rows.counts, dp, strict=True)])
+    c = torch.cat([row.expand(n, -1) / n for n, row in zip(segments.counts, dp, strict=True)])
     dz = dz + _softmax_backward(p, c)
     return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype), dz.abs().amax()
 
@@ -51,8 +51,8 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 
 @triton.jit
-def grad_rank_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, held, width, D, k,
+def gate_backward_kernel(
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):  # fmt: skip
@@ -73,13 +73,13 @@ def grad_rank_kernel(
     gate, _ = gates(logits, k, N, SHARED, GATING)
     place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
     passed_on = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
-    tl.store(dh + rows * dh_stride + expert, passed_on, inside & (expert < held))
+    tl.store(dh + rows * dh_stride + expert, passed_on, inside & (expert < padded_ranks))
     hidden = tl.load(h + place, here, 0.0)
     dgate = sum_ranks(hidden.to(tl.float32) * dgated, NP, RANK)
     tl.store(gated + place, (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype), here)
 
     through = tl.where(column < C, gate * dgate, 0.0)
-    # Anew, since p kept from above would take registers from dH'.
+    # p is recomputed: keeping it from above would take registers from dH'.
     p = softmax(logits, tl.broadcast_to(column < C, logits.shape))
     c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
     passed = tl.sum(through, 1)[:, None]
@@ -89,7 +89,7 @@ def grad_rank_kernel(
         dlogits = through - p * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
     tl.store(dz + rows * C + column, dlogits, inside & (column < C))
     if SPREAD:
-        spread, first = dh + rows * dh_stride + held, tl.program_id(1) * C
+        spread, first = dh + rows * dh_stride + padded_ranks, tl.program_id(1) * C
         for start in range(0, width, NP):
             other = start + column
             elsewhere = (other < width) & ((other < first) | (other >= first + C))
@@ -99,37 +99,46 @@ def grad_rank_kernel(
     tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))
 
 
-def grad_rank(dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
-    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz); dy (T, D) and b (D, R) in h's type with any row
-    strides, z (T, C) and dp (tasks, C) fp32."""
+def gate_backward(
+    dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, pool: Pool
+) -> Outputs:
+    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz).
+
+    dy (T, D) and b (D, R) are in h's type with any row strides; z (T, C) and dp (tasks, C) are fp32.
+    """
     dh = torch.empty_like(h)
-    return dh, *_launch((dy, b), (h, z, dp), (dh, h.shape[1]), rows, pool)
+    return dh, *_launch((dy, b), (h, z, dp), (dh, h.shape[1]), segments, pool)
 
 
-def grad_rank_given(space: Tensor, held: int, h: Tensor, z: Tensor, dp: Tensor, rows: TaskRows, pool: Pool) -> Outputs:
-    """As :func:`grad_rank`, (dH, dz, H', peak), where ``space``, with any row stride, holds dH' in its first R
-    columns. It becomes [dH | 0], ``held`` columns, and, where it has room, [dz of task 0 | dz of task 1 | ..]."""
-    return space[:, : h.shape[1]], *_launch(None, (h, z, dp), (space, held), rows, pool)
+def gate_backward_inplace(
+    rank_buffer: Tensor, padded_ranks: int, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, pool: Pool
+) -> Outputs:
+    """As :func:`gate_backward`, (dH, dz, H', peak), but dH' is read from the first R columns of ``rank_buffer``.
+
+    ``rank_buffer`` (T, at least padded_ranks), with any row stride, becomes [dH | 0], ``padded_ranks`` columns wide,
+    followed by [dz of task 0 | dz of task 1 | ..] if it is wider.
+    """
+    return rank_buffer[:, : h.shape[1]], *_launch(None, (h, z, dp), (rank_buffer, padded_ranks), segments, pool)
 
 
 def _launch(
     product: tuple[Tensor, Tensor] | None,
     known: tuple[Tensor, Tensor, Tensor],
-    space: tuple[Tensor, int],
-    rows: TaskRows,
+    target: tuple[Tensor, int],
+    segments: TaskSegments,
     pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz, H', peak): from dH' = dY B of ``product``, or from dH' in ``space``, whose first ``held`` columns it has."""
-    (h, z, dp), (dh, held) = known, space
+    """(dz, H', peak). ``product`` is (dY, B), or None if ``target``, (buffer of dH, its padded ranks), holds dH'."""
+    (h, z, dp), (dh, padded_ranks) = known, target
     dy, b = product or (dh, dh)
     dz, gated = torch.empty_like(z), torch.empty_like(h)
-    sizes = tile("grad_rank" if product else "grad_rank_given", h, pool)
-    blocks, tasks = rows.grid(sizes["BM"])
+    sizes = tile("gate_backward" if product else "gate_backward_inplace", h, pool)
+    blocks, tasks = segments.grid(sizes["BM"])
     peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
-    grad_rank_kernel[blocks, tasks](
-        dy, b, h, z, dp, rows.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0), held,
-        dh.shape[1] - held, len(b), pool.gating.k,
+    gate_backward_kernel[blocks, tasks](
+        dy, b, h, z, dp, segments.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0),
+        padded_ranks, dh.shape[1] - padded_ranks, len(b), pool.gating.k,
         **pool.constants(), **pool.gate_constants(),
-        GIVEN=product is None, SPREAD=dh.shape[1] > held, **sizes,
+        GIVEN=product is None, SPREAD=dh.shape[1] > padded_ranks, **sizes,
     )  # fmt: skip
     return dz, gated, peaks.amax()

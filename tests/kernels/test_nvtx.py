@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kernels import ranges
+from kernels import nvtx
 
 
 @pytest.fixture
@@ -21,27 +21,27 @@ def recorded(monkeypatch):
         seen.append(f"-{name}")
 
     monkeypatch.setitem(sys.modules, "nvtx", types.SimpleNamespace(annotate=annotate))
-    monkeypatch.setattr(ranges, "_on", False)
+    monkeypatch.setattr(nvtx, "_on", False)
     return seen
 
 
 def test_off_it_neither_records_nor_makes_an_object(recorded):
-    assert ranges.span("a") is ranges.span("b")
-    with ranges.span("a"):
+    assert nvtx.span("a") is nvtx.span("b")
+    with nvtx.span("a"):
         pass
-    assert list(ranges.spanned("data", [1, 2])) == [1, 2]
+    assert list(nvtx.spanned("data", [1, 2])) == [1, 2]
     assert recorded == []
 
 
 def test_on_it_names_what_runs_inside(recorded):
-    ranges.enable()
-    with ranges.span("outer"), ranges.span("inner"):
+    nvtx.enable()
+    with nvtx.span("outer"), nvtx.span("inner"):
         pass
     assert recorded == ["+outer", "+inner", "-inner", "-outer"]
 
 
 def test_the_wait_for_an_item_is_a_range_and_its_use_is_not(recorded):
-    ranges.enable()
-    for item in ranges.spanned("data", [1, 2]):
+    nvtx.enable()
+    for item in nvtx.spanned("data", [1, 2]):
         recorded.append(item)
     assert recorded == ["+data", "-data", 1, "+data", "-data", 2, "+data", "-data"]

@@ -1,16 +1,16 @@
-"""The operation as PyTorch sees it: custom operators over the kernels, their fake versions and their autograd.
+"""PyTorch custom operators over the kernels, with their fake versions and their autograd.
 
     lora_moe            forward     route_shrink, expand
-                        backward    grad_rank, gram of dB, gram of dA and dW, expand
+                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, expand
                         saved       x, H (T, R) in x's type and z (T, C) fp32
-    lora_moe_packed     forward     route_shrink, gelu, two products
-    of an FFN           backward    a product, gelu, grad_rank, the same grams, a product
+    lora_moe_packed     forward     route_shrink, gelu, two GEMMs
+    of an FFN           backward    a GEMM, gelu, gate_backward, the same weight_grads, a GEMM
                         saved       the same and u (T, F)
-    of a linear layer   forward     route_shrink, a copy of x, a product
-                        backward    a product, grad_rank, the same grams, expand
-                        saved       the same, u being (T, 0)
+    of a linear layer   forward     route_shrink, a copy of x, a GEMM
+                        backward    a GEMM, gate_backward, the same weight_grads, expand
+                        saved       the same, with u (T, 0)
 
-Weights are saved too, no expert's output ever is. What backward gets is never written to: it may run twice.
+Weights are saved too; the output of an expert never is. Backward does not write to its inputs, so it may run twice.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ from triton import knobs
 from kernels.errors import UserError
 from kernels.expand import expand, expand_backward
 from kernels.ffn import ffn_backward, ffn_forward
+from kernels.gate_backward import gate_backward
 from kernels.gating import Gating
-from kernels.grad_rank import grad_rank
-from kernels.gram import gram_a, gram_b
 from kernels.linear import linear_backward, linear_forward
 from kernels.packed import Packed
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
-from kernels.rows import TaskRows
-from kernels.tiles import ffn_way
+from kernels.segments import TaskSegments
+from kernels.tiles import ffn_algorithm
+from kernels.weight_grad import weight_grad_a, weight_grad_b
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """Rows may lie apart, their elements may not."""
+    """``matrix``, copied unless the elements of a row are adjacent; rows may have any stride."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
@@ -44,13 +44,13 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _setting(
     a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: str | int
-) -> tuple[Tensor, TaskRows, Pool]:
-    """The routers as kernels read them, and what every launch is told."""
-    return _as(routers, torch.float32), TaskRows(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
+) -> tuple[Tensor, TaskSegments, Pool]:
+    """(routers in fp32, segments, pool): what every launch is given."""
+    return _as(routers, torch.float32), TaskSegments(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
 
 
 def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, gating: Gating) -> tuple[Tensor, ...]:
-    """(y, g, P, H, z) of x's rows, y so many columns wide."""
+    """Empty (y, g, P, H, z), y with ``width`` columns."""
     pool, full = Pool.of(a, routers, gating), {"dtype": torch.float32}
     return (
         x.new_empty(len(x), width),
@@ -66,7 +66,7 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _given(dy: Tensor | None, dp: Tensor | None, x: Tensor, z: Tensor, width: int, tasks: int) -> tuple[Tensor, Tensor]:
-    """(dY, dP), zeros where nothing comes back."""
+    """(dY, dP), zeros in place of an absent gradient."""
     through_y = x.new_zeros(len(x), width) if dy is None else dy
     return through_y, z.new_zeros(tasks, z.shape[1]) if dp is None else dp
 
@@ -85,11 +85,11 @@ def lora_moe_op(
     shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z)."""
-    exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
+    exact, segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, base = _rows(x), _rows(base)
     gated = x.new_empty(len(x), pool.ranks)
-    h, z, g, p = route_shrink(x, _as(a, x.dtype), exact, gated, rows, pool)
-    return expand(base, gated, _as(b, x.dtype), rows, pool), g, p, h, z
+    h, z, g, p = route_shrink(x, _as(a, x.dtype), exact, gated, segments, pool)
+    return expand(base, gated, _as(b, x.dtype), segments, pool), g, p, h, z
 
 
 @lora_moe_op.register_fake
@@ -114,12 +114,12 @@ def lora_moe_backward_op(
     shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    exact, rows, pool = _setting(a, routers, offsets, counts, gating, k, shared)
+    exact, segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
-    dh, dz, gated, peak = grad_rank(dy, _as(b, x.dtype), h, z, dp.contiguous(), rows, pool)
-    db = gram_b(dy, gated, rows, pool)
-    da, drouters = gram_a(x, dh, dz, peak, rows, pool)
-    dx = expand_backward(None, dh, dz, _as(a, x.dtype), exact, rows, pool)
+    dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
+    db = weight_grad_b(dy, gated, segments, pool)
+    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    dx = expand_backward(None, dh, dz, _as(a, x.dtype), exact, segments, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
@@ -154,12 +154,12 @@ def _check(x: Tensor) -> None:
 
 
 def lora_moe(
-    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, rows: TaskRows, gating: Gating
+    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
     _check(x)
-    static = rows.counts, gating.name, gating.k, gating.shared
-    y, g, p, _, _ = lora_moe_op(x, base, *lora, routers, rows.offsets, *static)
+    static = segments.counts, gating.name, gating.k, gating.shared
+    y, g, p, _, _ = lora_moe_op(x, base, *lora, routers, segments.offsets, *static)
     return y, g, p
 
 
@@ -178,18 +178,18 @@ def lora_moe_packed_op(
     gating: str,
     k: int,
     shared: int,
-    way: str,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
     setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
     x = _rows(x)
     if packed.hidden:
-        return ffn_forward(x, packed, *setting, way or ffn_way(x))
+        return ffn_forward(x, packed, *setting, algorithm or ffn_algorithm(x))
     return *linear_forward(x, packed, *setting), x.new_empty(len(x), 0)
 
 
 @lora_moe_packed_op.register_fake
-def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k, shared, way):
+def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k, shared, algorithm):
     return *_fake(x, len(up), a, routers, Gating(gating, k, shared)), x.new_empty(len(x), len(bias_down))
 
 
@@ -213,13 +213,13 @@ def lora_moe_packed_backward_op(
     gating: str,
     k: int,
     shared: int,
-    way: str,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
     setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
     gradients, x = (_rows(dy), dp.contiguous()), _rows(x)
     if packed.hidden:
-        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, *setting, way or ffn_way(x))
+        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, *setting, algorithm or ffn_algorithm(x))
     else:
         dx, da, db, drouters = linear_backward(gradients, (x, h, z), packed, *setting)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
@@ -255,14 +255,16 @@ def lora_moe_packed(
     packed: Packed,
     lora: tuple[Tensor, Tensor],
     routers: Tensor,
-    rows: TaskRows,
+    segments: TaskSegments,
     gating: Gating,
-    way: str = "",
+    algorithm: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, where ``packed`` holds the
-    frozen weights and the newest values of ``lora`` and ``routers``, in x's type: fp32, fp16 or bf16. ``way``, of an
-    FFN, is one of :data:`kernels.ffn.WAYS`, by default the fastest."""
+    """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, in fp32, fp16 or bf16.
+
+    ``packed`` holds the frozen weights and the newest values of ``lora`` and ``routers``, in x's type. ``algorithm`` is
+    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens.
+    """
     _check(x)
-    static = rows.counts, gating.name, gating.k, gating.shared, way
-    y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, rows.offsets, *static)
+    static = segments.counts, gating.name, gating.k, gating.shared, algorithm
+    y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, segments.offsets, *static)
     return y, g, p

@@ -1,7 +1,6 @@
-"""What the kernels share on the device: selection, gates, sums over ranks, products with an fp32 operand.
+"""Functions that kernels call: selection, gates, sums over ranks, products with an fp32 operand.
 
-Tiles are BM tokens by NP columns (see Pool). A padded column is never selected and has gate 0. All of it is fp32, in
-registers.
+Tiles are BM tokens by NP columns (see Pool), fp32, in registers. A padded column is never selected and has gate 0.
 """
 
 import triton
@@ -12,7 +11,7 @@ import triton.language as tl
 def select(z, sparse, k):
     """True at the k largest of the first ``sparse`` columns of z (BM, NP); of equal logits the lowest index wins.
 
-    NaN counts as the largest, as in torch.sort: it is selected, so that the token's gates are NaN in plain sight.
+    NaN counts as the largest, as in torch.sort: it is selected, so that the token's gates become NaN.
     """
     columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
     key = tl.where(z != z, float("inf"), z)
@@ -26,7 +25,7 @@ def select(z, sparse, k):
 
 @triton.jit
 def softmax(z, keep):
-    """Over the columns where ``keep``; 0 in the others."""
+    """Softmax over the columns where ``keep``; 0 in the others."""
     largest = tl.max(tl.where(keep, z, float("-inf")), 1)[:, None]
     e = tl.where(keep, tl.exp(z - largest), 0.0)
     return e / tl.sum(e, 1)[:, None]
@@ -57,7 +56,7 @@ def gates(z, k, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
 
 @triton.jit
 def per_rank(g, RANK: tl.constexpr):
-    """(BM, NP) -> (BM, NP * RANK): every gate once for each row of its expert."""
+    """(BM, NP) -> (BM, NP * RANK): every gate repeated for each row of its expert."""
     deep = tl.broadcast_to(tl.expand_dims(g, 2), (g.shape[0], g.shape[1], RANK))
     return tl.reshape(deep, (g.shape[0], g.shape[1] * RANK))
 
@@ -77,9 +76,9 @@ def power_of_two(value):
 
 @triton.jit
 def dot_exact(a, b, acc, SCALED: tl.constexpr = False):
-    """acc + a b, where b is fp32: beside a half-precision ``a`` it goes in two halves, exact to 2^-17.
+    """acc + a b for an fp32 b: if ``a`` has half precision, b is split into two such parts, exact to 2^-17.
 
-    SCALED brings b to 1..2 first, by a power of two, where fp16 would lose small values.
+    SCALED first divides b by a power of two so that its largest is in 1..2: fp16 would lose small values.
     """
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -98,7 +97,7 @@ def dot_exact(a, b, acc, SCALED: tl.constexpr = False):
 
 @triton.jit
 def task_rows(offsets, block, BM: tl.constexpr):
-    """(rows (BM, 1) int64, mask (BM, 1)) of a block of task program_id(1): no block has two tasks."""
+    """(rows (BM, 1) int64, mask (BM, 1)) of a block of task program_id(1); a block never spans two tasks."""
     task = tl.program_id(1)
     rows = tl.load(offsets + task) + block * BM + tl.arange(0, BM)
     inside = rows < tl.load(offsets + task + 1)
