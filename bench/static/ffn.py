@@ -138,13 +138,13 @@ def frozen(dtype: str, tokens: int) -> Passes:
     return Passes(trace(forward), trace(backward))
 
 
-def microseconds(steps: list[Step], gpu: str, speed: str = "mid", stream_dram: bool = False) -> float:
-    """Of all steps and the gaps between them; with ``stream_dram`` what streams, both GELUs, is bound by DRAM alone."""
+def microseconds(steps: list[Step], gpu: str, speed: str = "mid", gelu_at_dram: bool = False) -> float:
+    """Of all steps and the gaps between them; with ``gelu_at_dram`` passes of GELU alone are bound by DRAM."""
     total = 0.0
     for step in steps:
-        streams = isinstance(step, TorchGelu) or (isinstance(step, Cost) and step.streams)
+        is_gelu = isinstance(step, TorchGelu) or (isinstance(step, Cost) and step.streams and "gelu" in step.name)
         total += CONSTANTS.gap
-        total += step.stream_dram(gpu) if stream_dram and streams else step.microseconds(gpu, speed)
+        total += step.stream_dram(gpu) if gelu_at_dram and is_gelu else step.microseconds(gpu, speed)
     return total
 
 
@@ -164,7 +164,7 @@ def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict]:
             "low": min(by_speed),
             "high": max(by_speed),
             "uncertainty": UNCERTAINTY["few" if tokens <= CONSTANTS.few_tokens else "many"],
-            "gelu_at_dram": ratio(*pair, gpu, stream_dram=True),
+            "gelu_at_dram": ratio(*pair, gpu, gelu_at_dram=True),
             "microseconds": microseconds(pair[0], gpu),
             "frozen_microseconds": microseconds(pair[1], gpu),
         }

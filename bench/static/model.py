@@ -34,6 +34,7 @@ class Cost:
     dram_bytes: int
     l2_bytes: int
     flops: int
+    product: tuple[int, int]  # inner and outer dimension of the longest product
     loops: tuple[tuple[str, int], ...] = ()  # (file:line of its ``for``, trips), by address
     constants: Constants = CONSTANTS
 
@@ -100,12 +101,14 @@ class Cost:
         c, units = self.constants, self.units(gpu)
         if self.streams:
             issue = self.instructions / (c.multiprocessors * RATES["issue"] * 1e3 * c.stream_clock)
-            return power_sum(c.stream_power, issue / c.stream_issue_reached, self.stream_dram(gpu))
+            streamed = power_sum(c.stream_power, issue / c.stream_issue_reached, self.stream_dram(gpu))
+            return max(streamed, units["latency"])
         units["DRAM"] /= c.dram_reached
         if self.is_product:
             # Published products of such tiles are faster than the L2's bandwidth here allows.
             units = {unit: n for unit, n in units.items() if unit not in ("L2", "latency")}
-            units["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][1])
+            inner, outer = self.product
+            units["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][inner >= outer])
         return max(units.values())
 
     def binding(self, gpu: str) -> str:
@@ -186,5 +189,6 @@ def cost(launch: Launch) -> Cost:
         latency.clocks(code, trips),
         *source.traffic(),
         source.flops(),
+        source.product(),
         tuple((":".join(map(str, loop.line)), n) for loop, n in zip(code.loops, trips, strict=True)),
     )

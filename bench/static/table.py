@@ -11,7 +11,7 @@ from bench.static.ffn import Passes, ratios
 from bench.static.model import TARGET, Cost
 
 GPUS = tuple(CONSTANTS.dram)
-UNITS = ("issue", "fma", "alu", "xu", "lsu", "shared", "tensor", "L2", "latency")
+UNITS = ("issue", "fma", "fp16", "alu", "xu", "lsu", "uniform", "shared", "tensor", "L2", "latency")
 COUNTED = (*RATES, "tensor", "wavefronts")
 NOT_TIMED = (
     f"Nothing was timed. Instructions are counted in the code that Triton {triton.__version__} compiles for {TARGET}; "

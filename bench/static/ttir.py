@@ -131,6 +131,18 @@ class Code:
                 total += 2 * m * n * k * self.rounds(operation.around)
         return total * self.programs
 
+    def product(self) -> tuple[int, int]:
+        """(inner, outer dimension) of the launch's longest product; the tokens are the rows of its longest matrix."""
+        inner = 0
+        for operation in self.operations:
+            if operation.name == "tt.dot":
+                step = int(re.search(r"tensor<\d+x(\d+)x", operation.text)[1])
+                inner = max(inner, step * self.rounds(operation.around[-1:]))
+        rows = max(
+            (tensor.shape[0] for tensor in self.launch.arguments.values() if len(_shape(tensor)) == 2), default=1
+        )
+        return inner, self.flops() // (2 * inner * rows) if inner else 0
+
     def traffic(self) -> tuple[int, int]:
         """(bytes that memory sees, bytes that all programs ask for). Memory sees a tensor once in each direction,
         since repeats hit the L2, and no more of it than is asked for; lanes that are masked count in full."""
@@ -157,6 +169,11 @@ def _tile_bytes(text: str) -> int:
     """Of the last type in a load or a store: that of the tile, of its pointers or of one element."""
     sizes, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?(?:b?f|i)(\d+)>", text)[-1]
     return prod(map(int, sizes.split("x")[:-1])) * max(1, int(kind) // 8)
+
+
+def _shape(argument: object) -> tuple[int, ...]:
+    """Of a tensor or a tensor descriptor; nothing of a number."""
+    return tuple(getattr(argument, "shape", ()))
 
 
 def _tensor_bytes(argument: object) -> int:

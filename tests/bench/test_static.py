@@ -172,8 +172,9 @@ class TestTtir:
         offsets = 6 * 2 * 4  # two numbers: 48, of 12
         assert source.traffic() == (12_800 + 2 * y + 12, x + 2 * y + offsets)
 
-    def test_operations_of_products(self, source):
+    def test_operations_and_dimensions_of_products(self, source):
         assert source.flops() == 6 * 2 * (2 * 32 * 64 * 16)
+        assert source.product() == (2 * 64, 6 * 32 * 16 // 64)  # x has 64 rows
 
     def test_a_descriptor_s_tile_is_counted(self):
         text = "%a = tt.descriptor_load %x[%c0, %c1] : !tt.tensordesc<128x64xbf16> -> tensor<128x64xbf16>"
@@ -196,7 +197,7 @@ class TestModel:
         settled = {
             "name": "some_kernel", "programs": 264, "warps": 4, "registers": 128, "shared": 100 * 1024,
             "per_warp": {"issue": 1_755.0, "fma": 400.0, "imad": 400.0, "alu": 351.0, "wavefronts": 175.5},
-            "serial": 17_550.0, "dram_bytes": 30_000_000, "l2_bytes": 55_000_000, "flops": 0,
+            "serial": 17_550.0, "dram_bytes": 30_000_000, "l2_bytes": 55_000_000, "flops": 0, "product": (3_072, 768),
             "loops": (("kernel.py:4", 3),),
         }  # fmt: skip
         return model.Cost(**settled | changes)
@@ -224,12 +225,15 @@ class TestModel:
     def test_a_product_of_ours_is_judged_by_cublas(self):
         cost = self.make(flops=67_000_000_000)
         assert cost.microseconds("H100") == pytest.approx(100 / 0.85) and cost.binding("H100") == "product"
+        cost = self.make(flops=60_000_000_000, product=(768, 3_072))
+        assert cost.microseconds("H100") == pytest.approx(100 / 0.85)
 
     def test_what_streams_is_bound_by_both_issue_and_memory(self):
         cost = self.make(loops=(), per_warp={"issue": 1_800.0})  # 264 x 4 x 1,800 / (132 x 4 x 1,800) clocks
         issue, dram = 2 / 0.85, 10 / 0.97
         assert cost.microseconds("H100") == pytest.approx((issue**6 + dram**6) ** (1 / 6))
         assert cost.stream_dram("H100") == pytest.approx(dram)
+        assert self.make(loops=(), serial=175_500.0).microseconds("H100") == pytest.approx(100)  # one wave of them
 
     def test_instructions_are_multiplied_by_the_trips_of_their_loops(self):
         code = sass.parse(SASS)
@@ -271,7 +275,7 @@ class TestRatios:
         expected = products + (issue**6 + dram**6) ** (1 / 6) + 3 * 1.2
         assert ffn.microseconds(base.forward, "H100") == pytest.approx(expected)
         bound = products + dram + 3 * 1.2
-        assert ffn.microseconds(base.forward, "H100", stream_dram=True) == pytest.approx(bound)
+        assert ffn.microseconds(base.forward, "H100", gelu_at_dram=True) == pytest.approx(bound)
 
     def test_the_frozen_ffn_over_itself_is_one(self):
         base = ffn.frozen("bf16", 7_880)
