@@ -70,7 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if chosen.check:
         lines = budget.exceeded(chosen.kernels, chosen.pools)
-        print("\n".join([*lines, "on purpose? python -m bench.static --budget"] if lines else ["within budget"]))
+        print(
+            "\n".join(
+                [*lines, "on purpose? python -m bench.static --budget"] if lines else ["no kernel exceeds its budget"]
+            )
+        )
         return 1 if lines else 0
     rest = chosen.pools, chosen.dtypes, chosen.tokens
     results = {"kernels": model_kernels(chosen.kernels, *rest), "ratios": model_ratios(*rest)}

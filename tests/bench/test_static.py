@@ -297,6 +297,16 @@ class TestBudget:
         for own in json.loads(budget.FILE.read_text())["triton"].values():
             assert set(own) == set(LAUNCHES)
 
+    def test_the_committed_table_is_of_these_launches_and_their_budgets(self):
+        results = json.loads((ROOT / "bench" / "results" / "static.json").read_text())
+        limits = json.loads(budget.FILE.read_text())["triton"][".".join(results["triton"].split(".")[:2])]
+        rows = [
+            row for row in results["kernels"] if (row["dtype"], row["tokens"]) == (budget.DTYPE, sum(budget.COUNTS))
+        ]
+        assert {row["kernel"] for row in rows} == set(LAUNCHES)
+        for row in rows:
+            assert row["instructions_per_token"] == pytest.approx(limits[row["kernel"]][row["pool"]], abs=0.11), row
+
     def test_a_dearer_kernel_is_named_with_its_budget(self, tmp_path, monkeypatch):
         file = tmp_path / "budget.json"
         monkeypatch.setattr(budget, "measure", lambda kernel, pool: 100.0)
