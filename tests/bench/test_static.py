@@ -332,28 +332,30 @@ class TestBudget:
             assert budget.exceeded(["gelu"], ["16/3/1/4"]) == []
 
 
-def run_static(tmp_path, *arguments):
+@pytest.fixture(scope="module")
+def run_static(tmp_path_factory):
+    """run_static(arguments..): the command, in a process that compiles; kernels are compiled once for all tests."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "bench.static", *arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
-    )
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "bench.static", *arguments]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
+
+    return run
 
 
 class TestCommand:
     pytestmark = compiles
 
-    def test_every_kernel_is_within_its_budget(self, tmp_path):
-        done = run_static(tmp_path, "--check", "--pools", "16/3/1/4")
+    def test_every_kernel_is_within_its_budget(self, run_static):
+        done = run_static("--check", "--pools", "16/3/1/4")
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def test_the_table_says_that_nothing_was_timed_and_prints_its_constants(self, tmp_path):
+    def test_the_table_says_that_nothing_was_timed_and_prints_its_constants(self, run_static, tmp_path):
         out = tmp_path / "static.json"
         chosen = ("--kernels", "route_shrink", "--pools", "16/3/1/4", "--dtypes", "bf16", "--tokens", "7880")
-        done = run_static(tmp_path, *chosen, "--markdown", "--out", out)
+        done = run_static(*chosen, "--markdown", "--out", out)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("Warning") == 0
         assert table.NOT_TIMED in done.stdout
