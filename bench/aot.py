@@ -3,8 +3,8 @@
     python -m bench.aot [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...] [--dtypes bf16,...]
                         [--targets sm_90,...]
 
-The launchers of kernels/ run on small CPU tensors with a driver in place that knows a target but no device, so what
-is compiled is what a launch would compile: its types, tile sizes, specialised strides and options.
+The launchers of kernels/ run on tensors without memory, with a driver in place that knows a target but no device, so
+what is compiled is what a launch would compile: its types, tile sizes, specialised strides and options.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -69,33 +71,55 @@ class Deviceless:
         return TARGETS[self.target][0]
 
 
-def compiled(kernel: str, pool: str, dtype: str, target: str):
-    """(Triton's compiled kernel, the tile sizes by name) of what one launch would run."""
-    shape = parse_pool(pool)
-    t = make_tensors(shape, COUNTS, WIDTH, torch.empty(0, dtype=DTYPES[dtype]))
-    found, run = [], JITFunction.run
+@dataclass(frozen=True)
+class Launch:
+    """Triton's compiled kernel, and the grid and the arguments, constants and options among them, of its launch."""
+
+    binary: object
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The tile sizes by name."""
+        return {name: size for name, size in self.arguments.items() if re.fullmatch("B[A-Z]", name)}
+
+
+@contextlib.contextmanager
+def recording(target: str) -> Iterator[list[Launch]]:
+    """Every launch in here is compiled for ``target`` and appended to the list, and does not run."""
+    launches, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **options):
         self.device_caches.clear()  # a kernel that does not depend on the pool was compiled before, and has no log
-        sizes = {name: options[name] for name in options if re.fullmatch("B[A-Z]", name)}
-        found.append((run(self, *args, grid=grid, warmup=True, **options), sizes))
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(binary, grid, dict(zip(self.arg_names, args, strict=False)) | options))
+        return binary
 
     driver.set_active(Deviceless(target))
     JITFunction.run, architecture = record, tiles.architecture
     tiles.architecture = lambda device: target
     try:
-        segments = TaskSegments.of(COUNTS, torch.device("cpu"))
-        LAUNCHES[kernel](t, segments, shape)
+        yield launches
     finally:
         JITFunction.run, tiles.architecture = run, architecture
-    (only,) = found
-    return only
+
+
+def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:
+    """The launch so called over ``counts`` tokens of each task. No tensor has memory, so there may be any number of
+    tokens. What a launcher launches afterwards, such as a reduction of partial results, is not in it."""
+    shape = parse_pool(pool)
+    t = make_tensors(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
+    with recording(target) as launches:
+        LAUNCHES[kernel](t, TaskSegments.of(counts, torch.device("cpu")), shape)
+    return launches[0]
 
 
 def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
     """One row of the table. ``spills`` is in bytes on NVIDIA, in registers on AMD; wgmma and tf32 count PTX lines."""
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        binary, sizes = compiled(kernel, pool, dtype, target)
+        launch = compiled(kernel, pool, dtype, target)
+    binary = launch.binary
     if TARGETS[target][0].backend == "cuda":
         text = binary.asm["ptx"]
         registers, spills = _ptxas(log.getvalue())
@@ -110,7 +134,7 @@ def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
         target,
         binary.metadata.num_warps,
         binary.metadata.num_stages,
-        "x".join(map(str, sizes.values())),
+        "x".join(map(str, launch.sizes.values())),
         registers,
         spills,
         binary.metadata.shared,

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fastmoe_lora import MoEConfig
 from kernels.expand import expand, expand_backward
+from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
+from kernels.packed import Packed
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
@@ -67,3 +69,24 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     return made | {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+
+
+class AdaptedFFN:
+    """Both passes of an adapted FFN ``width`` wide over made-up tensors; ``like`` says the type and the device.
+    ``algorithm`` is one of :data:`kernels.ffn.ALGORITHMS`."""
+
+    def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
+        self.setting, self.t = (segments, pool, algorithm), make_tensors(pool, segments.counts, width, like)
+        t = self.t
+        self.packed = Packed.empty((width, 4 * width, width), (t["a"], t["b"], t["routers"]), like.dtype)
+        self.packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))
+        self.packed.fill(t["a"], t["b"], t["routers"])
+
+    def forward(self) -> None:
+        _, _, _, h, z, u = ffn_forward(self.t["x"], self.packed, self.t["routers"], *self.setting)
+        self.saved = self.t["x"], u, h, z
+
+    def backward(self) -> None:
+        """After :meth:`forward`; x stands in for dY."""
+        gradients = self.t["x"], self.t["dp"]
+        ffn_backward(gradients, self.saved, self.packed, self.t["routers"], *self.setting)

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
+from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from kernels import tiles
-from kernels.ffn import ALGORITHMS, ffn_backward, ffn_forward
-from kernels.packed import Packed
+from kernels.ffn import ALGORITHMS
 from kernels.segments import TaskSegments
 
 TASKS, WIDTH = 5, 768
@@ -89,16 +88,13 @@ def _refuse_spills(launches: Callable[[], object]) -> None:
 
 def time_algorithm(algorithm: str, tokens: int, device: torch.device) -> float:
     """Milliseconds of the FFN's forward and backward pass."""
-    pool, counts = parse_pool("16/3/1/4"), (tokens // TASKS,) * TASKS
+    segments = TaskSegments.of((tokens // TASKS,) * TASKS, device)
     like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    t, segments = make_tensors(pool, counts, WIDTH, like), TaskSegments.of(counts, device)
-    packed = Packed.empty((WIDTH, 4 * WIDTH, WIDTH), (t["a"], t["b"], t["routers"]), like.dtype)
-    packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))
-    packed.fill(t["a"], t["b"], t["routers"])
+    ffn = AdaptedFFN(parse_pool("16/3/1/4"), segments, WIDTH, like, algorithm)
 
     def step():
-        _, _, _, h, z, u = ffn_forward(t["x"], packed, t["routers"], segments, pool, algorithm)
-        ffn_backward((t["x"], t["dp"]), (t["x"], u, h, z), packed, t["routers"], segments, pool, algorithm)
+        ffn.forward()
+        ffn.backward()
 
     return triton.testing.do_bench(step, return_mode="median")
 

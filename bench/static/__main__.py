@@ -1,0 +1,87 @@
+"""What every launch of kernels/ and the adapted FFN cost on an H100 and an H200, modelled from compiled code.
+
+    python -m bench.static [--markdown] [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...]
+                           [--dtypes bf16,...] [--tokens 40960,...]
+    python -m bench.static --check | --budget [--kernels ...] [--pools ...]
+
+Launches are compiled as bench.aot compiles them, at ViT-B's width for five tasks. Instructions are counted in the
+machine code. The trips of loops, the bytes and the operations come from Triton's intermediate code and the launch's
+arguments. ``--check`` compares the instructions with bench/static/budget.json, and ``--budget`` renews that file.
+Nothing is timed, and no GPU is needed.
+"""
+
+import argparse
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bench.aot import DTYPES, compiled
+from bench.launches import LAUNCHES
+from bench.static import budget, table
+from bench.static.ffn import adapted, frozen
+from bench.static.model import TARGET, cost
+from kernels.ffn import ALGORITHMS
+
+POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
+TOKENS, TASKS = (40_960, 7_880), 5
+HALF = ("bf16", "fp16")  # the types of the assumed rates of cuBLAS
+
+
+def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
+    rows = []
+    for n, pool, dtype, kernel in tqdm(list(product(tokens, pools, dtypes, kernels)), "kernels", leave=False):
+        launch = compiled(kernel, pool, dtype, TARGET, (n // TASKS,) * TASKS)
+        setting = {"kernel": kernel, "pool": pool, "dtype": dtype, "tokens": n}
+        rows.append(table.kernel_row(setting, launch, cost(launch)))
+    return rows
+
+
+def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
+    rows = []
+    halves = [dtype for dtype in dtypes if dtype in HALF]
+    for n, pool, dtype, algorithm in tqdm(list(product(tokens, pools, halves, ALGORITHMS)), "ratios", leave=False):
+        setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
+        rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))
+    return rows
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "static.json")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a kernel exceeds its budget")
+    parser.add_argument("--budget", action="store_true", help="renew the budgets")
+    for name, default in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", reversed(DTYPES))):
+        parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default))
+    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = options().parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("bench.static compiles: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    if chosen.budget:
+        budget.renew(chosen.kernels, chosen.pools)
+        return 0
+    if chosen.check:
+        lines = budget.exceeded(chosen.kernels, chosen.pools)
+        print(
+            "\n".join(
+                [*lines, "on purpose? python -m bench.static --budget"] if lines else ["no kernel exceeds its budget"]
+            )
+        )
+        return 1 if lines else 0
+    rest = chosen.pools, chosen.dtypes, chosen.tokens
+    results = {"kernels": model_kernels(chosen.kernels, *rest), "ratios": model_ratios(*rest)}
+    chosen.out.write_text(table.dump(results))
+    print(table.text(results, chosen.markdown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

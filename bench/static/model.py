@@ -1,0 +1,194 @@
+"""What one launch costs on an H100 and an H200, modelled from its compiled code. Nothing is timed.
+
+Instructions are counted in the machine code and multiplied by the trips of their loops, the warps of a program and the
+programs. Each unit of a multiprocessor then needs a least time, and the longest of these binds. Where a multiprocessor
+has few programs at once, their latencies are not hidden and may bind instead.
+"""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+from bench.aot import Launch
+from bench.static import latency, sass, ttir
+from bench.static.constants import CONSTANTS, RATES, Constants
+
+REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, 228 * 1024, 64, 32  # of one multiprocessor
+SHORT = 8  # instructions of a loop that waits for a barrier, at most
+TARGET = "sm_90"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A launch's cost. ``per_warp`` has instructions by unit, wavefronts and clocks of the tensor cores; ``serial`` is
+    the clocks of one warp alone; bytes and operations are those of all programs."""
+
+    name: str
+    programs: int
+    warps: int
+    registers: int
+    shared: int
+    per_warp: dict[str, float]
+    serial: float
+    dram_bytes: int
+    l2_bytes: int
+    flops: int
+    product: tuple[int, int]  # inner and outer dimension of the longest product
+    loops: tuple[tuple[str, int], ...] = ()  # (file:line of its ``for``, trips), by address
+    constants: Constants = CONSTANTS
+
+    @property
+    def instructions(self) -> float:
+        """Warp instructions of all programs."""
+        return self.per_warp["issue"] * self.warps * self.programs
+
+    @property
+    def streams(self) -> bool:
+        return not self.loops
+
+    @property
+    def resident(self) -> int:
+        return resident(self.registers, self.shared, self.warps)
+
+    @property
+    def waves(self) -> float:
+        return self.programs / (self.resident * self.constants.multiprocessors)
+
+    @property
+    def share(self) -> int:
+        """Programs of the fullest multiprocessor."""
+        return -(-self.programs // self.constants.multiprocessors)
+
+    @property
+    def is_product(self) -> bool:
+        return self.flops > self.constants.product_intensity * self.dram_bytes
+
+    def units(self, gpu: str) -> dict[str, float]:
+        """Least microseconds by unit, and the latency of the programs in their waves."""
+        busy = self._busy()
+        scale = self.share * self.warps / (1e3 * self.constants.clock)
+        found = {unit: clocks * scale for unit, clocks in busy.items()}
+        found["L2"] = self.l2_bytes / (1e6 * self.constants.l2)
+        found["DRAM"] = self.dram_bytes / (1e6 * self.constants.dram[gpu])
+        found["latency"] = self._latency(max(busy.values()) * self.warps)
+        return found
+
+    def _busy(self) -> dict[str, float]:
+        """Clocks for which one warp keeps each unit busy."""
+        count = {unit: self.per_warp.get(unit, 0) for unit in RATES}
+        busy = {unit: count[unit] / RATES[unit] for unit in RATES if unit not in ("fma", "imad")}
+        busy["fma"] = max((count["fma"] + count["imad"]) / RATES["fma"], count["imad"] / RATES["imad"])
+        busy["shared"] = self.per_warp.get("wavefronts", 0)
+        busy["tensor"] = self.per_warp.get("tensor_clocks", 0)
+        return busy
+
+    def _latency(self, busiest: float) -> float:
+        """Microseconds of waves of resident programs: each takes as long as one alone, or as its busiest unit."""
+        clocks, left = 0.0, self.share
+        while left > 0:
+            together = min(self.resident, left)
+            clocks += max(self.serial, together * busiest)
+            left -= together
+        return clocks / (1e3 * self.constants.clock)
+
+    def stream_dram(self, gpu: str) -> float:
+        """Microseconds of a launch that DRAM alone binds."""
+        return self.dram_bytes / (1e6 * self.constants.dram[gpu] * self.constants.stream_dram_reached)
+
+    def microseconds(self, gpu: str, speed: str = "mid") -> float:
+        """The time of the launch; ``speed`` is that of cuBLAS, by which products of ours are judged."""
+        c, units = self.constants, self.units(gpu)
+        if self.streams:
+            issue = self.instructions / (c.multiprocessors * RATES["issue"] * 1e3 * c.stream_clock)
+            streamed = power_sum(c.stream_power, issue / c.stream_issue_reached, self.stream_dram(gpu))
+            return max(streamed, units["latency"])
+        units["DRAM"] /= c.dram_reached
+        if self.is_product:
+            # Published products of such tiles are faster than the L2's bandwidth here allows.
+            units = {unit: n for unit, n in units.items() if unit not in ("L2", "latency")}
+            inner, outer = self.product
+            units["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][inner >= outer])
+        return max(units.values())
+
+    def binding(self, gpu: str) -> str:
+        units = self.units(gpu)
+        return "product" if self.is_product else max(units, key=units.get)
+
+
+def power_sum(power: float, *values: float) -> float:
+    """A maximum that is softer the smaller ``power`` is."""
+    return sum(value**power for value in values) ** (1 / power)
+
+
+def resident(registers: int, shared: int, warps: int) -> int:
+    """Programs that fit one multiprocessor: registers go by 256 to a warp, a kilobyte of shared memory is reserved."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_memory = min(REGISTERS // (per_warp * warps), SHARED_BYTES // (shared + 1024))
+    return max(1, min(PROGRAMS, WARPS // warps, by_memory))
+
+
+def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
+    """Trips of each loop of the machine code, found by the line of its ``for`` statement in the source. What cannot
+    be matched is named in a warning."""
+    left: dict[object, list[ttir.Loop]] = {}
+    for loop in source.loops:
+        left.setdefault(loop.line, []).append(loop)
+    found = []
+    for loop in code.loops:
+        inside = [i.name for i in code.instructions if loop.first <= i.address <= loop.last]
+        waits = "SYNCS" in inside and len(inside) <= SHORT  # for a barrier in shared memory
+        if left.get(loop.line) and not waits:
+            found.append(source.trips(left[loop.line].pop(0)))
+        else:
+            found.append(1)
+            if not waits:
+                warnings.warn(f"the loop of {loop.line} was split by the compiler: a part counts once", stacklevel=2)
+    for loop in (loop for loops in left.values() for loop in loops):
+        if not source.is_constant(loop):  # one that is may have been unrolled
+            warnings.warn(f"the loop of {loop.line} is not in the machine code: it counts once", stacklevel=2)
+    return found
+
+
+def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
+    """Per warp: all instructions (``issue``), those of each unit, wavefronts, clocks of the tensor cores. Predicated
+    instructions count in full."""
+    total: Counter = Counter()
+    for i in code.instructions:
+        rounds = 1
+        for loop, n in zip(code.loops, trips, strict=True):
+            if loop.first <= i.address <= loop.last:
+                rounds *= n
+        total["issue"] += rounds
+        total[i.unit] += rounds
+        total["wavefronts"] += rounds * i.wavefronts
+        total["tensor_clocks"] += rounds * i.tensor_clocks
+    return dict(total)
+
+
+@cache
+def machine_code(cubin: bytes) -> tuple[sass.Code, int]:
+    """(instructions, registers of a thread)."""
+    text, registers = sass.disassemble(cubin)
+    return sass.parse(text), registers
+
+
+def cost(launch: Launch) -> Cost:
+    code, registers = machine_code(launch.binary.asm["cubin"])
+    source = ttir.parse(launch.binary.asm["ttir"], launch)
+    if any(i.name == "USETMAXREG" for i in code.instructions):
+        warnings.warn("warps are specialised: every warp is counted as if it executed all of them", stacklevel=2)
+    trips = loop_trips(code, source)
+    return Cost(
+        launch.binary.metadata.name,
+        source.programs,
+        launch.binary.metadata.num_warps,
+        registers,
+        launch.binary.metadata.shared,
+        count(code, trips),
+        latency.clocks(code, trips),
+        *source.traffic(),
+        source.flops(),
+        source.product(),
+        tuple((":".join(map(str, loop.line)), n) for loop, n in zip(code.loops, trips, strict=True)),
+    )

@@ -1,0 +1,251 @@
+"""Triton's intermediate code of a launch: how often its loops run, what it moves between memory and chip, its products.
+
+Loop bounds are computed from the launch's arguments for program (0, 0, 0), which no other program outlasts.
+"""
+
+import re
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from bench.aot import Launch
+
+ARITHMETIC = {
+    "addi": lambda a, b: a + b,
+    "subi": lambda a, b: a - b,
+    "muli": lambda a, b: a * b,
+    "divsi": lambda a, b: a // b,
+    "divui": lambda a, b: a // b,
+    "ceildivsi": lambda a, b: -(-a // b),
+    "remsi": lambda a, b: a % b,
+    "remui": lambda a, b: a % b,
+    "minsi": min,
+    "minui": min,
+    "maxsi": max,
+    "maxui": max,
+}
+SAME_VALUE = ("extsi", "extui", "trunci", "index_cast", "round")
+
+
+class Unknown(ValueError):
+    """A loop's bound that does not follow from the launch's arguments, or an address of no known argument."""
+
+
+@dataclass
+class Loop:
+    """``for``: its first value, end and step by name, the loops around it and the (file, line) of its statement."""
+
+    bounds: tuple[str, str, str]
+    around: tuple["Loop", ...]
+    line: tuple[str, int] | None = None
+
+
+@dataclass
+class Operation:
+    """``operands`` by name. The operation "first.round" gives what a loop carries its value in the first round."""
+
+    name: str
+    operands: list[str]
+    text: str
+    around: tuple[Loop, ...]
+
+
+@dataclass
+class Code:
+    """The operations of a kernel in order, those with a result also by its name."""
+
+    launch: Launch
+    operations: list[Operation] = field(default_factory=list)
+    results: dict[str, Operation] = field(default_factory=dict)
+    loops: list[Loop] = field(default_factory=list)
+
+    @property
+    def programs(self) -> int:
+        return prod(self.launch.grid)
+
+    def value(self, name: str) -> int:
+        """Of an integer, in program (0, 0, 0) and the first round of its loops."""
+        if name in self.launch.arguments:
+            return self.launch.arguments[name]
+        operation = self.results.get(name)
+        if operation is None:
+            raise Unknown(f"nothing is known of {name}")
+        return self._compute(operation)
+
+    def _compute(self, operation: Operation) -> int:
+        name = operation.name.partition(".")[2]
+        if name == "constant":
+            return int(re.search(r"constant (-?\d+)", operation.text)[1])
+        if name == "get_program_id":
+            return 0
+        if name == "get_num_programs":
+            axis = "xyz".index(re.search(r"get_num_programs ([xyz])", operation.text)[1])
+            return (*self.launch.grid, 1, 1)[axis]
+        if name == "load":
+            tensor, place = self.address(operation.operands[0])
+            return int(tensor.flatten()[place])
+        if name in SAME_VALUE:
+            return self.value(operation.operands[0])
+        if name in ARITHMETIC:
+            return ARITHMETIC[name](*map(self.value, operation.operands[:2]))
+        raise Unknown(f"no rule for {operation.text.strip()}")
+
+    def address(self, name: str) -> tuple[torch.Tensor, int]:
+        """(tensor, element) that a scalar pointer points to."""
+        if name in self.launch.arguments:
+            return self.launch.arguments[name], 0
+        base, offset = self.results[name].operands
+        tensor, place = self.address(base)
+        return tensor, place + self.value(offset)
+
+    def argument(self, name: str) -> str:
+        """The launch's argument behind a pointer, a tile of pointers or a tensor descriptor."""
+        while name not in self.launch.arguments:
+            if name not in self.results:
+                raise Unknown(f"no argument is known behind {name}")
+            name = self.results[name].operands[0]
+        return name
+
+    def trips(self, loop: Loop) -> int:
+        first, end, step = map(self.value, loop.bounds)
+        return max(0, -(-(end - first) // step))
+
+    def rounds(self, around: tuple[Loop, ...]) -> int:
+        """How often a program executes what stands in these loops."""
+        return prod(map(self.trips, around))
+
+    def is_constant(self, loop: Loop) -> bool:
+        """Whether the compiler knows its trips."""
+        known = (self.results.get(bound) for bound in loop.bounds)
+        return all(operation and operation.name == "arith.constant" for operation in known)
+
+    def flops(self) -> int:
+        """Of all programs, padding included."""
+        total = 0
+        for operation in self.operations:
+            if operation.name == "tt.dot":
+                (m, k), (_, n) = (
+                    map(int, shape) for shape in re.findall(r"tensor<(\d+)x(\d+)x\w+>", operation.text)[:2]
+                )
+                total += 2 * m * n * k * self.rounds(operation.around)
+        return total * self.programs
+
+    def product(self) -> tuple[int, int]:
+        """(inner, outer dimension) of the launch's longest product; the tokens are the rows of its longest matrix."""
+        inner = 0
+        for operation in self.operations:
+            if operation.name == "tt.dot":
+                step = int(re.search(r"tensor<\d+x(\d+)x", operation.text)[1])
+                inner = max(inner, step * self.rounds(operation.around[-1:]))
+        rows = max(
+            (tensor.shape[0] for tensor in self.launch.arguments.values() if len(_shape(tensor)) == 2), default=1
+        )
+        return inner, self.flops() // (2 * inner * rows) if inner else 0
+
+    def traffic(self) -> tuple[int, int]:
+        """(bytes that memory sees, bytes that all programs ask for). Memory sees a tensor once in each direction,
+        since repeats hit the L2, and no more of it than is asked for; lanes that are masked count in full."""
+        asked: dict[tuple[str, str], int] = {}
+        for operation in self.operations:
+            for direction in _DIRECTIONS.get(operation.name, ()):
+                key = self.argument(operation.operands[0]), direction
+                moved = _tile_bytes(operation.text) * self.rounds(operation.around) * self.programs
+                asked[key] = asked.get(key, 0) + moved
+        seen = {key: min(n, _tensor_bytes(self.launch.arguments[key[0]])) for key, n in asked.items()}
+        return sum(seen.values()), sum(asked.values())
+
+
+_DIRECTIONS = {
+    "tt.load": ("read",),
+    "tt.store": ("written",),
+    "tt.descriptor_load": ("read",),
+    "tt.descriptor_store": ("written",),
+    "tt.atomic_rmw": ("read", "written"),
+}
+
+
+def _tile_bytes(text: str) -> int:
+    """Of the last type in a load or a store: that of the tile, of its pointers or of one element."""
+    sizes, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?(?:b?f|i)(\d+)>", text)[-1]
+    return prod(map(int, sizes.split("x")[:-1])) * max(1, int(kind) // 8)
+
+
+def _shape(argument: object) -> tuple[int, ...]:
+    """Of a tensor or a tensor descriptor; nothing of a number."""
+    return tuple(getattr(argument, "shape", ()))
+
+
+def _tensor_bytes(argument: object) -> int:
+    tensor = getattr(argument, "base", argument)  # what a tensor descriptor describes
+    return tensor.numel() * tensor.element_size()
+
+
+def parse(text: str, launch: Launch) -> Code:
+    parser = _Parser(Code(launch))
+    for row in text.splitlines():
+        if location := re.match(r"(#loc\d*) = (loc\(.*\))$", row):
+            parser.locations[location[1]] = location[2]
+    for row in text.splitlines():
+        parser.read(row.strip())
+    return parser.code
+
+
+class _Parser:
+    """Reads a kernel line by line. A block may reuse a name of another one that is over, so every result gets a name
+    that nothing else has; ``names`` maps those of the text, for each block that is open."""
+
+    def __init__(self, code: Code) -> None:
+        self.code, self.locations = code, {}
+        self.blocks: list[Loop | None] = []
+        self.names: list[dict[str, str]] = [{}]
+
+    @property
+    def around(self) -> tuple[Loop, ...]:
+        return tuple(block for block in self.blocks if block)
+
+    def known(self, name: str) -> str:
+        return self.names[-1].get(name, name)
+
+    def define(self, name: str, operation: Operation) -> None:
+        unique = f"{name}@{len(self.code.results)}"
+        self.code.results[unique] = operation
+        self.names[-1][name] = unique
+
+    def read(self, row: str) -> None:
+        if row.startswith("}") and self.blocks:
+            loop = self.blocks.pop()
+            self.names.pop()
+            if loop and (place := re.search(r"loc\((#loc\d*)\)$", row)):
+                loop.line = _line(place[1], self.locations)
+        if found := re.match(r"(?:%[\w:]+ = )?scf\.for %(\w+) = %(\w+) to %(\w+) step %(\w+)(.*)\{$", row):
+            self.open_loop(*found.groups())
+        elif row.endswith(("{", "({")):
+            self.blocks.append(None)
+            self.names.append(dict(self.names[-1]))
+        elif found := re.match(r'(?:%([\w:]+) = )?"?((?:tt|arith|math|scf)\.\w+)"?(.*)$', row):
+            operands = [self.known(name) for name in re.findall(r"%([\w#.]+)", found[3])]
+            operation = Operation(found[2], operands, row.rpartition(" loc(")[0], self.around)
+            self.code.operations.append(operation)
+            if found[1]:
+                self.define(found[1], operation)
+
+    def open_loop(self, variable: str, first: str, end: str, step: str, rest: str) -> None:
+        loop = Loop((self.known(first), self.known(end), self.known(step)), self.around)
+        starts = [(name, self.known(start)) for name, start in re.findall(r"%(\w+) = %([\w#]+)", rest)]
+        self.code.loops.append(loop)
+        self.blocks.append(loop)
+        self.names.append(dict(self.names[-1]))
+        for name, start in [(variable, self.known(first)), *starts]:
+            self.define(name, Operation("first.round", [start], rest, loop.around))
+
+
+def _line(name: str, locations: dict[str, str]) -> tuple[str, int] | None:
+    """(file, line) of a location; of what was inlined, that in the inlined function."""
+    text = locations.get(name, "")
+    if found := re.match(r'loc\("(?:.*/)?([^"/]+)":(\d+):\d+\)', text):
+        return found[1], int(found[2])
+    for inner in re.findall(r"#loc\d*", text):
+        if line := _line(inner, locations):
+            return line
+    return None
