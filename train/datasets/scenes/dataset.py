@@ -45,8 +45,8 @@ def label_sal(scene: Scene, buffer: ZBuffer) -> np.ndarray:
 
 
 def label_normals(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """Of all surfaces, wall and floor included."""
-    return buffer.normal.astype(np.float32)
+    """Of all surfaces, wall and floor included: camera space has x to the right, labels have it to the left."""
+    return (buffer.normal * [[[-1]], [[1]], [[1]]]).astype(np.float32)
 
 
 def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
