@@ -25,6 +25,7 @@ from kernels import tiles
 from kernels.ffn import WAYS, ffn_backward, ffn_forward
 from kernels.packed import Packed
 from kernels.rows import TaskRows
+from train.files.atomic import write_text
 
 TASKS, WIDTH = 5, 768
 TOKENS = {"small": 7_880, "large": 40_960}
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     row = tiles.TABLES.setdefault(name, {})
     for kernel in chosen.kernels:
         tune_ffn(row, device) if kernel == "ffn" else tune_kernel(kernel, row, device)
-    chosen.out.write_text(dump(tiles.TABLES))
+    write_text(chosen.out, dump(tiles.TABLES))
     print("\n".join(difference(before, row)) or f"nothing is faster than what {name} has")
     return 0
 
