@@ -148,10 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     knobs.compilation.always_compile = True  # a cached kernel has no log
     knobs.nvidia.dump_ptxas_log = True
     rows = [measure(*combination) for combination in combinations]
+    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
+    print(format_table(cells, text_columns=len(COLUMNS)))  # first, so that a full disk does not lose it
     lines = ",\n".join(map(json.dumps, rows))  # one row to a line
     write_text(chosen.out, f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
-    print(format_table(cells, text_columns=len(COLUMNS)))
     return 0
 
 

@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}
+    print(table(rows))  # first, so that a full disk does not lose it
     write_json(chosen.out, results)
-    print(table(rows))
     return 0
 
 
