@@ -28,6 +28,8 @@ from triton.runtime.jit import JITFunction
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
+from train.files.atomic import write_text
+from train.output.tables import format_table
 
 # name: (target, bytes of shared memory that a block can have)
 TARGETS = {
@@ -151,12 +153,6 @@ def _ptxas(log: str) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", log)[1]), max(map(int, stack.groups()))
 
 
-def aligned(rows: list[dict]) -> str:
-    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
@@ -176,9 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
     knobs.compilation.always_compile = True  # a cached kernel has no log
     knobs.nvidia.dump_ptxas_log = True
     rows = [measure(*combination) for combination in combinations]
+    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
+    print(format_table(cells, text_columns=len(COLUMNS)))  # first, so that a full disk does not lose it
     lines = ",\n".join(map(json.dumps, rows))  # one row to a line
-    chosen.out.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    print(aligned(rows))
+    write_text(chosen.out, f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
     return 0
 
 

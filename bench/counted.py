@@ -9,7 +9,6 @@ first configuration.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from triton.runtime.autotuner import Autotuner
 from bench.layers import Problem, Shape, check
 from bench.peers import PEERS
 from bench.peers.base import Peer
-from bench.report import aligned
 from bench.traffic import Traffic, counting
+from train.files.atomic import write_json
+from train.output.tables import format_table
 
 WIDTH, TOKENS = 768, (160, 480)
 CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return aligned([HEAD, *lines], markdown=False)
+    return format_table([HEAD, *lines], text_columns=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}
-    chosen.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(rows))
+    print(table(rows))  # first, so that a full disk does not lose it
+    write_json(chosen.out, results)
     return 0
 
 

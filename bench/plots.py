@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from bench.report import Row, layer_rows  # noqa: E402
+from bench.rows import Row, layer_rows  # noqa: E402
 
 OURS, OTHERS = "#c2410c", plt.get_cmap("tab10").colors
 DIRECTIONS = ("forward", "forward+backward")

@@ -24,6 +24,7 @@ from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from kernels import tiles
 from kernels.ffn import ALGORITHMS
 from kernels.segments import TaskSegments
+from train.files.atomic import write_text
 
 TASKS, WIDTH = 5, 768
 TOKENS = {"small": 7_880, "large": 40_960}
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     row = tiles.TABLES.setdefault(name, {})
     for kernel in chosen.kernels:
         tune_ffn(row, device) if kernel == "ffn" else tune_kernel(kernel, row, device)
-    chosen.out.write_text(dump(tiles.TABLES))
+    write_text(chosen.out, dump(tiles.TABLES))
     print("\n".join(difference(before, row)) or f"nothing is faster than what {name} has")
     return 0
 

@@ -12,7 +12,7 @@ from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
 from train.evaluate import main as evaluate
-from train.output.tables import table
+from train.output.scores import score_table
 from train.predict import main as predict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_python_examples_run():
 def test_the_table_is_the_committed_result():
     results = json.loads((ROOT / "bench" / "results" / "scenes.json").read_text())
     baselines = {name: results[f"metrics_{name}"] for name in ("untrained", "constant")}
-    assert table({**baselines, "trained": results["metrics"]}) in README
+    assert score_table({**baselines, "trained": results["metrics"]}) in README
 
 
 def test_pictures_and_links_exist():

@@ -18,7 +18,8 @@ from train.datasets.pascal.dataset import PascalMT, group_by_tasks
 from train.datasets.pascal.inspection import Finding, inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
-from train.output.tables import align, make_folder
+from train.files.atomic import make_folder, write_text
+from train.output.tables import format_table
 from train.protocols.base import finish_labels
 from train.tasks import DEFAULT_TASKS, TASKS, VOID, parse_tasks
 
@@ -85,8 +86,8 @@ def describe(splits: Sequence[Split], tasks: Sequence[str]) -> str:
         sides = ["/".join(f"{np.quantile(side, q):.0f}" for q in (0, 0.5, 1)) for side in sizes.T[::-1]] or ["-", "-"]
         counts = len(split.images), OFFICIAL_IMAGES[split.name], faulty
         rows.append([split.name, *map(str, counts), *sides])
-    tables = [align(rows) + "\n(width and height: smallest/median/largest)"]
-    return "\n\n".join([*tables, *(align(_task_rows(task, splits)) for task in tasks)])
+    tables = [format_table(rows) + "\n(width and height: smallest/median/largest)"]
+    return "\n\n".join([*tables, *(format_table(_task_rows(task, splits)) for task in tasks)])
 
 
 def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
@@ -145,7 +146,7 @@ def run(options: Any) -> int:
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
     faults = [fault for split in splits for fault in split.faults]
-    (out / "faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
+    write_text(out / "faults.txt", "".join(f"{fault}\n" for fault in faults))
     draw(out / "sheet.png", splits, reader)
     print(f"\n{describe(splits, tasks)}\n\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
     return 1 if faults else 0

@@ -16,7 +16,8 @@ from train.datasets.batches import collate
 from train.datasets.pascal.dataset import Access
 from train.evaluation.baselines import with_baseline
 from train.evaluation.results import Results, read_results, require_comparable
-from train.output.tables import align, make_folder, number
+from train.files.atomic import make_folder, write_text
+from train.output.tables import format_table, number
 from train.run import checkpoint
 from train.run.build import load_checkpoint
 from train.tasks import HEADLINES
@@ -75,10 +76,10 @@ def _delta(results: Results) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The table in Markdown, with arrows for which way is better."""
     signs = {"^": "↑", "v": "↓"}
     heads = [" ".join(signs.get(word, word) for word in head.split(" ")) for head in rows[0]]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return format_table([heads, *rows[1:]], markdown=True)
 
 
 def caption(runs: Mapping[str, Results]) -> str:
@@ -133,9 +134,9 @@ def run(given: Sequence[str], baseline: str | None, as_markdown: bool, out: Path
     runs = {name: with_baseline(results, baseline) if baseline else results for name, results in runs.items()}
     make_folder(out)
     rows, below = rows_of(runs), caption(runs)
-    tables = {"table.txt": f"{align(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
+    tables = {"table.txt": f"{format_table(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
     for name, text in tables.items():
-        (out / name).write_text(text)
+        write_text(out / name, text)
     print(tables["table.md" if as_markdown else "table.txt"])
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
     if lacking := [name for name, model in models.items() if model is None]:

@@ -5,7 +5,6 @@ import shlex
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from train.datasets.base import DataSet, open_dataset
 from train.datasets.batches import sample_loader
 from train.datasets.pascal.tree import find_tree, read_split
 from train.evaluation.baselines import describe_delta, with_baseline
-from train.evaluation.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
+from train.evaluation.predictions import keeping, predicted_tasks, read_note, require_predictions, shorten
 from train.evaluation.results import Results, describe_set
 from train.evaluation.score import (
     Predicted,
@@ -28,9 +27,11 @@ from train.evaluation.score import (
     predictions_of_model,
     score_predictions,
 )
+from train.files.atomic import make_folder, write_json
 from train.files.reading import reading, require_file
 from train.metrics.odsf import VARIANTS
-from train.output.tables import make_folder, table, versions, write_json
+from train.output.scores import score_table
+from train.output.versions import versions
 from train.protocols import PROTOCOLS
 from train.run import checkpoint
 from train.run.build import load_checkpoint
@@ -165,16 +166,14 @@ def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
         with_baseline(results, options.baseline)  # a mistake is told now, not after hours
     predicted = predictions_of(subject, options, dataset)
     out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"))
-    keep = Folder(Path(options.save_predictions)) if options.save_predictions else None
     print(announce(results), flush=True)
 
     metrics = build_metrics(settings.task_names, dataset.classes)
-    scoring = Scoring(predicted, dataset.ids, metrics, boundaries, keep.write if keep else None)
-    with keep or nullcontext():
+    kept = Path(options.save_predictions) if options.save_predictions else None
+    note = {"protocol": dataset.protocol.name, "size": settings.image_size, "split": options.split}
+    with keeping(kept, note | subject.about) as save:
+        scoring = Scoring(predicted, dataset.ids, metrics, boundaries, save)
         results["metrics"] = score_predictions(scoring, options.odsf_variant, options.workers)
-    if keep:
-        treated = {"protocol": dataset.protocol.name, "size": settings.image_size, "split": options.split}
-        keep.close(treated | subject.about)
     return with_baseline(results, options.baseline) if options.baseline else results, out
 
 
@@ -228,7 +227,7 @@ def announce(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The table, what odsF was taken over, and Delta_m."""
-    lines = [table({"score": results["metrics"]})]
+    lines = [score_table({"score": results["metrics"]})]
     if odsf := results["odsF"]:
         scores = results["metrics"]["edge"]
         values = ", ".join(f"{key} {scores[key]:.2f}" for key in ("odsF", "oisF", "AP", "threshold") if scores[key])

@@ -16,8 +16,8 @@ from kernels import UserError
 from model import MultiTaskViT
 from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
+from train.files.atomic import make_folder, replacing
 from train.files.reading import reading, require_file
-from train.output.tables import make_folder
 from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint
@@ -112,10 +112,8 @@ def write(out: Path, name: str, photo: Picture, outputs: dict[str, NDArray[np.fl
     write_pictures(out, name, predicted)
     write_pictures(out / "overlays", name, overlays)
     make_folder(out / "raw")
-    partial = out / "raw" / f".{name}.partial"
-    with partial.open("wb") as file:
+    with replacing(out / "raw" / f"{name}.npz", sync=False) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **{task: output.astype(np.float16) for task, output in outputs.items()})
-    partial.replace(out / "raw" / f"{name}.npz")
     return overlays
 
 

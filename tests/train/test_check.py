@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.check import align, build_parser, main, share
+from train.check import build_parser, main, share
 from train.datasets.pascal.voc import VOC_CLASSES
+from train.output.tables import format_table
 
 HURT = "2008_000000"  # of the fabricated tree, see conftest.py
 
@@ -118,7 +119,7 @@ def test_shares_never_round_to_nothing():
 
 
 def test_columns_are_aligned():
-    assert align([["a", "one"], ["long", "2"]]) == "a     one\nlong    2"
+    assert format_table([["a", "one"], ["long", "2"]]) == "a     one\nlong    2"
 
 
 def test_pascal_mini_is_whole(pascal_mini, tmp_path):

@@ -23,7 +23,9 @@ from train.datasets.base import DataSet
 from train.datasets.batches import Batch, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
 from train.evaluation.validate import score_constant, validate
-from train.output.tables import make_folder, table, versions, write_json
+from train.files.atomic import make_folder, write_json, write_text
+from train.output.scores import score_table
+from train.output.versions import versions
 from train.run import build, checkpoint, schedule
 from train.tasks import TASKS, Metrics
 
@@ -100,7 +102,7 @@ def set_up(settings: Settings, fresh: bool) -> Run:
     out = run_folder(settings, fresh)
     make_folder(out)
     if skipped := [fault for dataset in data for fault in dataset.skipped]:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
     run = Run(settings, out, device, data, model, build.build_optimizer(settings, model))
     print(announce(run), flush=True)
     return run
@@ -251,7 +253,7 @@ def finish(run: Run, speed: float, losses: dict[str, float]) -> dict[str, Any]:
     results = results_of(run, speed, losses, metrics)
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
-    print(f"\n{table(columns)}\n{count_images(run)}\n")
+    print(f"\n{score_table(columns)}\n{count_images(run)}\n")
     print(f"{run.out}/: results.json, last, predictions.png, routing.png, tensorboard")
     return results
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -80,10 +81,39 @@ def test_last_is_a_link_to_the_newest_and_older_ones_go(tmp_path, trained):
 def test_a_failure_while_saving_keeps_the_older_one(tmp_path, trained, monkeypatch):
     checkpoint.save(tmp_path, 1, *trained, {})
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="^cannot write .*/step-2 .disk full.: "):
         checkpoint.save(tmp_path, 2, *trained, {})
     assert checkpoint.read_state(tmp_path / "last")["step"] == 1
     assert not (tmp_path / "step-2").exists()
+
+
+def test_a_disk_that_fills_up_while_saving_is_one_line_and_keeps_the_older_one(tmp_path, trained):
+    """A limit on the size of files stands for the disk; torch and safetensors report it in errors of their own."""
+    model = torch.nn.Linear(300, 300)  # 360 kB
+    heavy = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 300)).sum().backward()
+    heavy.step()
+    checkpoint.save(tmp_path, 1, *trained, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, (weights, moments) in {2: (model, trained[1]), 3: (trained[0], heavy)}.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(UserError, match=f"^cannot write .*/step-{step} .*File too large") as caught:
+                checkpoint.save(tmp_path, step, weights, moments, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(caught.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-1"]
+    assert checkpoint.read_state(tmp_path / "last")["step"] == 1
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path, trained):
+    (tmp_path / ".step-1.0123.partial").mkdir()
+    (tmp_path / ".last.0123.partial").symlink_to("step-1")
+    (tmp_path / "step-2").mkdir()  # killed before "last" pointed at it, then saved again by the resumed run
+    checkpoint.save(tmp_path, 2, *trained, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-2"]
+    assert checkpoint.read_state(tmp_path / "last")["step"] == 2
 
 
 def test_restore_gives_back_every_bit(tmp_path, trained):
