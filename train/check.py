@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kernels import UserError
-from train.cli import Parser, guarded
+from train.cli import Parser, add_cache, guarded
 from train.datasets.cache import open_cache
 from train.datasets.pascal.dataset import PascalMT, group_by_tasks
 from train.datasets.pascal.inspection import Finding, inspect_images
@@ -66,7 +66,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
     parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (%(default)s)")
-    parser.add_argument("--cache", metavar="DIR", default="", help="keep edges and parts there, for training too")
+    add_cache(parser)
     parser.add_argument("--out", metavar="DIR", default="runs/check", help="(%(default)s)")
     return parser
 

@@ -55,7 +55,7 @@ def open_cache(folder: str, root: Path) -> Cache:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to cache {folder} ({error.strerror}): choose another with cache=DIR") from None
+        raise UserError(f"cannot write to cache {folder} ({error.strerror}): choose another --cache") from None
     return Cache(path)
 
 

@@ -34,11 +34,15 @@ Shape = tuple[int, int]  # height, width
 
 
 class Headline(NamedTuple):
-    """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit."""
+    """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit.
+
+    One that is a ``variant_of`` another key is shown only where it differs from that.
+    """
 
     key: str
     higher_is_better: bool
     unit: str
+    variant_of: str = ""
 
 
 class Task(ABC):
