@@ -6,6 +6,7 @@ from kernels.errors import UserError
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task
+from train.tasks.depth import DepthTask
 from train.tasks.edge import EdgeTask
 from train.tasks.normals import NormalsTask
 from train.tasks.parts import PART_NAMES, HumanParts
@@ -18,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask())
+    task.name: task for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask(), DepthTask())
 }
 DEFAULT_TASKS = ("seg", "parts", "sal", "normals", "edge")  # PASCAL-Context's
 

@@ -17,7 +17,7 @@ def test_without_data_the_scenes_recipe_applies():
 def test_with_data_the_papers_setting_applies():
     settings = resolve_settings({"data": "somewhere"})
     assert (settings.recipe, settings.model, settings.image_size, settings.head) == ("", "vit_base", 224, "up")
-    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}
+    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50, "depth": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):
 def test_loss_weights_that_are_not_named_keep_their_default():
     assert parse_loss_weights("semseg=2") == {"seg": 2.0}
     weights = resolve_settings({"loss_weights": "edge=1"}).task_weights
-    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1}
+    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1, "depth": 1}
 
 
 def test_a_resumed_run_keeps_its_settings_and_may_be_prolonged():

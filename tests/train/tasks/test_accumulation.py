@@ -25,6 +25,8 @@ def random_set(task: str) -> tuple[torch.Tensor, torch.Tensor]:
     void = torch.rand(shape, generator=random) < torch.linspace(0, 1, IMAGES)[:, None, None]
     if task == "normals":
         return prediction, F.normalize(torch.randn(prediction.shape, generator=random), dim=1) * ~void[:, None]
+    if task == "depth":
+        return prediction, (0.5 + 9 * torch.rand(shape, generator=random)) * ~void
     label = torch.randint(max(CHANNELS[task], 2), shape, generator=random, dtype=torch.uint8)
     return prediction, label.masked_fill(void, VOID)
 

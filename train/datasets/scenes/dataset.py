@@ -16,6 +16,7 @@ from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
 from train.tasks.edge import edges_from_label_map
 
 SPLITS = ("train", "val")
+CAMERA = 5.0  # z of the plane that depth is measured from, beyond the nearest thing of any scene
 
 
 def rasterize(scene: Scene, size: int) -> ZBuffer:
@@ -56,8 +57,14 @@ def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
     return edges_from_label_map((5**group)[buffer.owner])
 
 
+def label_depth(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """Metres from a plane in front of all things; camera space has z towards the viewer and the metre as its unit."""
+    return (CAMERA - buffer.depth).astype(np.float32)
+
+
 LABELS: dict[str, Callable[[Scene, ZBuffer], np.ndarray]] = {
     "seg": label_seg, "parts": label_parts, "sal": label_sal, "normals": label_normals, "edge": label_edge,
+    "depth": label_depth,
 }  # fmt: skip
 
 
