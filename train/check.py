@@ -15,6 +15,7 @@ from kernels import UserError
 from train.cli import Parser, add_cache, guarded
 from train.datasets.cache import open_cache
 from train.datasets.pascal.dataset import PascalMT, group_by_tasks
+from train.datasets.pascal.handedness import describe_handedness
 from train.datasets.pascal.inspection import Finding, inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
@@ -148,7 +149,11 @@ def run(options: Any) -> int:
     faults = [fault for split in splits for fault in split.faults]
     write_text(out / "faults.txt", "".join(f"{fault}\n" for fault in faults))
     draw(out / "sheet.png", splits, reader)
-    print(f"\n{describe(splits, tasks)}\n\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
+    print(f"\n{describe(splits, tasks)}")
+    if "normals" in tasks:
+        found = [finding.asymmetry for split in splits for finding in split.findings if finding.asymmetry]
+        print(f"\n{describe_handedness(found)}")
+    print(f"\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
     return 1 if faults else 0
 
 

@@ -87,7 +87,7 @@ def test_only_the_tasks_that_are_asked_for_are_looked_at(pascal_copy, tmp_path, 
     ("options", "message"),
     [
         (["--data", "/no/such/folder"], "error: /no/such/folder is not a folder"),
-        (["--data", "DATA", "--tasks", "depth"], "error: unknown task 'depth'"),
+        (["--data", "DATA", "--tasks", "flow"], "error: unknown task 'flow'"),
         (["--data", "DATA", "--workers", "-1"], "error: workers is -1"),
         (["--data", "DATA", "--cache", "DATA"], "lies inside the data set"),
         (["--data", "DATA", "--out", "FILE/out"], "error: cannot make the folder"),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kernels.errors import UserError
+from train.datasets.pascal.handedness import Asymmetry, asymmetry_of
 from train.datasets.pascal.labels import Reader, read_photo
 from train.datasets.pascal.tree import ImageFiles
 from train.files.processes import process_map
@@ -19,12 +20,13 @@ from train.tasks import TASKS
 @dataclass(frozen=True)
 class Finding:
     """``size`` (H, W) of the photo, None if it cannot be read; ``pixels[task]``, how many have each value of the
-    label, for normals void (0) and not (1); ``faults``, one line each."""
+    label, for normals void (0) and not (1); ``faults``, one line each; ``asymmetry`` of its normals at contours."""
 
     id: str
     size: tuple[int, int] | None
     pixels: dict[str, dict[int, int]]
     faults: tuple[str, ...]
+    asymmetry: Asymmetry | None = None
 
 
 def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, title: str = "") -> list[Finding]:
@@ -43,18 +45,20 @@ def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
 
     Labels must fit their photo, so they are looked at only where it can be read.
     """
-    faults, pixels, size = [_missing(path, image) for path in image.missing], {}, None
+    faults, size = [_missing(path, image) for path in image.missing], None
     try:
         if image.photo not in image.missing:
             size = read_photo(image.photo).shape[:2]
     except UserError as error:
         faults.append(str(error))
+    labels = {}
     for task in image.read if size else ():
         try:
-            pixels[task] = _count(task, reader.label(image, task, size))
+            labels[task] = reader.label(image, task, size)
         except UserError as error:
             faults.append(str(error))
-    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)))
+    pixels = {task: _count(task, label) for task, label in labels.items()}
+    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)), asymmetry_of(labels))
 
 
 def _missing(path: Path, image: ImageFiles) -> str:
