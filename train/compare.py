@@ -139,10 +139,11 @@ def run(given: Sequence[str], baseline: str | None, as_markdown: bool, out: Path
         write_text(out / name, text)
     print(tables["table.md" if as_markdown else "table.txt"])
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
-    if lacking := [name for name, model in models.items() if model is None]:
+    loaded = {name: model for name, model in models.items() if model is not None}
+    if lacking := [name for name in models if name not in loaded]:
         print(f"{out}/: table.txt, table.md; no picture, as there is no checkpoint of {', '.join(lacking)}")
         return
-    draw(out / "predictions.png", runs, models)
+    draw(out / "predictions.png", runs, loaded)
     print(f"{out}/: table.txt, table.md, predictions.png")
 
 

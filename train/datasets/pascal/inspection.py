@@ -43,13 +43,16 @@ def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
 
     Labels must fit their photo, so they are looked at only where it can be read.
     """
-    faults, pixels, size = [_missing(path, image) for path in image.missing], {}, None
+    faults, pixels = [_missing(path, image) for path in image.missing], {}
+    size: tuple[int, int] | None = None
     try:
         if image.photo not in image.missing:
             size = read_photo(image.photo).shape[:2]
     except UserError as error:
         faults.append(str(error))
-    for task in image.read if size else ():
+    for task in image.read:
+        if size is None:
+            break
         try:
             pixels[task] = _count(task, reader.label(image, task, size))
         except UserError as error:
