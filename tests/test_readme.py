@@ -25,7 +25,7 @@ COMMANDS = [
     if command.strip()
 ]
 # These two installations, and this test command, are what .ci/run runs; so is the benchmark.
-IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest", "pytest bench/ --benchmark-only"}
+IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest -n auto", "pytest bench/ --benchmark-only"}
 
 
 def test_every_command_is_tried_somewhere():
@@ -33,7 +33,7 @@ def test_every_command_is_tried_somewhere():
         assert command in IN_CI or "python -m train" in command, command
     script = (ROOT / ".ci" / "run").read_text()
     assert "pip install --quiet -e .\n" in script
-    assert "pip install --quiet -e '.[test]'" in script and "\npytest\n" in script and "pytest bench/" in script
+    assert "pip install --quiet -e '.[test]'" in script and "\npytest -n auto\n" in script and "pytest bench/" in script
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train " in c])
