@@ -114,3 +114,10 @@ def test_another_package_called_kernels_is_named_in_one_line(tmp_path):
         text=True,
     )
     assert f"the package 'kernels' at {tmp_path / 'kernels'} is not fastmoe_lora's" in done.stderr.splitlines()[-1]
+
+
+def test_patterns_of_cost_name_files_that_exist(pytestconfig):
+    """A test that moves must not fall back into the unit tier unseen."""
+    (conftest,) = (p for p in pytestconfig.pluginmanager.get_plugins() if getattr(p, "COSTS", None))
+    for pattern in conftest.COSTS:
+        assert list((ROOT / "tests").glob(pattern)), pattern
