@@ -78,8 +78,8 @@ def test_a_plain_verb_names_one_function(name):
 @pytest.mark.parametrize("package", ["kernels", "fastmoe_lora", "bench"])
 def test_the_library_needs_torch_triton_numpy_and_nvtx_only(package):
     allowed = {"torch", "triton", "numpy", "nvtx", "pytest", *PACKAGES, *sys.stdlib_module_names}
-    if package == "bench":  # bars, plots, and peers that are imported where a user has them
-        allowed |= {"tqdm", "matplotlib", "quack", "scattermoe", "lorafusion"}
+    if package == "bench":  # the suites, bars, plots, and peers that are imported where a user has them
+        allowed |= {"pytest_benchmark", "tqdm", "matplotlib", "quack", "scattermoe", "lorafusion"}
     for path in sources(package):
         assert imported(path) <= allowed, path
 

@@ -50,6 +50,7 @@ def few_photos(pascal_mini, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train " in c])
+@pytest.mark.slow
 def test_training_commands_run(command, tmp_path, request):
     argv = shlex.split(command.removeprefix("TRITON_INTERPRET=1 "))[3:]
     for placeholder, fixture in (("PASCAL_MT", "few_photos"), ("WEIGHTS.safetensors", "vit_tiny_weights")):
@@ -85,6 +86,7 @@ def runs(few_photos, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
     """In their order: what one writes the next may read."""
     monkeypatch.chdir(runs)
