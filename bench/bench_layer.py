@@ -10,11 +10,12 @@ from functools import cache
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import layers, measure
 from bench.floor import floor_seconds, work
 from bench.peers import PEERS
-from bench.peers.base import Peer
+from bench.peers.base import Forward, Peer
 from kernels import resolve_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +33,7 @@ def problem(width: int, tokens: int, config: str, kernel: str) -> layers.Problem
 
 
 @cache
-def compiled_frozen(p: layers.Problem):
+def compiled_frozen(p: layers.Problem) -> Forward:
     return torch.compile(p.frozen)
 
 
@@ -65,7 +66,9 @@ STEPS = {"forward": forward_step, "forward+backward": training_step}
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("width", "tokens"), SHAPES)
 @pytest.mark.parametrize("subject", ["ours", *PEERS])
-def bench_ffn(benchmark, kernel, subject, width, tokens, config, direction) -> None:
+def bench_ffn(
+    benchmark: BenchmarkFixture, kernel: str, subject: str, width: int, tokens: int, config: str, direction: str
+) -> None:
     peer, p = PEERS.get(subject, OURS), problem(width, tokens, config, kernel)
     benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
     benchmark.extra_info |= {
@@ -112,7 +115,7 @@ def measured(p: layers.Problem, peer: Peer, direction: str, seconds: float) -> t
     return steps["subject"], row | (on_gpu(p, steps, seconds) if ON_GPU else {})
 
 
-def correctness(p: layers.Problem, peer: Peer, forward) -> dict:
+def correctness(p: layers.Problem, peer: Peer, forward: Forward) -> dict:
     """The errors to fp64, and whether a second run gives the same bits."""
     first, second = p.results(forward), p.results(forward)
     return {

@@ -11,6 +11,7 @@ first configuration.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from triton.runtime.autotuner import Autotuner
 
 from bench.layers import Problem, Shape, check
 from bench.peers import PEERS
-from bench.peers.base import Peer
+from bench.peers.base import Forward, Peer
 from bench.traffic import Traffic, counting
 from train.files.atomic import write_json
 from train.output.tables import format_table
@@ -30,12 +31,12 @@ OURS = Peer("ours", lambda layer: layer)
 HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: forward", "backward", "/ ours"]
 
 
-def first_configuration(self: Autotuner, *args, **kwargs):
+def first_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
     """Autotuner.run without a clock."""
     return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
 
-def count(problem: Problem, forward) -> tuple[Traffic, Traffic]:
+def count(problem: Problem, forward: Forward) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one pass."""
     x = problem.x[0]
     with counting(len(x)) as ahead:

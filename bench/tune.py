@@ -12,7 +12,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -46,7 +48,7 @@ class Spills(Exception):
     """A candidate that keeps registers in memory."""
 
 
-def fastest(present, candidates: list, time: Callable[[object], float]):
+def fastest(present: Any, candidates: list, time: Callable[[Any], float]) -> Any:
     """The candidate with the least ``time``; ``present`` where none is faster by more than rounding of clocks."""
     best, limit = present, GAIN * time(present)
     for candidate in candidates:
@@ -128,9 +130,7 @@ def tune_ffn(row: Table, device: torch.device) -> None:
     """The same for the algorithm of the FFN, by number of tokens."""
     present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
     for name, tokens in TOKENS.items():
-        present[name] = fastest(
-            present[name], list(ALGORITHMS), lambda algorithm, n=tokens: time_algorithm(algorithm, n, device)
-        )
+        present[name] = fastest(present[name], list(ALGORITHMS), partial(time_algorithm, tokens=tokens, device=device))
 
 
 def difference(before: Table, after: Table) -> list[str]:

@@ -143,10 +143,11 @@ def run(options: Namespace) -> None:
         write_text(out / name, text)
     print(tables["table.md" if options.markdown else "table.txt"])
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
-    if lacking := [name for name, model in models.items() if model is None]:
+    loaded = {name: model for name, model in models.items() if model is not None}
+    if lacking := [name for name in models if name not in loaded]:
         print(f"{out}/: table.txt, table.md; no picture, as there is no checkpoint of {', '.join(lacking)}")
         return
-    draw(out / "predictions.png", runs, models, options.cache)
+    draw(out / "predictions.png", runs, loaded, options.cache)
     print(f"{out}/: table.txt, table.md, predictions.png")
 
 

@@ -9,7 +9,7 @@ from kernels.errors import UserError
 from train.files.reading import reading, require_file
 
 
-def read_image(path: Path, modes: Sequence[str], formats: Sequence[str] = ("PNG",)) -> Image.Image:
+def read_image(path: Path, modes: Sequence[str], formats: tuple[str, ...] = ("PNG",)) -> Image.Image:
     """The whole image, one of Pillow's ``modes`` with 8 bits a sample; UserError where it is another or damaged."""
     require_file(path)
     with reading(path):

@@ -90,7 +90,7 @@ def count_image(prediction: Prediction, label_map: NDArray[np.integer], variant:
 def _count_mask(mask: Mask, true: Mask, radius: float) -> tuple[int, int, int, int]:
     predicted = thin(mask)
     matched = count_matches(predicted, true, radius)
-    return matched, np.count_nonzero(true), matched, np.count_nonzero(predicted)
+    return matched, int(np.count_nonzero(true)), matched, int(np.count_nonzero(predicted))
 
 
 class BoundaryScore(Additive):

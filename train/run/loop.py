@@ -1,12 +1,14 @@
 """One training run from settings to results.json: read from top to bottom."""
 
 import math
+import operator
 import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
     if folder:
         flags = {"out": str(folder.parent), **flags}
     run = set_up(resolve_settings(flags, state and state["settings"]), fresh=folder is None)
-    if folder:
+    if folder and state:
         checkpoint.restore(folder, run.model, run.optimizer)
         run.step, run.baselines = state["step"], state["baselines"]
         if run.step >= run.total:
@@ -151,7 +153,7 @@ def training_step(run: Run, batch: Batch) -> Tensor:
         predictions = run.model(batch.images, batch.index)
     with span("losses"):
         losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
-        objective = sum(s.task_weights[task] * loss for task, loss in losses.items())
+        objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in losses.items()))
         if run.model.routing is not None:
             objective = objective + s.mi_weight * run.model.routing.mi_loss()
     run.optimizer.zero_grad()
@@ -301,5 +303,5 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     run.model.eval()
     predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
-    if routing is not None:
+    if routing is not None and s.moe_config is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)

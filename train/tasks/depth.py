@@ -91,7 +91,7 @@ class DepthTask(Task):
         return _paint(picture.astype(np.float32) / 1000)
 
 
-def _paint(metres: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _paint(metres: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Log depth (H, W) in colours (H, W, 3), near bright and far dark, on one scale for all pictures."""
     near, far = np.log(PAINTED)
     share = (far - np.log(np.maximum(metres, NEAREST))) / (far - near)

@@ -44,7 +44,7 @@ def contour_asymmetry(mask: NDArray[np.bool_], normals: NDArray[np.float32]) -> 
     return None if across is None or down is None else Asymmetry(across, down)
 
 
-def _ends(known: NDArray[np.bool_], values: NDArray[np.float32]) -> float | None:
+def _ends(known: NDArray[np.bool_], values: NDArray[np.floating]) -> float | None:
     """The mean, over rows, of the value near the first known pixel minus that near the last."""
     rows = np.flatnonzero(known.sum(1) >= SMALLEST)
     if not len(rows):

@@ -45,14 +45,15 @@ def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
 
     Labels must fit their photo, so they are looked at only where it can be read.
     """
-    faults, size = [_missing(path, image) for path in image.missing], None
-    try:
-        if image.photo not in image.missing:
-            size = read_photo(image.photo).shape[:2]
-    except UserError as error:
-        faults.append(str(error))
+    faults = [_missing(path, image) for path in image.missing]
     labels = {}
-    for task in image.read if size else ():
+    if image.photo in image.missing:
+        return Finding(image.id, None, {}, tuple(dict.fromkeys(faults)))
+    try:
+        size = read_photo(image.photo).shape[:2]
+    except UserError as error:
+        return Finding(image.id, None, {}, tuple(dict.fromkeys([*faults, str(error)])))
+    for task in image.read:
         try:
             labels[task] = reader.label(image, task, size)
         except UserError as error:

@@ -7,11 +7,12 @@ surface that owns each pixel; every label is then a table look-up.
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.errors import UserError
 from train.datasets.scenes.compose import FIRST_OBJECT, FLOOR, SEG_NAMES, WALL, Scene, compose_scene
 from train.datasets.scenes.raster import ZBuffer
-from train.protocols import Rendered, Sample
+from train.protocols import Protocol, Rendered, Sample
 from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
 from train.tasks.edge import edges_from_label_map
 
@@ -109,9 +110,9 @@ class Scenes:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: choose among {', '.join(SPLITS)}")
         self.size, self.length, self.tasks = size, length, tasks
-        self.protocol = Rendered(size)
+        self.protocol: Protocol = Rendered(size)
         self.stream = (seed, SPLITS.index(split))
-        self.groups = (np.arange(length),)
+        self.groups: tuple[NDArray[np.int64], ...] = (np.arange(length),)
 
     @property
     def ids(self) -> tuple[str, ...]:
