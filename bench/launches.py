@@ -10,16 +10,17 @@ from kernels.expand import expand, expand_backward
 from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
+from kernels.packed import SplitRouters
 from kernels.pool import Pool
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Tensor | SplitRouters]
 # Ranks of 64 for the published pools, then 128 and 256: every entry of kernels/tables.json.
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
 LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
-    "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["routers"], t["h"], segments, pool),
+    "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["split"], t["h"], segments, pool),
     "expand": lambda t, segments, pool: expand(t["x"], t["h"], t["b"], segments, pool),
     "expand_backward": lambda t, segments, pool: expand_backward(
         t["x"], t["h"], t["z"], t["a"], t["routers"], segments, pool
@@ -66,4 +67,5 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
         "peak": (),
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
-    return made | {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+    made |= {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+    return made | {"split": SplitRouters.of(made["routers"], like.dtype)}

@@ -97,7 +97,7 @@ def time_algorithm(algorithm: str, tokens: int, device: torch.device) -> float:
     packed.fill(t["a"], t["b"], t["routers"])
 
     def step():
-        _, _, _, h, z, u = ffn_forward(t["x"], packed, t["routers"], segments, pool, algorithm)
+        _, _, _, h, z, u = ffn_forward(t["x"], packed, segments, pool, algorithm)
         ffn_backward((t["x"], t["dp"]), (t["x"], u, h, z), packed, t["routers"], segments, pool, algorithm)
 
     return triton.testing.do_bench(step, return_mode="median")

@@ -50,14 +50,14 @@ def ffn_reference(
 
 
 def ffn_forward(
-    x: Tensor, packed: Packed, routers: Tensor, segments: TaskSegments, pool: Pool, algorithm: str
+    x: Tensor, packed: Packed, segments: TaskSegments, pool: Pool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y (T, D), g, P, H, z, u (T, F)) from x (T, d), in the type of ``packed``, and routers (tasks, C, d) fp32."""
+    """(y (T, D), g, P, H, z, u (T, F)) from x (T, d), in the type of ``packed``."""
     hidden, up = packed.hidden, packed.up
     inner = x.new_empty(len(x), up.shape[1])
     a = packed.down[hidden : hidden + pool.ranks]
     with span("route"):
-        h, z, g, p = route_shrink(x, a, routers, inner[:, hidden:], segments, pool)
+        h, z, g, p = route_shrink(x, a, packed.routers, inner[:, hidden:], segments, pool)
     with span("ffn"):
         u = F.linear(x, packed.down[:hidden], packed.bias_down)
         gelu(u, inner[:, :hidden])

@@ -6,8 +6,8 @@
           g dg - p sum(g dg)                 topk, naive-shared: over the routers' columns, p their softmax
         + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
 
-Grid (block, task), BM tokens each. The gates are recomputed from z, which costs no more than reading them. H' is
-written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
+Grid (block, task), BM tokens each. The gates are recomputed from z, which carries the selection (jit_helpers.mark). H'
+is written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
 GIVEN: dH' comes from a wider GEMM and is overwritten by dH. SPREAD: dz is also stored in per-task blocks, C columns per
 task and zero elsewhere, so that dz W_task joins the next GEMM.
 Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.gating import Gating
-from kernels.jit_helpers import gates, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
+from kernels.jit_helpers import gates, marks, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
 from kernels.pool import Pool
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
@@ -52,7 +52,7 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def gate_backward_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D, k,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def gate_backward_kernel(
             dgated = tl.dot(grad, up, dgated, input_precision="ieee")
 
     logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
-    gate, _ = gates(logits, k, N, SHARED, GATING)
+    gate, _ = gates(logits, marks(logits), N, SHARED, GATING)
     place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
     passed_on = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
     tl.store(dh + rows * dh_stride + expert, passed_on, inside & (expert < padded_ranks))
@@ -137,7 +137,7 @@ def _launch(
     peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
     gate_backward_kernel[blocks, tasks](
         dy, b, h, z, dp, segments.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0),
-        padded_ranks, dh.shape[1] - padded_ranks, len(b), pool.gating.k,
+        padded_ranks, dh.shape[1] - padded_ranks, len(b),
         **pool.constants(), **pool.gate_constants(),
         GIVEN=product is None, SPREAD=dh.shape[1] > padded_ranks, **sizes,
     )  # fmt: skip

@@ -34,12 +34,14 @@ def linear_reference(
 
 
 def linear_forward(
-    x: Tensor, packed: Packed, routers: Tensor, segments: TaskSegments, pool: Pool
+    x: Tensor, packed: Packed, segments: TaskSegments, pool: Pool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y (T, D), g, P, H, z); x (T, d) in the type of ``packed``, routers (tasks, C, d) fp32."""
+    """(y (T, D), g, P, H, z); x (T, d) in the type of ``packed``."""
     inner = x.new_empty(len(x), packed.up.shape[1])
     with span("route"):
-        h, z, g, p = route_shrink(x, packed.down[: pool.ranks], routers, inner[:, packed.inner :], segments, pool)
+        h, z, g, p = route_shrink(
+            x, packed.down[: pool.ranks], packed.routers, inner[:, packed.inner :], segments, pool
+        )
     with span("ffn"):
         inner[:, : packed.inner] = x
         y = F.linear(inner, packed.up, packed.bias_up)

@@ -19,8 +19,9 @@ from kernels.expand import expand, expand_backward, expand_backward_reference, e
 from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_backward_reference  # noqa: E402
 from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
+from kernels.packed import SplitRouters  # noqa: E402
 from kernels.pool import Pool  # noqa: E402
-from kernels.route_shrink import route_shrink, route_shrink_reference  # noqa: E402
+from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -85,12 +86,14 @@ class Inputs:
         self.a, self.b = self.half(experts * rank, d, scale=d**-0.5), self.half(self.width, experts * rank)
         self.routers = self.full(tasks, columns, d, scale=d**-0.5)
         self.h, self.dh = (self.half(self.tokens, experts * rank) for _ in range(2))
-        self.z, self.dz = (self.full(self.tokens, columns) for _ in range(2))
+        self.z = marked_reference(self.full(self.tokens, columns), self.gating)
+        self.dz = self.full(self.tokens, columns)
         self.g = self.full(self.tokens, experts).abs()
         self.dp = self.full(tasks, columns, scale=self.tokens)
         self.weight, self.bias = self.half(d, self.width, scale=d**-0.5), self.half(self.width)
         self.to_width = self.full(tasks, columns, self.width, scale=columns**-0.5)
         self.pool = Pool.of(self.a, self.routers, self.gating)
+        self.split = SplitRouters.of(self.routers, dtype)
 
     def full(self, *shape, scale=1.0):
         return (scale * torch.randn(shape, generator=self.rng)).to(self.device)
@@ -110,7 +113,7 @@ class TestKernels:
     def test_route_shrink(self, inputs):
         i = inputs
         gated = torch.empty_like(i.h)
-        h, z, g, means = route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool)
+        h, z, g, means = route_shrink(i.x, i.a, i.split, gated, i.segments, i.pool)
         # Apart, since where two logits are as close as rounding fp64 may select otherwise: H and z from the inputs, g
         # and P from the logits that the kernel returned.
         given = i.x, i.a, i.routers, i.segments, i.gating
@@ -119,6 +122,7 @@ class TestKernels:
             lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.segments)), (z,), (g, means)
         )
         assert torch.equal(g > 0, reference.gates(z, i.gating) > 0)
+        assert torch.equal(z, marked_reference(z, i.gating)), "the selection stands in the logits"
         assert torch.equal(gated, (h * g.repeat_interleave(i.pool.rank, dim=1)).to(i.dtype))
         assert (h.dtype, z.dtype, g.dtype, means.dtype) == (i.dtype, *[torch.float32] * 3)
 
@@ -177,7 +181,7 @@ class TestKernelsOfTheFFN:
     def test_route_shrink_pads_with_zeros(self, inputs):
         i, ranks = inputs, inputs.pool.ranks
         alone, wide = torch.empty_like(i.h), Between(i.tokens, multiple_of_8(ranks), i.dtype, i.device)
-        outputs = (route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool) for gated in (alone, wide.target))
+        outputs = (route_shrink(i.x, i.a, i.split, gated, i.segments, i.pool) for gated in (alone, wide.target))
         assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
         assert torch.equal(wide.target[:, :ranks], alone) and wide.target[:, ranks:].eq(0).all()
         assert wide.left_alone()
@@ -245,7 +249,7 @@ class TestLayouts:
             return padded[:, matrix.shape[1] : 2 * matrix.shape[1]]
 
         calls = (
-            (lambda x: route_shrink(x, i.a, i.routers, torch.empty_like(i.h), i.segments, i.pool), i.x),
+            (lambda x: route_shrink(x, i.a, i.split, torch.empty_like(i.h), i.segments, i.pool), i.x),
             (lambda base: expand(base, i.h, i.b, i.segments, i.pool), i.base),
             (lambda gated: expand(i.base, gated, i.b, i.segments, i.pool), i.h),
             (lambda b: expand(i.base, i.h, b, i.segments, i.pool), i.b),
