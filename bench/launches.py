@@ -23,17 +23,17 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["split"], t["h"], segments, pool),
     "expand": lambda t, segments, pool: expand(t["x"], t["h"], t["b"], segments, pool),
     "expand_backward": lambda t, segments, pool: expand_backward(
-        t["x"], t["h"], t["z"], t["a"], t["routers"], segments, pool
+        t["x"], t["h"], t["dz"], t["a"], t["routers"], segments, pool
     ),
     "gate_backward": lambda t, segments, pool: gate_backward(t["x"], t["b"], t["h"], t["z"], t["dp"], segments, pool),
     "gate_backward_inplace": lambda t, segments, pool: gate_backward_inplace(
         t["buffer"][:, t["wide"].shape[1] :], t["h"].shape[1], t["h"], t["z"], t["dp"], segments, pool
     ),
-    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["z"], t["peak"], segments, pool),
+    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["dz"], t["peak"], segments, pool),
     "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], segments, pool),
     "matmul": lambda t, segments, pool: matmul(t["wide"], t["up"].t(), t["bias"], segments, pool),
     "matmul_routed": lambda t, segments, pool: matmul_routed(
-        t["wide"], t["down"], t["z"], t["routers"], segments, pool
+        t["wide"], t["down"], t["dz"], t["routers"], segments, pool
     ),
     "gelu": lambda t, segments, pool: gelu(t["wide"], t["buffer"]),
     "gelu_backward": lambda t, segments, pool: gelu_backward(t["wide"], t["buffer"]),
@@ -68,4 +68,6 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     made |= {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+    split = like.dtype == torch.bfloat16
+    made["dz"] = torch.cat([made["z"]] * 2, 1).to(like.dtype) if split else made["z"]
     return made | {"split": SplitRouters.of(made["routers"], like.dtype)}

@@ -46,7 +46,7 @@ def mark(z, selected):
 
 @triton.jit
 def marks(z):
-    """The selection in the logits of :func:`mark`. Infinite ones count as selected: the gate of -inf is 0 in any case."""
+    """The selection in the logits of :func:`mark`. Infinite ones count as selected; the gate of -inf is 0 anyway."""
     bits = z.to(tl.int32, bitcast=True)
     return (((bits ^ (bits >> 31)) & 1) != 0) | (z == float("inf"))
 
