@@ -12,6 +12,7 @@ from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
 from kernels.packed import SplitRouters
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
@@ -31,6 +32,7 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     ),
     "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["dz"], t["peak"], segments, pool),
     "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], segments, pool),
+    "reduce": lambda t, segments, pool: reduce(t["db"], t["da"], t["drouters"]),
     "matmul": lambda t, segments, pool: matmul(t["wide"], t["up"].t(), t["bias"], segments, pool),
     "matmul_routed": lambda t, segments, pool: matmul_routed(
         t["wide"], t["down"], t["dz"], t["routers"], segments, pool
@@ -65,6 +67,9 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
         "dp": (tasks, pool.columns),
         "routers": (tasks, pool.columns, width),
         "peak": (),
+        "db": (tasks, width, ranks),
+        "da": (tasks, ranks, width),
+        "drouters": (tasks, 1, pool.columns, width),
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     made |= {name: torch.randn(shape, device=like.device) for name, shape in full.items()}

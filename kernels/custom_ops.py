@@ -1,7 +1,7 @@
 """PyTorch custom operators over the kernels, with their fake versions and their autograd.
 
     lora_moe            forward     route_shrink, expand
-                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, expand
+                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, reduce, expand
                         saved       x, H (T, R) in x's type and z (T, C) fp32
     lora_moe_packed     forward     route_shrink, gelu, two GEMMs
     of an FFN           backward    a GEMM, gelu, gate_backward, the same weight_grads, a GEMM
@@ -27,6 +27,7 @@ from kernels.gating import Gating
 from kernels.linear import linear_backward, linear_forward
 from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.tiles import ffn_algorithm
@@ -117,8 +118,8 @@ def lora_moe_backward_op(
     segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
     dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
-    db = weight_grad_b(dy, gated, segments, pool)
-    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
+    da, db, drouters = reduce(*parts)
     dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), segments, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 

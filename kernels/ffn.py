@@ -28,6 +28,7 @@ from kernels.matmul import matmul, matmul_routed
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
@@ -92,8 +93,8 @@ def ffn_backward(
         torch.mm(dy, up, out=grad[:, :width])
         dh, dz, gated, peak = gate_backward_inplace(grad[:, hidden:], packed.padded_ranks, h, z, dp, segments, pool)
     gelu_backward(u, grad[:, :hidden])
-    db = weight_grad_b(dy, gated, segments, pool)
-    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
+    da, db, drouters = reduce(*parts)
     if algorithm == "columns":
         dx = torch.mm(grad, down)
     elif algorithm == "matmul":

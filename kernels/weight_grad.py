@@ -6,7 +6,8 @@
 
 Grid (columns, chunk, task). A program keeps BW rows of the result in registers and sums over a chunk of one task's
 tokens. The wide matrix is read once and the narrow one once per column tile, so tiles are as wide as registers allow.
-Chunks depend on shapes only, and torch adds their fp32 sums in a fixed order: no atomics, the same bits in every run.
+Chunks depend on shapes only, and :mod:`kernels.reduce` adds their fp32 sums in a fixed order: no atomics, the same bits
+in every run.
 Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA. FLOPs: 2 T D R; 2 T d (R + 2C).
 """
 
@@ -96,7 +97,7 @@ PROGRAMS = 132  # one per multiprocessor of an H100: a program fills its registe
 
 
 def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
-    """dB (D, R) fp32 from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
+    """Partial sums (chunks, D, R) fp32 of dB, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
     sizes = tile("weight_grad_b", gated, pool)
     width, ranks = dy.shape[1], gated.shape[1]
     tiles = triton.cdiv(width, sizes["BW"])
@@ -107,13 +108,13 @@ def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool)
         width, chunk, ranks, 1,
         **pool.constants(), ROUTERS=False, **sizes,
     )  # fmt: skip
-    return product.sum(0)
+    return product
 
 
 def weight_grad_a(
     x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor | None, segments: TaskSegments, pool: Pool
 ) -> tuple[Tensor, Tensor]:
-    """(dA (R, d), dW (tasks, C, d)) fp32.
+    """Partial sums (chunks, R, d) of dA and (tasks, chunks per task, C, d) of dW, fp32.
 
     x (T, d) and dh (T, R) have any row strides; dz and ``peak`` are those of :mod:`kernels.gate_backward`.
     """
@@ -128,4 +129,4 @@ def weight_grad_a(
         width, chunk, 1, width,
         **pool.constants(), ROUTERS=True, **sizes,
     )  # fmt: skip
-    return product.sum(0), routers.sum(1)
+    return product, routers

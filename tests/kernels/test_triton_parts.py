@@ -21,6 +21,7 @@ from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_refe
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
 from kernels.packed import SplitRouters  # noqa: E402
 from kernels.pool import Pool  # noqa: E402
+from kernels.reduce import reduce, reduce_reference  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
 
@@ -162,17 +163,35 @@ class TestKernels:
 
     def test_weight_grad_b(self, inputs):
         i = inputs
-        db = weight_grad_b(i.dy, i.h, i.segments, i.pool)
+        db = weight_grad_b(i.dy, i.h, i.segments, i.pool).sum(0)
         assert_as_good_as(weight_grad_b_reference, (i.dy, i.h), db)
         assert db.dtype == torch.float32
 
     def test_weight_grad_a(self, inputs):
         i = inputs
         da, drouters = weight_grad_a(i.x, i.dh, split(i.dz, i.dtype), i.dz.abs().amax(), i.segments, i.pool)
+        da, drouters = da.sum(0), drouters.sum(1)
         assert_as_good_as(weight_grad_a_reference, (i.x, i.dh, i.dz, i.segments), (da, drouters))
         assert da.dtype == drouters.dtype == torch.float32
         absent = [task for task, count in enumerate(i.segments.counts) if count == 0]
         assert drouters[absent].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunks", "shape"), [(1, 1, (16, 8, 3)), (3, 5, (64, 40, 70)), (5, 2, (16, 72, 130))]
+)
+def test_reduce(tasks, chunks, shape, device):
+    """The partial sums of the three gradients, one after the other: the bits of a loop."""
+    ranks, d, width = shape
+    rng = torch.Generator().manual_seed(0)
+    shapes = (tasks * chunks, width, ranks), (tasks * chunks, ranks, d), (tasks, chunks, 16, d)
+    parts = [torch.randn(shape, generator=rng).to(device) for shape in shapes]
+    loops = [sum(matrix.unbind(axis)) for matrix, axis in zip(parts, (0, 0, 1), strict=True)]
+    sums = reduce(*parts)
+    for actual, place in zip(sums, (1, 0, 2), strict=True):
+        assert torch.equal(actual, loops[place])
+    for actual, expected in zip(sums, reduce_reference(*parts), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 class Between:
