@@ -266,13 +266,17 @@ def lora_moe_packed(
     segments: TaskSegments,
     gating: Gating,
     algorithm: str = "",
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, in fp32, fp16 or bf16.
 
     ``packed`` holds the frozen weights and the newest values of ``lora`` and ``routers``, in x's type. ``algorithm`` is
-    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens.
+    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens, with
+    ``deterministic`` the same for every number.
     """
     _check(x)
+    if packed.hidden and deterministic and not algorithm:
+        algorithm = ffn_algorithm(x, deterministic)
     static = segments.counts, gating.name, gating.k, gating.shared, algorithm
     y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, segments.offsets, *static)
     return y, g, p

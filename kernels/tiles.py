@@ -68,6 +68,9 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
     return dict(zip(NAMES[kernel], sizes, strict=True)) | options
 
 
-def ffn_algorithm(x: Tensor) -> str:
-    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device."""
-    return _row("ffn", x.device)["large" if len(x) >= LARGE else "small"]
+def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
+    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
+
+    ``deterministic`` takes the one for large batches whatever the number of tokens.
+    """
+    return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]
