@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels.packed import Packed, columns_pay
+from kernels.packed import Packed, columns_pay, fill_all
 
 
 def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
@@ -38,18 +38,16 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     return (module.fc1, module.fc2) if plain else ()
 
 
+Parts = tuple[Sequence[nn.Linear], tuple[Tensor, ...]]  # frozen linear layers; adapters (A, B) or (A, B, routers)
+
+
 class PackedLayer:
-    """The packed weights of one layer: ``linears`` frozen, ``adapters`` (A, B) or (A, B, routers)."""
+    """The packed weights of one layer."""
 
     def __init__(self) -> None:
         self.packed: Packed | None = None
         self._frozen: tuple = ()
         self._ahead: tuple = ()  # state that was packed for the next pass
-
-    def pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> None:
-        """Pack for the next pass, which then copies nothing."""
-        self._pack(linears, adapters)
-        self._ahead = _state(linears, adapters)
 
     def for_pass(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> Packed:
         """The packed weights of a pass that begins now. ValueError in a compiled pass if nothing was packed."""
@@ -58,20 +56,18 @@ class PackedLayer:
                 raise ValueError("weights are not packed: call Packing(model).pack() before a compiled pass")
             return self.packed
         if self._ahead != _state(linears, adapters):
-            self._pack(linears, adapters)
+            _pack([(self, (linears, adapters))])
         self._ahead = ()
         return self.packed
 
-    def _pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> None:
-        frozen = _state(linears, adapters)[0]
-        # Tensors made in inference mode could not be saved for a later backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            if frozen != self._frozen:
-                shape = linears[0].in_features, *(linear.out_features for linear in linears)
-                self.packed = Packed.empty(shape, adapters, dtype=frozen[0])
-                self.packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
-            self.packed.fill(*adapters)
-        self._frozen = frozen
+    def copy_frozen(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...], state: tuple) -> Packed:
+        """The packed weights, whose frozen part is copied if it changed."""
+        if state[0] != self._frozen:
+            shape = linears[0].in_features, *(linear.out_features for linear in linears)
+            self.packed = Packed.empty(shape, adapters, dtype=state[0][0])
+            self.packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
+        self._frozen, self._ahead = state[0], state
+        return self.packed
 
     def __deepcopy__(self, memo: dict) -> "PackedLayer":
         """An empty one: the state describes the tensors of the original, not those of the copy."""
@@ -85,13 +81,20 @@ class Packing:
         self.layers = [layer for layer in model.modules() if isinstance(getattr(layer, "packing", None), PackedLayer)]
 
     def pack(self) -> None:
-        """Copy all adapters, and the frozen weights that changed, for the next pass.
+        """Copy all adapters, and the frozen weights that changed, for the next pass, in a few calls.
 
         Call it before every compiled pass and before every replay of a captured one. An eager pass that follows uses
         the copies too.
         """
-        for layer in self.layers:
-            layer.pack_ahead()
+        parts = ((layer.packing, layer.parts) for layer in self.layers)
+        _pack([(packing, given) for packing, given in parts if given])
+
+
+def _pack(layers: Sequence[tuple[PackedLayer, Parts]]) -> None:
+    # Tensors made in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        packed = [packing.copy_frozen(*parts, _state(*parts)) for packing, parts in layers]
+        fill_all(packed, [adapters for _, (_, adapters) in layers])
 
 
 def _state(linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> tuple:

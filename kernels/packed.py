@@ -1,6 +1,8 @@
 """Frozen weights and adapters packed side by side, so that LoRA is a few more columns of the frozen GEMM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def columns_pay(d: int, width: int) -> bool:
 class SplitRouters:
     """fp32 routers as sums of numbers in the tokens' type, exact to 2^-17: W_task = scale (high + low).
 
-    ``parts`` (tasks, 2, C, d) holds high and low; for fp32 it is (tasks, 1, C, d), the routers themselves. ``scales``
+    ``parts`` (2, tasks, C, d) holds high and low; for fp32 it is (1, tasks, C, d), the routers themselves. ``scales``
     (tasks,) fp32 are powers of two, with which fp16 keeps small values; 1 for the other types.
     """
 
@@ -35,9 +37,8 @@ class SplitRouters:
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "SplitRouters":
         """For routers of ``shape`` (tasks, C, d)."""
-        tasks, columns, d = shape
-        parts = torch.empty(tasks, 1 if dtype == torch.float32 else 2, columns, d, dtype=dtype, device=device)
-        return cls(parts, torch.ones(tasks, dtype=torch.float32, device=device))
+        parts = torch.empty(1 if dtype == torch.float32 else 2, *shape, dtype=dtype, device=device)
+        return cls(parts, torch.ones(shape[0], dtype=torch.float32, device=device))
 
     @classmethod
     def of(cls, routers: Tensor, dtype: torch.dtype) -> "SplitRouters":
@@ -48,15 +49,15 @@ class SplitRouters:
     @torch.no_grad()
     def fill(self, routers: Tensor) -> None:
         """Split ``routers`` (tasks, C, d)."""
-        exact, high = routers.float(), self.parts[:, 0]
+        exact = routers.float()
         if self.parts.dtype == torch.float16:
             largest = torch.linalg.vector_norm(exact, torch.inf, dim=(1, 2))
             exponent = torch.frexp(largest).exponent.clamp(-100, 100)
             torch.ldexp(torch.ones_like(self.scales), exponent, out=self.scales)
             exact = exact / self.scales[:, None, None]
-        high.copy_(exact)
-        if self.parts.shape[1] == 2:
-            torch.sub(exact, high, out=self.parts[:, 1])
+        self.parts[0].copy_(exact)
+        if len(self.parts) == 2:
+            torch.sub(exact, self.parts[0], out=self.parts[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ class Packed:
     bias_up: Tensor
     bias_down: Tensor
     routers: SplitRouters
+    ranks: int = 0  # R, known where adapters are copied
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], adapters: tuple[Tensor, ...], dtype: torch.dtype) -> "Packed":
@@ -90,7 +92,7 @@ class Packed:
         columns = aligned(adapters[2].shape[0] * adapters[2].shape[1]) if hidden else 0
         up, down = torch.zeros(width, shape[-2] + ranks, **make), torch.zeros(hidden + ranks + columns, d, **make)
         split = SplitRouters.empty(adapters[2].shape if len(adapters) > 2 else (0, 0, d), dtype, a.device)
-        return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make), split)
+        return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make), split, len(a))
 
     @classmethod
     def of(cls, *tensors: Tensor) -> "Packed":
@@ -125,13 +127,40 @@ class Packed:
             if bias is not None:
                 bias_target.copy_(bias)
 
-    @torch.no_grad()
+    @cached_property
+    def targets(self) -> tuple[Tensor, ...]:
+        """Where A, B and, of an FFN, the routers are copied."""
+        a = self.down[self.hidden :][: self.ranks]
+        b = self.up[:, self.inner : self.inner + self.ranks]
+        if not self.hidden:
+            return a, b
+        _, tasks, columns, d = self.routers.parts.shape
+        return a, b, self.down[self.hidden + self.padded_ranks :][: tasks * columns].view(tasks, columns, d)
+
     def fill(self, a: Tensor, b: Tensor, *routers: Tensor) -> None:
         """Copy the adapters; needed once after each of their updates."""
-        self.up[:, self.inner : self.inner + b.shape[1]].copy_(b)
-        self.down[self.hidden : self.hidden + len(a)].copy_(a)
-        if routers:
-            self.routers.fill(routers[0])
-        if self.hidden:
-            stacked = routers[0].flatten(0, 1)
-            self.down[self.hidden + self.padded_ranks :][: len(stacked)].copy_(stacked)
+        fill_all([self], [(a, b, *routers)])
+
+
+@torch.no_grad()
+def fill_all(layers: Sequence[Packed], adapters: Sequence[tuple[Tensor, ...]]) -> None:
+    """Copy the adapters of many layers, (A, B) or (A, B, routers) each, in a few calls."""
+    copies = [
+        pair
+        for layer, given in zip(layers, adapters, strict=True)
+        for pair in zip(layer.targets, given[: len(layer.targets)], strict=True)
+    ]
+    for dense in (True, False):  # one strided tensor would keep all others from being copied by one launch
+        pairs = [pair for pair in copies if pair[0].is_contiguous() == dense]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    splits = [(layer.routers, given[2]) for layer, given in zip(layers, adapters, strict=True) if len(given) > 2]
+    if any(split.parts.dtype == torch.float16 for split, _ in splits):  # each with a scale
+        for split, routers in splits:
+            split.fill(routers)
+        return
+    if splits:
+        high, routers = [split.parts[0] for split, _ in splits], [routers for _, routers in splits]
+        torch._foreach_copy_(high, routers)
+        if len(splits[0][0].parts) == 2:
+            torch._foreach_copy_([split.parts[1] for split, _ in splits], torch._foreach_sub(routers, high))

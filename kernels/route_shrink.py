@@ -60,7 +60,7 @@ def route_shrink_kernel(
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     split: tl.constexpr = x.dtype.element_ty != tl.float32
-    router = routers + tl.program_id(1) * (2 if split else 1) * C * d + column * d
+    router = routers + tl.program_id(1) * C * d + column * d
     hidden = tl.zeros((BM, NP * RANK), tl.float32)
     logits = tl.zeros((BM, NP), tl.float32)
     rest = tl.zeros((BM, NP), tl.float32)
@@ -73,7 +73,7 @@ def route_shrink_kernel(
         high = tl.load(router + down, (column < C) & (down < d), 0.0)
         logits = tl.dot(tokens, high, logits, input_precision="ieee")
         if split:
-            low = tl.load(router + C * d + down, (column < C) & (down < d), 0.0)
+            low = tl.load(router + tl.num_programs(1) * C * d + down, (column < C) & (down < d), 0.0)
             rest = tl.dot(tokens, low, rest)
     # Stored before the selection, which then has the registers that fp32 would take.
     hidden = hidden.to(h.dtype.element_ty)
