@@ -3,8 +3,9 @@
     python -m bench.host [--out FILE] [--config 16/3/1/4] [--seconds 2]
 
 Two rows for each direction: the time of Python, autograd and dispatch alone ("stubbed"), and the same plus 8 us for
-every launch, ours and PyTorch's ("launched"), about what a launch costs with a GPU. Packing is part of the adapted pass,
-as in training. Below the GPU's own time (T of some thousand tokens) this is what a step takes without CUDA graphs.
+every launch, ours and PyTorch's ("launched"), about what a launch costs with a GPU. Packing is part of the adapted
+pass, as in training. Where the GPU's own time is shorter, at some thousand tokens, a step takes this long without CUDA
+graphs. Measure alone on the machine.
 """
 
 import argparse
@@ -26,7 +27,8 @@ WIDTH, TOKENS = 64, 40
 # Operators that launch nothing: views, and memory that is not filled.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten", "new_empty", "select",
-    "slice", "split", "split_with_sizes", "t", "tensor_split", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
+    "slice", "split", "split_with_sizes", "t", "tensor_split", "transpose", "unbind", "unsqueeze", "view",
+    "_unsafe_view",
 }  # fmt: skip
 Step = Callable[[], object]
 
@@ -117,9 +119,8 @@ def measured(config: str, seconds: float) -> list[dict]:
 def table(rows: list[dict]) -> str:
     lines = [f"{'':18}{'launches':>16}{'stubbed us':>20}{'ratio':>8}{'launched us':>20}{'ratio':>8}"]
     for row in rows:
-        pairs = [
-            f"{row[what]['adapted'] * 1e6:.0f} / {row[what]['frozen'] * 1e6:.0f}" for what in ("stubbed", "launched")
-        ]
+        times = [[1e6 * row[what][name] for name in ("adapted", "frozen")] for what in ("stubbed", "launched")]
+        pairs = [f"{adapted:.0f} / {frozen:.0f}" for adapted, frozen in times]
         counts = f"{row['launches']['adapted']} / {row['launches']['frozen']}"
         ratios = [f"{row[f'{what}_ratio']:.2f}" for what in ("stubbed", "launched")]
         lines.append(f"{row['direction']:18}{counts:>16}{pairs[0]:>20}{ratios[0]:>8}{pairs[1]:>20}{ratios[1]:>8}")

@@ -97,8 +97,9 @@ class LoRAMoE(nn.Module):
         return (self.linears, self.adapters) if self.fused else None
 
     def forward(self, x: Tensor) -> Tensor:
-        run = self._run_fused if self.fused else self._run_beside
-        y, gates, mean_probs, segments = run(x)
+        linears = self.linears
+        fused = linears and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
+        y, gates, mean_probs, segments = self._run_fused(x, linears) if fused else self._run_beside(x)
         self.routing.record(self.layer, gates, mean_probs, segments)
         return y.view(*x.shape[:-1], -1)
 
@@ -113,8 +114,8 @@ class LoRAMoE(nn.Module):
             lora = self.lora_A, self.lora_B
             return *lora_moe(tokens, base.flatten(0, -2), lora, self.routers, segments, gating, kernel), segments
 
-    def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
-        packed = self.packing.for_pass(self.linears, self.adapters)
+    def _run_fused(self, x: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
+        packed = self.packing.for_pass(linears, self.adapters)
         tokens = x.to(packed.up.dtype).flatten(0, -2)
         segments = self.routing.segments(len(tokens), x.device)
         lora, gating, deterministic = (self.lora_A, self.lora_B), self.config.gating, self.routing.deterministic

@@ -47,12 +47,12 @@ def _setting(
     a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: str | int
 ) -> tuple[TaskSegments, Pool]:
     """What every launch is given."""
-    return TaskSegments(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
+    return TaskSegments(tuple(counts), offsets), Pool.of(a, routers, *gating)
 
 
-def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, gating: Gating) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, *gating: str | int) -> tuple[Tensor, ...]:
     """Empty (y, g, P, H, z), y with ``width`` columns."""
-    pool, full = Pool.of(a, routers, gating), {"dtype": torch.float32}
+    pool, full = Pool.of(a, routers, *gating), {"dtype": torch.float32}
     return (
         x.new_empty(len(x), width),
         x.new_empty(len(x), pool.experts, **full),
@@ -95,7 +95,7 @@ def lora_moe_op(
 
 @lora_moe_op.register_fake
 def _(x, base, a, b, routers, offsets, counts, gating, k, shared):
-    return _fake(x, len(b), a, routers, Gating(gating, k, shared))
+    return _fake(x, len(b), a, routers, gating, k, shared)
 
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_backward", mutates_args=())
@@ -194,7 +194,7 @@ def lora_moe_packed_op(
 
 @lora_moe_packed_op.register_fake
 def _(x, a, b, routers, up, down, bias_up, bias_down, parts, scales, offsets, counts, gating, k, shared, algorithm):
-    return *_fake(x, len(up), a, routers, Gating(gating, k, shared)), x.new_empty(len(x), len(bias_down))
+    return *_fake(x, len(up), a, routers, gating, k, shared), x.new_empty(len(x), len(bias_down))
 
 
 @torch.library.custom_op("fastmoe_lora::lora_moe_packed_backward", mutates_args=())

@@ -52,6 +52,12 @@ def _row(name: str, device: torch.device) -> dict:
 
 def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
     """Tile sizes and Triton's options, by name, for a launch over tokens of x's type and device."""
+    return options(kernel, architecture(x.device), x.element_size(), pool)
+
+
+@cache
+def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
+    """Those of the architecture called ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
     if pool.padded * pool.rank > MOST_RANKS:
         raise UserError(
             f"the Triton kernels take up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
@@ -61,11 +67,11 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
         raise UserError(
             f"the Triton kernels take ranks that are powers of two, not rank {pool.rank}; use --kernel=reference"
         )
-    rows = _row(kernel, x.device)[str(x.element_size())]
+    rows = TABLES.get(name, {}).get(kernel, TABLES["default"][kernel])[str(size)]
     *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if pool.tile_columns <= limit))]
     # The default of FP fusion (a * b + c with one rounding) differs between versions of Triton.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return dict(zip(NAMES[kernel], sizes, strict=True)) | options
+    rest = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return dict(zip(NAMES[kernel], sizes, strict=True)) | rest
 
 
 def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:

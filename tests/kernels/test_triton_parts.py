@@ -106,7 +106,7 @@ class Inputs:
         self.dp = self.full(tasks, columns, scale=self.tokens)
         self.weight, self.bias = self.half(d, self.width, scale=d**-0.5), self.half(self.width)
         self.to_width = self.full(tasks, columns, self.width, scale=columns**-0.5)
-        self.pool = Pool.of(self.a, self.routers, self.gating)
+        self.pool = Pool.of(self.a, self.routers, *vars(self.gating).values())
         self.split = SplitRouters.of(self.routers, dtype)
 
     def full(self, *shape, scale=1.0):
