@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers.base import Peer
-from fastmoe_lora import LoRAMoE, MoEConfig, add_moe
+from fastmoe_lora import LoRAMoE, MoEConfig, Packing, add_moe
 from model import ViT, ViTConfig
 
 TASKS = 5
@@ -50,7 +50,7 @@ class Problem:
         nn.init.normal_(self.layer.lora_B, std=0.02)
         nn.init.normal_(self.layer.routers, std=shape.width**-0.5)
         routing.assign([shape.tokens // TASKS] * TASKS)
-        self.layer.pack_ahead()
+        Packing(self.layer).pack()
         copies = max(2, -(-2 * L2_BYTES // (shape.tokens * shape.width * shape.dtype.itemsize)))
         if shape.device.type == "cpu":
             copies = 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.packing import PackedLayer, fusible
+from fastmoe_lora.packing import PackedLayer, Parts, fusible
 from fastmoe_lora.routing import Routing
 from kernels import TaskSegments, lora_moe, lora_moe_packed, resolve_kernel
 from kernels.lora_linear import lora_linear, lora_linear_reference
@@ -42,10 +42,10 @@ class LoRALinear(nn.Linear):
     def frozen(self) -> bool:
         return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
 
-    def pack_ahead(self) -> None:
-        """Pack for the next pass; see :class:`fastmoe_lora.packing.Packing`."""
-        if self.frozen:
-            self.packing.pack((self,), (self.lora_A, self.lora_B))
+    @property
+    def parts(self) -> Parts | None:
+        """What is packed; None if the layer runs from its own parameters."""
+        return ((self,), (self.lora_A, self.lora_B)) if self.frozen else None
 
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora_A, self.lora_B
@@ -91,14 +91,15 @@ class LoRAMoE(nn.Module):
     def adapters(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A, self.lora_B, self.routers
 
-    def pack_ahead(self) -> None:
-        """Pack for the next pass; see :class:`fastmoe_lora.packing.Packing`."""
-        if self.fused:
-            self.packing.pack(self.linears, self.adapters)
+    @property
+    def parts(self) -> Parts | None:
+        """What is packed; None if base and experts are not one operation."""
+        return (self.linears, self.adapters) if self.fused else None
 
     def forward(self, x: Tensor) -> Tensor:
-        run = self._run_fused if self.fused else self._run_beside
-        y, gates, mean_probs, segments = run(x)
+        linears = self.linears
+        fused = linears and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
+        y, gates, mean_probs, segments = self._run_fused(x, linears) if fused else self._run_beside(x)
         self.routing.record(self.layer, gates, mean_probs, segments)
         return y.view(*x.shape[:-1], -1)
 
@@ -113,13 +114,13 @@ class LoRAMoE(nn.Module):
             lora = self.lora_A, self.lora_B
             return *lora_moe(tokens, base.flatten(0, -2), lora, self.routers, segments, gating, kernel), segments
 
-    def _run_fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
-        packed = self.packing.for_pass(self.linears, self.adapters)
+    def _run_fused(self, x: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
+        packed = self.packing.for_pass(linears, self.adapters)
         tokens = x.to(packed.up.dtype).flatten(0, -2)
         segments = self.routing.segments(len(tokens), x.device)
-        lora = self.lora_A, self.lora_B
+        lora, gating, deterministic = (self.lora_A, self.lora_B), self.config.gating, self.routing.deterministic
         with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, self.config.gating), segments
+            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, gating, deterministic), segments
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

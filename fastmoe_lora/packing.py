@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.packed import Packed, columns_pay
+from kernels.packed import Packed, columns_pay, fill_all
 
 
 def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
@@ -42,18 +42,16 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     return ()
 
 
+Parts = tuple[Sequence[nn.Linear], tuple[Tensor, ...]]  # frozen linear layers; adapters (A, B) or (A, B, routers)
+
+
 class PackedLayer:
-    """The packed weights of one layer: ``linears`` frozen, ``adapters`` (A, B) or (A, B, routers)."""
+    """The packed weights of one layer."""
 
     def __init__(self) -> None:
         self.packed: Packed | None = None
         self._frozen: tuple = ()
         self._ahead: tuple = ()  # state that was packed for the next pass
-
-    def pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> None:
-        """Pack for the next pass, which then copies nothing."""
-        self._pack(linears, adapters)
-        self._ahead = _state(linears, adapters)
 
     def for_pass(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> Packed:
         """The packed weights of a pass that begins now. ValueError in a compiled pass if nothing was packed."""
@@ -61,23 +59,20 @@ class PackedLayer:
             if self.packed is None:
                 raise ValueError("weights are not packed: call Packing(model).pack() before a compiled pass")
             return self.packed
-        packed = self.packed
-        if packed is None or self._ahead != _state(linears, adapters):
-            packed = self._pack(linears, adapters)
+        if self._ahead != _state(linears, adapters):
+            _pack([(self, (linears, adapters))])
         self._ahead = ()
-        return packed
+        assert self.packed is not None
+        return self.packed
 
-    def _pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> Packed:
-        frozen = _state(linears, adapters)[0]
-        # Tensors made in inference mode could not be saved for a later backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            packed = self.packed
-            if packed is None or frozen != self._frozen:
-                shape = linears[0].in_features, *(linear.out_features for linear in linears)
-                packed = self.packed = Packed.empty(shape, adapters, dtype=frozen[0])
-                packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
-            packed.fill(*adapters)
-        self._frozen = frozen
+    def copy_frozen(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...], state: tuple) -> Packed:
+        """The packed weights, whose frozen part is copied if it changed."""
+        packed = self.packed
+        if packed is None or state[0] != self._frozen:
+            shape = linears[0].in_features, *(linear.out_features for linear in linears)
+            packed = self.packed = Packed.empty(shape, adapters, dtype=state[0][0])
+            packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
+        self._frozen, self._ahead = state[0], state
         return packed
 
     def __deepcopy__(self, memo: dict) -> "PackedLayer":
@@ -92,13 +87,20 @@ class Packing:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "packing", None), PackedLayer)]
 
     def pack(self) -> None:
-        """Copy all adapters, and the frozen weights that changed, for the next pass.
+        """Copy all adapters, and the frozen weights that changed, for the next pass, in a few calls.
 
         Call it before every compiled pass and before every replay of a captured one. An eager pass that follows uses
         the copies too.
         """
-        for layer in self.layers:
-            layer.pack_ahead()
+        parts = ((layer.packing, layer.parts) for layer in self.layers)
+        _pack([(packing, given) for packing, given in parts if given])
+
+
+def _pack(layers: Sequence[tuple[PackedLayer, Parts]]) -> None:
+    # Tensors made in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        packed = [packing.copy_frozen(*parts, _state(*parts)) for packing, parts in layers]
+        fill_all(packed, [adapters for _, (_, adapters) in layers])
 
 
 def _state(linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> tuple:

@@ -1,6 +1,8 @@
 """Frozen weights and adapters packed side by side, so that LoRA is a few more columns of the frozen GEMM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +25,43 @@ def columns_pay(d: int, width: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
+class SplitRouters:
+    """fp32 routers as sums of numbers in the tokens' type, exact to 2^-17: W_task = scale (high + low).
+
+    ``parts`` (2, tasks, C, d) holds high and low; for fp32 it is (1, tasks, C, d), the routers themselves. ``scales``
+    (tasks,) fp32 are powers of two, with which fp16 keeps small values; 1 for the other types.
+    """
+
+    parts: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "SplitRouters":
+        """For routers of ``shape`` (tasks, C, d)."""
+        parts = torch.empty(1 if dtype == torch.float32 else 2, *shape, dtype=dtype, device=device)
+        return cls(parts, torch.ones(shape[0], dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, routers: Tensor, dtype: torch.dtype) -> "SplitRouters":
+        split = cls.empty(routers.shape, dtype, routers.device)
+        split.fill(routers)
+        return split
+
+    @torch.no_grad()
+    def fill(self, routers: Tensor) -> None:
+        """Split ``routers`` (tasks, C, d)."""
+        exact = routers.float()
+        if self.parts.dtype == torch.float16:
+            largest = torch.linalg.vector_norm(exact, torch.inf, dim=(1, 2))
+            exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+            torch.ldexp(torch.ones_like(self.scales), exponent, out=self.scales)
+            exact = exact / self.scales[:, None, None]
+        self.parts[0].copy_(exact)
+        if len(self.parts) == 2:
+            torch.sub(exact, self.parts[0], out=self.parts[1])
+
+
+@dataclass(frozen=True, eq=False)
 class Packed:
     """The weights of one adapted FFN, or of one adapted linear layer, side by side in their compute type.
 
@@ -31,6 +70,7 @@ class Packed:
     down        [W1 ; A ; W_tasks]     (F + R + tasks C, d)            A          (R, d)
     bias_up     b2                     (D,)                            b          (D,)
     bias_down   b1                     (F,)                            empty      (0,)
+    routers     as route_shrink reads them; without a row for plain LoRA
 
     R in ``up`` and ``down``, and tasks C, are rounded up to multiples of 8 with zeros.
     """
@@ -39,6 +79,8 @@ class Packed:
     down: Tensor
     bias_up: Tensor
     bias_down: Tensor
+    routers: SplitRouters
+    ranks: int = 0  # R, known where adapters are copied
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], adapters: tuple[Tensor, ...], dtype: torch.dtype) -> "Packed":
@@ -51,11 +93,18 @@ class Packed:
         hidden, ranks = sum(between), aligned(len(a))
         columns = aligned(adapters[2].shape[0] * adapters[2].shape[1]) if hidden else 0
         up, down = torch.zeros(width, shape[-2] + ranks, **make), torch.zeros(hidden + ranks + columns, d, **make)
-        return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make))
+        split = SplitRouters.empty(adapters[2].shape if len(adapters) > 2 else (0, 0, d), dtype, a.device)
+        return cls(up, down, torch.zeros(width, **make), torch.zeros(hidden, **make), split, len(a))
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "Packed":
+        """The inverse of :attr:`tensors`."""
+        up, down, bias_up, bias_down, parts, scales = tensors
+        return cls(up, down, bias_up, bias_down, SplitRouters(parts, scales))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.up, self.down, self.bias_up, self.bias_down
+        return self.up, self.down, self.bias_up, self.bias_down, self.routers.parts, self.routers.scales
 
     @property
     def hidden(self) -> int:
@@ -81,11 +130,40 @@ class Packed:
             if bias is not None:
                 bias_target.copy_(bias)
 
-    @torch.no_grad()
+    @cached_property
+    def targets(self) -> tuple[Tensor, ...]:
+        """Where A, B and, of an FFN, the routers are copied."""
+        a = self.down[self.hidden :][: self.ranks]
+        b = self.up[:, self.inner : self.inner + self.ranks]
+        if not self.hidden:
+            return a, b
+        _, tasks, columns, d = self.routers.parts.shape
+        return a, b, self.down[self.hidden + self.padded_ranks :][: tasks * columns].view(tasks, columns, d)
+
     def fill(self, a: Tensor, b: Tensor, *routers: Tensor) -> None:
         """Copy the adapters; needed once after each of their updates."""
-        self.up[:, self.inner : self.inner + b.shape[1]].copy_(b)
-        self.down[self.hidden : self.hidden + len(a)].copy_(a)
-        if self.hidden:
-            stacked = routers[0].flatten(0, 1)
-            self.down[self.hidden + self.padded_ranks :][: len(stacked)].copy_(stacked)
+        fill_all([self], [(a, b, *routers)])
+
+
+@torch.no_grad()
+def fill_all(layers: Sequence[Packed], adapters: Sequence[tuple[Tensor, ...]]) -> None:
+    """Copy the adapters of many layers, (A, B) or (A, B, routers) each, in a few calls."""
+    copies = [
+        pair
+        for layer, given in zip(layers, adapters, strict=True)
+        for pair in zip(layer.targets, given[: len(layer.targets)], strict=True)
+    ]
+    for dense in (True, False):  # one strided tensor would keep all others from being copied by one launch
+        pairs = [pair for pair in copies if pair[0].is_contiguous() == dense]
+        if pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    splits = [(layer.routers, given[2]) for layer, given in zip(layers, adapters, strict=True) if len(given) > 2]
+    if any(split.parts.dtype == torch.float16 for split, _ in splits):  # each with a scale
+        for split, routers in splits:
+            split.fill(routers)
+        return
+    if splits:
+        high, exact = [split.parts[0] for split, _ in splits], [routers for _, routers in splits]
+        torch._foreach_copy_(high, exact)
+        if len(splits[0][0].parts) == 2:
+            torch._foreach_copy_([split.parts[1] for split, _ in splits], torch._foreach_sub(exact, high))

@@ -1,6 +1,8 @@
 """The expert pool: the compile-time constants that every Triton kernel is specialised for."""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from torch import Tensor
 
@@ -24,11 +26,9 @@ class Pool:
     gating: Gating
 
     @classmethod
-    def of(cls, a: Tensor, routers: Tensor, gating: Gating) -> "Pool":
-        """From the shapes of A (R, d) and the routers (tasks, C, d)."""
-        columns = routers.shape[1]
-        experts = columns + gating.shared if gating.name == "naive-shared" else columns
-        return cls(experts, columns, a.shape[0] // experts, gating)
+    def of(cls, a: Tensor, routers: Tensor, *gating: str | int) -> "Pool":
+        """From the shapes of A (R, d) and the routers (tasks, C, d), and the gating's name, k and S."""
+        return _pool(a.shape[0], routers.shape[1], *gating)
 
     @property
     def ranks(self) -> int:
@@ -51,3 +51,11 @@ class Pool:
 
     def gate_constants(self) -> dict[str, int | str]:
         return {"SHARED": self.gating.shared, "GATING": self.gating.name}
+
+
+@cache
+def _pool(ranks: int, columns: int, *gating: Any) -> Pool:
+    """Made once, not for every launch."""
+    known = Gating(*gating)
+    experts = columns + known.shared if known.name == "naive-shared" else columns
+    return Pool(experts, columns, ranks // experts, known)

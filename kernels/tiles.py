@@ -1,7 +1,8 @@
 """Tuned tile sizes and FFN algorithm per architecture.
 
 ``tables.json`` is fixed, so that rounding never depends on a search at run time. ``python -m bench.tune`` measures a
-new row for the GPU at hand. An architecture without a row uses the default and warns once.
+new row for the GPU at hand. An architecture without a row uses the default and warns once. The rows of sm_90 and gfx942
+come from what the compilers report and a model of latency, not from a clock.
 
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
 without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Half-precision
@@ -51,6 +52,12 @@ def _row(name: str, device: torch.device) -> dict:
 
 def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
     """Tile sizes and Triton's options, by name, for a launch over tokens of x's type and device."""
+    return options(kernel, architecture(x.device), x.element_size(), pool)
+
+
+@cache
+def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
+    """Those of architecture ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
     if pool.padded * pool.rank > MOST_RANKS:
         raise UserError(
             f"the Triton kernels take up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
@@ -60,13 +67,16 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
         raise UserError(
             f"the Triton kernels take ranks that are powers of two, not rank {pool.rank}; use --kernel=reference"
         )
-    rows = _row(kernel, x.device)[str(x.element_size())]
+    rows = TABLES.get(name, {}).get(kernel, TABLES["default"][kernel])[str(size)]
     *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if pool.tile_columns <= limit))]
     # The default of FP fusion (a * b + c with one rounding) differs between versions of Triton.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return dict(zip(NAMES[kernel], sizes, strict=True)) | options
+    rest = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return dict(zip(NAMES[kernel], sizes, strict=True)) | rest
 
 
-def ffn_algorithm(x: Tensor) -> str:
-    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device."""
-    return _row("ffn", x.device)["large" if len(x) >= LARGE else "small"]
+def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
+    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
+
+    ``deterministic`` takes the one for large batches whatever the number of tokens.
+    """
+    return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, add_lora  # noqa: E402
+from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, add_lora, packing  # noqa: E402
 from kernels import GATINGS, custom_ops  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
@@ -108,9 +108,9 @@ def operations(monkeypatch):
     ran = []
     for name in ("lora_moe", "lora_moe_packed"):
 
-        def counted(*arguments, name=name, original=getattr(custom_ops, name)):
+        def counted(*arguments, name=name, original=getattr(custom_ops, name), **options):
             ran.append(name)
-            return original(*arguments)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(custom_ops, name, counted)
     return ran
@@ -120,13 +120,18 @@ def operations(monkeypatch):
 def copies(monkeypatch):
     """How often frozen weights and adapters were copied."""
     count = {"fill_frozen": 0, "fill": 0}
-    for name in count:
+    fill_frozen, fill_all = Packed.fill_frozen, packing.fill_all
 
-        def counted(self, *tensors, name=name, original=getattr(Packed, name)):
-            count[name] += 1
-            return original(self, *tensors)
+    def counted_frozen(self, *linears):
+        count["fill_frozen"] += 1
+        fill_frozen(self, *linears)
 
-        monkeypatch.setattr(Packed, name, counted)
+    def counted(layers, adapters):
+        count["fill"] += len(layers)
+        fill_all(layers, adapters)
+
+    monkeypatch.setattr(Packed, "fill_frozen", counted_frozen)
+    monkeypatch.setattr(packing, "fill_all", counted)
     return count
 
 
@@ -300,7 +305,7 @@ class TestNewestWeights:
         y, expected = layer(x), results(layer, x)
         with torch.no_grad():
             layer.lora_B.mul_(2)
-        layer.pack_ahead()
+        Packing(layer).pack()
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, layer.lora_A, dy)

@@ -19,6 +19,7 @@ from fastmoe_lora import (
     adapt,
     add_lora,
     add_moe,
+    packing,
 )
 from kernels import GATINGS, TaskSegments, UserError, lora_moe
 from kernels.lora_linear import lora_linear_op, lora_linear_reference
@@ -204,15 +205,15 @@ class TestLoRALinearOverFrozenWeights:
 
     def test_the_frozen_weight_is_copied_once_and_b_for_every_pass(self, monkeypatch):
         layer, copied = LoRALinear(nn.Linear(7, 11).requires_grad_(False), 3), []
-        for name in ("fill_frozen", "fill"):
-            fill = getattr(Packed, name)
-            monkeypatch.setattr(Packed, name, lambda *args, n=name, f=fill: (copied.append(n), f(*args)))
+        for owner, name in ((Packed, "fill_frozen"), (packing, "fill_all")):
+            fill = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *args, n=name, f=fill: (copied.append(n), f(*args)))
         for _ in range(3):
             x = torch.randn(20, 7)
             expected = lora_linear_reference(x, (layer.weight, layer.bias), (layer.lora_A, layer.lora_B))
             torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
             layer.lora_B.data.normal_()  # leaves the version as it is
-        assert copied == ["fill_frozen", "fill", "fill", "fill"]
+        assert copied == ["fill_frozen", "fill_all", "fill_all", "fill_all"]
 
     def test_autocast_computes_in_its_type(self):
         layer = spread(LoRALinear(nn.Linear(16, 8), 4))
