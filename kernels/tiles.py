@@ -1,7 +1,7 @@
 """Tuned tile sizes and FFN algorithm per architecture.
 
 ``tables.json`` is fixed, so that rounding never depends on a search at run time. ``python -m bench.tune`` measures a
-new row for the GPU at hand. An architecture without a row uses the default and warns once.
+new row for the GPU at hand. An architecture uses the default for what its row lacks, and warns once if it is untuned.
 
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
 without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Half-precision
@@ -27,6 +27,7 @@ TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())
 NAMES = {
     "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "gate_backward": ("BM", "BK"), "gate_backward_inplace":
     ("BM",), "weight_grad_a": ("BW", "BT"), "weight_grad_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
+    "matmul_gelu": ("BM", "BN", "BK"),
 }  # fmt: skip
 
 
@@ -38,11 +39,23 @@ def architecture(device: torch.device) -> str:
     found = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if torch.version.hip:
         found = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    if found not in TABLES:
+    if "ffn" not in TABLES.get(found, {}):  # which tuning alone writes
         warnings.warn(
             f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)", stacklevel=2
         )
     return found
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether Triton's tensor descriptors are copies in hardware (TMA) there; the interpreter takes them too."""
+    name = architecture(device)
+    return name == "default" or name.startswith("sm_") and int(name[3:]) >= 90
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; without one those of an H100, which bench.static models."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _row(name: str, device: torch.device) -> dict:
