@@ -37,7 +37,9 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "matmul_routed": lambda t, segments, pool: matmul_routed(
         t["wide"], t["down"], t["z"], t["routers"], segments, pool
     ),
-    "matmul_gelu": lambda t, segments, pool: matmul_gelu(t["x"], t["down"], t["bias_down"], t["buffer"], pool),
+    "matmul_gelu": lambda t, segments, pool: matmul_gelu(
+        t["x"], t["down"], t["bias_down"], t["buffer"][:, : t["wide"].shape[1]], pool
+    ),
     "matmul_gelu_backward": lambda t, segments, pool: matmul_gelu_backward(
         t["x"], t["up_b"], t["wide"], t["buffer"][:, : t["up_b"].shape[1]], pool
     ),

@@ -6,8 +6,8 @@
 a is computed from the rounded u, which the backward pass reads, and du from the fp32 da.
 
 The grid is persistent, two programs for each multiprocessor: while one is in its epilogue, the other keeps the tensor
-cores busy. Tiles of BM tokens by BN columns cross tasks, since these GEMMs know none. Eight rows of tiles are run
-through column by column, so that their tokens stay in the L2. The epilogue works on halves of a tile, which need fewer
+cores busy. Tiles of BM tokens by BN columns cross tasks, since these GEMMs know none. Programs run through eight rows
+of tiles column by column, so that their tokens stay in the L2. The epilogue works on halves of a tile, which need fewer
 registers and less shared memory. Operands are tensor descriptors (TMA) where the GPU has them and rows begin at
 multiples of 16 bytes, else pointers. Warp specialisation is not used: Triton compiles it only with descriptors that the
 kernel makes, which take an allocation for each launch.
@@ -67,18 +67,20 @@ def _store(matrix, value, row, column, rows, columns, stride):
 
 
 @triton.jit
-def _finish(total, u, result, row, column, T, F, WIDTH, result_stride, DTYPE: tl.constexpr, BACKWARD: tl.constexpr):
+def _finish(total, bias, u, result, row, column, T, F, WIDTH, result_stride, BACKWARD: tl.constexpr):
     """Store half a tile: u and gelu(u), or the gradients, past the columns of u as they are."""
-    exact: tl.constexpr = DTYPE.is_fp32()
+    dtype: tl.constexpr = bias.dtype.element_ty
+    exact: tl.constexpr = dtype.is_fp32()
+    across = column + tl.arange(0, total.shape[1])[None, :]
     if BACKWARD:
         value = _load(u, row, column, T, F, F, total.shape[0], total.shape[1]).to(tl.float32)
-        through = column + tl.arange(0, total.shape[1])[None, :] < F
-        total *= tl.where(through, gelu_derivative(value, exact), 1.0)
+        total *= tl.where(across < F, gelu_derivative(value, exact), 1.0)
     else:
-        rounded = total.to(DTYPE)
+        total += tl.load(bias + across, across < F, 0.0).to(tl.float32)
+        rounded = total.to(dtype)
         _store(u, rounded, row, column, T, F, F)
         total = gelu_value(rounded.to(tl.float32), exact)
-    _store(result, total.to(DTYPE), row, column, T, WIDTH, result_stride)
+    _store(result, total.to(dtype), row, column, T, WIDTH, result_stride)
 
 
 @triton.jit
@@ -99,13 +101,9 @@ def matmul_gelu_kernel(
             else:
                 weights = _load(weight, column, start, WIDTH, K, weight_stride, BN, BK).T
             total = tl.dot(tokens, weights, total, input_precision="ieee")
-        dtype: tl.constexpr = bias.dtype.element_ty
-        if not BACKWARD:
-            across = column + tl.arange(0, BN)
-            total += tl.load(bias + across, across < WIDTH, 0.0).to(tl.float32)[None, :]
         left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
-        _finish(left, u, result, row, column, T, F, WIDTH, result_stride, dtype, BACKWARD)
-        _finish(right, u, result, row, column + BN // 2, T, F, WIDTH, result_stride, dtype, BACKWARD)
+        _finish(left, bias, u, result, row, column, T, F, WIDTH, result_stride, BACKWARD)
+        _finish(right, bias, u, result, row, column + BN // 2, T, F, WIDTH, result_stride, BACKWARD)
 
 
 def matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, pool: Pool) -> Tensor:

@@ -1,7 +1,7 @@
 """Tuned tile sizes and FFN algorithm per architecture.
 
 ``tables.json`` is fixed, so that rounding never depends on a search at run time. ``python -m bench.tune`` measures a
-new row for the GPU at hand. An architecture uses the default for what its row lacks, and warns once if it is untuned.
+new row for the GPU at hand. An architecture without a row uses the default and warns once.
 
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
 without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Half-precision
@@ -39,7 +39,7 @@ def architecture(device: torch.device) -> str:
     found = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if torch.version.hip:
         found = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    if "ffn" not in TABLES.get(found, {}):  # which tuning alone writes
+    if found not in TABLES:
         warnings.warn(
             f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)", stacklevel=2
         )
