@@ -1,4 +1,4 @@
-"""The adapted FFN beside the frozen one, beside its peers and beside the physical limit.
+"""The adapted FFN, by the table's algorithm and by each, beside the frozen one, its peers and the physical limit.
 
     pytest bench/ --benchmark-only [--kernel=auto|triton|reference] [--benchmark-json FILE]
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import layers, measure
+from bench import algorithms, layers, measure
 from bench.floor import floor_seconds, work
 from bench.peers import PEERS
 from bench.peers.base import Forward, Peer
@@ -24,7 +24,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # (width, tokens): ViT-S, -B and -L; 8 images of 197 tokens, the same for five tasks, and a large batch.
 SHAPES = [(w, t) for w in (384, 768, 1024) for t in (1_575, 7_880, 40_960)] if ON_GPU else [(192, 985)]
 CONFIGS = ["16/3/1/4", "32/6/2/2", "64/12/4/1", "16/4/0/4"]
-OURS = Peer("ours", lambda layer: layer)
+SUBJECTS = {"ours": Peer("ours", lambda layer: layer), **algorithms.subjects(), **PEERS}
 
 
 @cache
@@ -33,8 +33,9 @@ def problem(width: int, tokens: int, config: str, kernel: str) -> layers.Problem
 
 
 @cache
-def compiled_frozen(p: layers.Problem) -> Forward:
-    return torch.compile(p.frozen)
+def compiled_frozen(width: int, tokens: int, kernel: str) -> Forward:
+    """One for all pools, whose frozen FFN is the same."""
+    return torch.compile(problem(width, tokens, CONFIGS[0], kernel).frozen)
 
 
 @cache
@@ -65,11 +66,11 @@ STEPS = {"forward": forward_step, "forward+backward": training_step}
 @pytest.mark.parametrize("direction", STEPS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("width", "tokens"), SHAPES)
-@pytest.mark.parametrize("subject", ["ours", *PEERS])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def bench_ffn(
     benchmark: BenchmarkFixture, kernel: str, subject: str, width: int, tokens: int, config: str, direction: str
 ) -> None:
-    peer, p = PEERS.get(subject, OURS), problem(width, tokens, config, kernel)
+    peer, p = SUBJECTS[subject], problem(width, tokens, config, kernel)
     benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
     benchmark.extra_info |= {
         "suite": "layer",
@@ -85,22 +86,28 @@ def bench_ffn(
         benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
         return
     layers.check(peer, p)
-    step, row = measured(p, peer, direction, float(benchmark._max_time) / 4)
+    forwards: dict[str, Forward] = {
+        "subject": peer.build(p.layer),
+        "frozen": p.frozen,
+        "frozen_compiled": compiled_frozen(width, tokens, kernel),
+    }
+    step, row = measured(p, peer, forwards, direction, float(benchmark._max_time) / 4)
     benchmark.extra_info |= row
     benchmark.pedantic(step, rounds=3)
 
 
-def measured(p: layers.Problem, peer: Peer, direction: str, seconds: float) -> tuple[measure.Step, dict]:
+def measured(
+    p: layers.Problem, peer: Peer, forwards: dict[str, Forward], direction: str, seconds: float
+) -> tuple[measure.Step, dict]:
     """(the step, the numbers of its row)."""
-    backward, forward = direction != "forward", peer.build(p.layer)
-    inputs = measure.rotate(list(zip(p.x, p.dy, strict=True)))
-    subjects = {"subject": forward, "frozen": p.frozen, "frozen_compiled": compiled_frozen(p)}
-    steps = {name: STEPS[direction](subject, inputs) for name, subject in subjects.items()}
+    backward, inputs = direction != "forward", measure.rotate(list(zip(p.x, p.dy, strict=True)))
+    steps = {name: STEPS[direction](forward, inputs) for name, forward in forwards.items()}
+    row = on_gpu(steps, seconds) if ON_GPU else {}
     times = {name: measure.summary(taken) for name, taken in measure.paired(steps, seconds, DEVICE).items()}
-    taken, frozen = times["subject"]["median"], min(times[name]["median"] for name in ("frozen", "frozen_compiled"))
+    taken, frozen = times["subject"]["median"], fastest_frozen(times)
     moved, multiplied = work(p.shape, backward)
     floor = floor_seconds(p.shape, backward, frozen, ceilings())
-    row = {
+    row |= {
         "seconds": times,
         "ratio": taken / frozen,
         "added_seconds": taken - frozen,
@@ -109,10 +116,14 @@ def measured(p: layers.Problem, peer: Peer, direction: str, seconds: float) -> t
         "ceilings": ceilings(),
         "bytes_per_second": moved / taken,
         "flops_per_second": multiplied / taken,
-        "saved_bytes": measure.saved_bytes(forward, p.x[0], p.weights),
-        **correctness(p, peer, forward),
+        "saved_bytes": measure.saved_bytes(forwards["subject"], p.x[0], p.weights),
+        **correctness(p, peer, forwards["subject"]),
     }
-    return steps["subject"], row | (on_gpu(p, steps, seconds) if ON_GPU else {})
+    return steps["subject"], row
+
+
+def fastest_frozen(times: dict[str, dict[str, float]]) -> float:
+    return min(times[name]["median"] for name in ("frozen", "frozen_compiled"))
 
 
 def correctness(p: layers.Problem, peer: Peer, forward: Forward) -> dict:
@@ -124,13 +135,17 @@ def correctness(p: layers.Problem, peer: Peer, forward: Forward) -> dict:
     }
 
 
-def on_gpu(p: layers.Problem, steps: dict[str, measure.Step], seconds: float) -> dict:
+def on_gpu(steps: dict[str, measure.Step], seconds: float) -> dict:
     """What only a GPU has: CUDA graphs, time in kernels, peak memory. A step that waits for the host has no graph."""
     busy = {name: measure.kernel_seconds(step) for name, step in steps.items()}
-    row = {"kernel_seconds": busy, "peak_bytes": {name: measure.peak_bytes(step) for name, step in steps.items()}}
+    row = {
+        "kernel_seconds": {name: sum(kernels.values()) for name, kernels in busy.items()},
+        "gelu_share": measure.share(busy["frozen"], "gelu"),
+        "peak_bytes": {name: measure.peak_bytes(step) for name, step in steps.items()},
+    }
     try:
-        graphs = {name: measure.graphed(steps[name]) for name in ("subject", "frozen")}
+        graphs = {name: measure.graphed(step) for name, step in steps.items()}
     except RuntimeError as error:
         return row | {"graph": None, "graph_error": str(error).splitlines()[0]}
     taken = {name: measure.summary(t) for name, t in measure.paired(graphs, seconds, DEVICE).items()}
-    return row | {"graph": {"seconds": taken, "ratio": taken["subject"]["median"] / taken["frozen"]["median"]}}
+    return row | {"graph": {"seconds": taken, "ratio": taken["subject"]["median"] / fastest_frozen(taken)}}

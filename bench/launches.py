@@ -12,6 +12,7 @@ from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
+from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool
 from kernels.reduce import reduce
@@ -39,6 +40,12 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "matmul_routed": lambda t, segments, pool: matmul_routed(
         t["wide"], t["down"], t["dz"], t["routers"], segments, pool
     ),
+    "matmul_gelu": lambda t, segments, pool: matmul_gelu(
+        t["x"], t["down"], t["bias_down"], t["buffer"][:, : t["wide"].shape[1]], pool
+    ),
+    "matmul_gelu_backward": lambda t, segments, pool: matmul_gelu_backward(
+        t["x"], t["up_b"], t["wide"], t["buffer"][:, : t["up_b"].shape[1]], pool
+    ),
     "gelu": lambda t, segments, pool: gelu(t["wide"], t["buffer"]),
     "gelu_backward": lambda t, segments, pool: gelu_backward(t["wide"], t["buffer"]),
 }
@@ -61,8 +68,10 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
         "a": (ranks, width),
         "b": (width, ranks),
         "up": (width, hidden),
+        "up_b": (width, hidden + ranks),
         "down": (hidden, width),
         "bias": (width,),
+        "bias_down": (hidden,),
     }
     full = {
         "z": (tokens, pool.columns),

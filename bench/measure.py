@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 Step = Callable[[], object]
+FASTEST_CLOCK = 2e9  # of the GPUs, whose sleep is counted in clocks: on a slower one it is longer
+LONGEST_SLEEP = 0.05  # a step that waits for the GPU cannot be queued, however long that sleeps
 
 
 def paired(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, list[float]]:
@@ -16,22 +18,35 @@ def paired(steps: dict[str, Step], seconds: float, device: torch.device) -> dict
     least three rounds. On a GPU a time is between two events around the step."""
     for step in steps.values():
         step()  # compiles, allocates
+    ahead = {name: queue_seconds(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     spent = 0.0
     while spent < seconds * len(steps) or len(times[next(iter(steps))]) < 3:
         for name, step in steps.items():
-            times[name].append(timed(step, device))
-            spent += times[name][-1]
+            times[name].append(timed(step, device, ahead[name]))
+            spent += times[name][-1] + ahead[name]
     return times
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of one step."""
+def queue_seconds(step: Step, device: torch.device) -> float:
+    """How long a GPU must be busy so that the host can launch the whole step meanwhile; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    return min(1.5 * (time.perf_counter() - start), LONGEST_SLEEP)
+
+
+def timed(step: Step, device: torch.device, ahead: float = 0.0) -> float:
+    """Seconds of one step. A GPU first sleeps ``ahead`` seconds: an idle one would start at once and then wait for the
+    host's launches, and the time would be the host's."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(ahead * FASTEST_CLOCK))
     begin.record()
     step()
     end.record()
@@ -59,15 +74,20 @@ def graphed(step: Step) -> Step:
     return graph.replay
 
 
-def kernel_seconds(step: Step) -> float:
-    """Seconds that the GPU spends in kernels during one step, summed."""
+def kernel_seconds(step: Step) -> dict[str, float]:
+    """Seconds that the GPU spends in every kernel during one step, by its name."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+    return {event.key: event.self_device_time_total / 1e6 for event in profiler.key_averages()}
+
+
+def share(seconds: dict[str, float], word: str) -> float:
+    """Of the kernels whose names contain ``word``, in any case, in the sum of all."""
+    return sum(n for name, n in seconds.items() if word in name.lower()) / sum(seconds.values())
 
 
 def peak_bytes(step: Step) -> int:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.rows import Row, best_peer, layer_rows, read
+from bench.rows import Row, best_peer, is_ours, layer_rows, read
 from train.output.tables import format_table
 
 
@@ -25,9 +25,11 @@ def spread(times: dict[str, float]) -> str:
 HEAD = [
     "width, tokens",
     "experts, subject",
-    "median (p20..p80) us",
+    "graph us",
     "/ frozen",
-    "in graphs",
+    "eager us (p20..p80)",
+    "/ frozen",
+    "GELU",
     "floor",
     "of floor",
     "added us",
@@ -50,18 +52,21 @@ def layer_table(rows: list[Row], direction: str, markdown: bool) -> str:
 
 
 def _order(row: Row) -> tuple:
-    return row["width"], row["tokens"], row["config"], row["subject"] != "ours", row.get("ratio", 0)
+    order = row["subject"] != "ours", not is_ours(row), row.get("ratio", 0)
+    return row["width"], row["tokens"], row["config"], *order
 
 
 def layer_line(row: Row, peer: Row | None) -> list[str]:
     graph, peak = row.get("graph"), row.get("peak_bytes")
-    versus = "" if peer is None or row["subject"] != "ours" else f"{row['added_seconds'] / peer['added_seconds']:.2f}"
+    versus = "" if peer is None or not is_ours(row) else f"{row['added_seconds'] / peer['added_seconds']:.2f}"
     return [
         f"{row['width']}, {row['tokens']:,}",
         f"{row['config']} {row['subject']}",
+        microseconds(graph["seconds"]["subject"]["median"]) if graph else "",
+        f"{graph['ratio']:.3f}" if graph else "",
         spread(row["seconds"]["subject"]),
         f"{row['ratio']:.3f}",
-        f"{graph['ratio']:.3f}" if graph else "",
+        f"{100 * row['gelu_share']:.0f} %" if "gelu_share" in row else "",
         f"{row['floor_ratio']:.3f}",
         f"{100 * row['of_floor']:.0f} %",
         microseconds(row["added_seconds"]),
@@ -73,6 +78,25 @@ def layer_line(row: Row, peer: Row | None) -> list[str]:
         f"{max(row['error'].values()):.0e}",
         "yes" if row["bitwise"] else "no",
     ]
+
+
+PRODUCT_HEAD = ["product", "tokens", "us (p20..p80)", "cuBLAS us", "of cuBLAS", "TFLOP/s"]
+
+
+def product_table(rows: list[Row], markdown: bool) -> str:
+    lines = [
+        [
+            row["subject"],
+            f"{row['tokens']:,}",
+            spread(row["seconds"]["subject"]),
+            microseconds(row["seconds"]["cublas"]["median"]),
+            f"{100 * row['of_cublas']:.0f} %",
+            f"{row['flops_per_second'] / 1e12:.0f}",
+        ]
+        for row in rows
+        if row["suite"] == "product"
+    ]
+    return format_table([PRODUCT_HEAD, *lines], markdown, text_columns=2) if lines else ""
 
 
 TRAIN_HEAD = ["model", "subject", "images/s", "/ plain LoRA", "peak MB", "heads", "loader images/s", "40 epochs"]
@@ -103,8 +127,10 @@ def text(path: Path, markdown: bool) -> str:
     parts = [f"## {title}" if markdown else title]
     for direction in dict.fromkeys(row["direction"] for row in layer_rows(rows)):
         parts.append(f"\n{'### ' if markdown else ''}FFN, {direction}\n\n{layer_table(rows, direction, markdown)}")
-    if table := train_table(rows, markdown):
-        parts.append(f"\n{'### ' if markdown else ''}Training step, five tasks\n\n{table}")
+    sections = ("Our products beside cuBLAS", product_table), ("Training step, five tasks", train_table)
+    for name, build in sections:
+        if table := build(rows, markdown):
+            parts.append(f"\n{'### ' if markdown else ''}{name}\n\n{table}")
     return "\n".join(parts)
 
 

@@ -8,7 +8,7 @@ BOUND = "lorafusion"  # computes less than the layer: shown, but not the peer to
 
 
 def read(path: Path) -> tuple[dict, list[Row]]:
-    """(machine and versions, the rows of the layer and training suites); ValueError for what is no such file."""
+    """(machine and versions, the rows of all suites); ValueError for what is no such file."""
     try:
         data = json.loads(path.read_text())
         rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]
@@ -20,7 +20,7 @@ def read(path: Path) -> tuple[dict, list[Row]]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest-benchmark ({error}): bench/README.md tells how") from None
-    return facts, [row for row in rows if row.get("suite") in ("layer", "train")]
+    return facts, [row for row in rows if row.get("suite") in ("layer", "product", "train")]
 
 
 def layer_rows(rows: list[Row]) -> list[Row]:
@@ -34,8 +34,14 @@ def best_peer(rows: list[Row], row: Row) -> Row | None:
         other
         for other in rows
         if other["suite"] == "layer"
-        and other["subject"] not in ("ours", BOUND)
+        and not is_ours(other)
+        and other["subject"] != BOUND
         and "ratio" in other
         and all(other[name] == row[name] for name in same)
     ]
     return min(peers, key=lambda peer: peer["added_seconds"], default=None)
+
+
+def is_ours(row: Row) -> bool:
+    """With the table's algorithm, or with one that is named."""
+    return row["subject"].partition("-")[0] == "ours"

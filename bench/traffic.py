@@ -9,6 +9,7 @@ memory sees while repeats hit the L2. Token-sized tensors (first dimension T) ar
 offsets and fp32 partial sums do not grow with T, or are as small as the weights.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,8 @@ class _Recorder:
         launches = self.traffic.launches[kernel]
         self.kernel = kernel if launches == 1 else f"{kernel} #{launches}"
         self.traffic.grids[self.kernel] = grid
-        self.arguments = [Argument(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)]
+        tensors = ((name, getattr(t, "base", t)) for name, t in named.items())  # of a tensor descriptor, its tensor
+        self.arguments = [Argument(name, t) for name, t in tensors if isinstance(t, torch.Tensor)]
         yield
         for argument in self.arguments:
             for direction, seen in argument.seen.items():
@@ -159,9 +161,9 @@ def counting(tokens: int) -> Iterator[Traffic]:
         with recorder.launch(self.fn.__name__, grid, dict(zip(self.arg_names, args, strict=False)) | kwargs):
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    def counted_load(self, pointers, mask, *rest):
+    def counted_load(self, pointers, mask, *rest, **named):
         recorder.access(pointers, mask, "read")
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
     def counted_store(self, pointers, value, mask, *rest):
         recorder.access(pointers, mask, "written")
@@ -179,7 +181,7 @@ def counting(tokens: int) -> Iterator[Traffic]:
         return atomic
 
     def uncounted(self, *args):
-        raise NotImplementedError("descriptor accesses are not counted yet")
+        raise NotImplementedError("gathers and scatters of tensor descriptors are not counted")
 
     patch.setattr(interpreter.InterpretedFunction, "run", counted_run)
     patch.setattr(builder, "create_masked_load", counted_load)
@@ -188,7 +190,7 @@ def counting(tokens: int) -> Iterator[Traffic]:
     for name in dir(builder):
         if name.startswith("create_atomic"):
             patch.setattr(builder, name, counted_atomic(getattr(builder, name)))
-        elif name.startswith("create_descriptor_"):
+        elif re.match("create_descriptor_(?!load$|store$)", name):  # these two are loads and stores of pointers
             patch.setattr(builder, name, uncounted)
     try:
         with _Operators(recorder):

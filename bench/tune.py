@@ -38,8 +38,12 @@ SPACE = {  # of sizes in the order of tiles.NAMES, then warps and stages
     "weight_grad_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "weight_grad_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "matmul": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
+    "matmul_gelu": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
 }
-SAME_TILE = {"expand": ("expand", "expand_backward"), "matmul": ("matmul", "matmul_routed")}
+SAME_TILE = {
+    name: (name, f"{name}_{other}")
+    for name, other in {"expand": "backward", "matmul": "routed", "matmul_gelu": "backward"}.items()
+}
 GAIN = 0.98
 Table = dict[str, dict]
 

@@ -8,11 +8,12 @@
 dz is block-structured: C columns per task, zero elsewhere. The kernels write H', dH and dz next to the wide
 activations, and B, A and the routers are packed next to the frozen weights (:mod:`kernels.packed`). The passes over
 tokens that the experts add are route_shrink, two of weight_grad and a gate_backward over T x R matrices.
-Three algorithms over the same packed weights; kernels/tables.json chooses one by measurement (bench.tune):
+Four algorithms over the same packed weights; kernels/tables.json chooses one by measurement (bench.tune):
 
     columns     cuBLAS over all columns
     matmul      our GEMM computes y and dx; the routers are the last step of its sum for dx
     expand      cuBLAS over the frozen columns, then expand adds the experts in one pass over y, and over dx
+    fused       as columns, but our GEMMs compute u and [da | dH'], with GELU in their epilogue
 """
 
 import torch
@@ -25,6 +26,7 @@ from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gating import Gating
 from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
+from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
@@ -33,7 +35,7 @@ from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
 
-ALGORITHMS = ("columns", "matmul", "expand")
+ALGORITHMS = ("columns", "matmul", "expand", "fused")
 
 
 def ffn_reference(
@@ -60,15 +62,18 @@ def ffn_forward(
     with span("route"):
         h, z, g, p = route_shrink(x, a, packed.routers, inner[:, hidden:], segments, pool)
     with span("ffn"):
-        u = F.linear(x, packed.down[:hidden], packed.bias_down)
-        gelu(u, inner[:, :hidden])
-        if algorithm == "columns":
-            y = F.linear(inner, up, packed.bias_up)
-        elif algorithm == "matmul":
-            y = matmul(inner, up.t(), packed.bias_up, segments, pool)
+        if algorithm == "fused":
+            u = matmul_gelu(x, packed.down[:hidden], packed.bias_down, inner[:, :hidden], pool)
         else:
+            u = F.linear(x, packed.down[:hidden], packed.bias_down)
+            gelu(u, inner[:, :hidden])
+        if algorithm == "matmul":
+            y = matmul(inner, up.t(), packed.bias_up, segments, pool)
+        elif algorithm == "expand":
             base = F.linear(inner[:, :hidden], up[:, :hidden], packed.bias_up)
             y = expand(base, inner[:, hidden:], up[:, hidden:], segments, pool)
+        else:
+            y = F.linear(inner, up, packed.bias_up)
     return y, g, p, h, z, u
 
 
@@ -85,21 +90,24 @@ def ffn_backward(
     (dy, dp), (x, u, h, z) = gradients, saved
     hidden, up, down = packed.hidden, packed.up, packed.down
     width = up.shape[1]  # F + R, padded
-    grad = x.new_empty(len(x), len(down) if algorithm == "columns" else width)
+    grad = x.new_empty(len(x), len(down) if algorithm in ("columns", "fused") else width)
+    if algorithm == "fused":
+        matmul_gelu_backward(dy, up, u, grad[:, :width], pool)
+    else:
+        columns = hidden if algorithm == "expand" else width
+        torch.mm(dy, up[:, :columns], out=grad[:, :columns])
+        gelu_backward(u, grad[:, :hidden])
     if algorithm == "expand":
-        torch.mm(dy, up[:, :hidden], out=grad[:, :hidden])
         dh, dz, gated, peak = gate_backward(dy, up[:, hidden:], h, z, dp, segments, pool)
     else:
-        torch.mm(dy, up, out=grad[:, :width])
         dh, dz, gated, peak = gate_backward_inplace(grad[:, hidden:], packed.padded_ranks, h, z, dp, segments, pool)
-    gelu_backward(u, grad[:, :hidden])
     parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
     da, db, drouters = reduce(*parts)
-    if algorithm == "columns":
-        dx = torch.mm(grad, down)
-    elif algorithm == "matmul":
+    if algorithm == "matmul":
         dx = matmul_routed(grad, down[:width], dz, routers, segments, pool)
-    else:
+    elif algorithm == "expand":
         base = torch.mm(grad[:, :hidden], down[:hidden])
         dx = expand_backward(base, dh, dz, down[hidden : hidden + pool.ranks], routers, segments, pool)
+    else:
+        dx = torch.mm(grad, down)
     return dx, da, db, drouters

@@ -28,6 +28,7 @@ TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())
 NAMES = {
     "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "gate_backward": ("BM", "BK"), "gate_backward_inplace":
     ("BM",), "weight_grad_a": ("BW", "BT"), "weight_grad_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
+    "matmul_gelu": ("BM", "BN", "BK"),
 }  # fmt: skip
 
 
@@ -44,6 +45,18 @@ def architecture(device: torch.device) -> str:
             f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)", stacklevel=2
         )
     return found
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether Triton's tensor descriptors are copies in hardware (TMA) there; the interpreter takes them too."""
+    name = architecture(device)
+    return name == "default" or name.startswith("sm_") and int(name[3:]) >= 90
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; without one those of an H100, which bench.static models."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _row(name: str, device: torch.device) -> dict:

@@ -36,6 +36,7 @@ class Cost:
     flops: int
     product: tuple[int, int]  # inner and outer dimension of the longest product
     loops: tuple[tuple[str, int], ...] = ()  # (file:line of its ``for``, trips), by address
+    imbalance: float | None = None  # of a persistent grid: rounds of its fullest program over the mean
     constants: Constants = CONSTANTS
 
     @property
@@ -106,9 +107,13 @@ class Cost:
         units["DRAM"] /= c.dram_reached
         if self.is_product:
             # Published products of such tiles are faster than the L2's bandwidth here allows.
-            units = {unit: n for unit, n in units.items() if unit not in ("L2", "latency")}
+            bounds = {unit: n for unit, n in units.items() if unit not in ("L2", "latency")}
             inner, outer = self.product
-            units["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][inner >= outer])
+            bounds["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][inner >= outer])
+            if self.imbalance:  # the last wave, and what resident programs do not hide of each other's epilogues
+                bounds["product"] *= self.imbalance
+                bounds["product"] += max(0.0, units["latency"] - units["tensor"])
+            return max(bounds.values())
         return max(units.values())
 
     def binding(self, gpu: str) -> str:
@@ -191,4 +196,5 @@ def cost(launch: Launch) -> Cost:
         source.flops(),
         source.product(),
         tuple((":".join(map(str, loop.line or ())), n) for loop, n in zip(code.loops, trips, strict=True)),
+        source.imbalance,
     )

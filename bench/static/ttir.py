@@ -117,6 +117,27 @@ class Code:
         """How often a program executes what stands in these loops."""
         return prod(map(self.trips, around))
 
+    def executions(self, around: tuple[Loop, ...]) -> int:
+        """How often all programs together execute what stands in these loops."""
+        dealt = [loop for loop in around if self.is_dealt(loop)]
+        if not dealt:
+            return self.programs * self.rounds(around)
+        return self.value(dealt[0].bounds[1]) * self.rounds(tuple(loop for loop in around if loop not in dealt))
+
+    def is_dealt(self, loop: Loop) -> bool:
+        """Whether a persistent grid shares out the loop's rounds: from the program's number, in steps of the grid."""
+        first, _, step = (self.results.get(bound) for bound in loop.bounds)
+        if first is None or step is None:
+            return False
+        return (first.name, step.name) == ("tt.get_program_id", "tt.get_num_programs")
+
+    @property
+    def imbalance(self) -> float | None:
+        """Rounds of the fullest program of a persistent grid over the mean; None of another grid."""
+        for loop in filter(self.is_dealt, self.loops):
+            return self.programs * self.trips(loop) / max(1, self.executions((loop,)))
+        return None
+
     def is_constant(self, loop: Loop) -> bool:
         """Whether the compiler knows its trips."""
         known = (self.results.get(bound) for bound in loop.bounds)
@@ -130,8 +151,8 @@ class Code:
                 (m, k), (_, n) = (
                     map(int, shape) for shape in re.findall(r"tensor<(\d+)x(\d+)x\w+>", operation.text)[:2]
                 )
-                total += 2 * m * n * k * self.rounds(operation.around)
-        return total * self.programs
+                total += 2 * m * n * k * self.executions(operation.around)
+        return total
 
     def product(self) -> tuple[int, int]:
         """(inner, outer dimension) of the launch's longest product; the tokens are the rows of its longest matrix."""
@@ -152,7 +173,7 @@ class Code:
         for operation in self.operations:
             for direction in _DIRECTIONS.get(operation.name, ()):
                 key = self.argument(operation.operands[0]), direction
-                moved = _tile_bytes(operation.text) * self.rounds(operation.around) * self.programs
+                moved = _tile_bytes(operation.text) * self.executions(operation.around)
                 asked[key] = asked.get(key, 0) + moved
         seen = {key: min(n, _tensor_bytes(self.launch.arguments[key[0]])) for key, n in asked.items()}
         return sum(seen.values()), sum(asked.values())

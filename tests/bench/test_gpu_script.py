@@ -4,9 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+from bench import bench_layer
+from kernels.ffn import ALGORITHMS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.sh"
 
@@ -41,6 +45,18 @@ def test_a_python_without_torch_is_named(tmp_path):
     done = bash(SCRIPT, tmp_path / "results", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"gpu.sh: torch, triton and pytest wanted where {sys.executable} finds them"
+
+
+def test_the_benchmark_s_short_form_is_of_every_algorithm_in_the_cases_that_decide():
+    ours, sizes = (re.search(rf'local {name}="(.*)"', SCRIPT.read_text())[1] for name in ("ours", "sizes"))
+    assert '-k "($ours) and ($sizes) or bench_product or training"' in SCRIPT.read_text()
+    every = product(bench_layer.SUBJECTS, (384, 768, 1024), (1_575, 7_880, 40_960), bench_layer.CONFIGS)
+    names = ["-".join(map(str, case)) for case in every]
+    chosen = [
+        name for name in names if all(any(word in name for word in words.split(" or ")) for words in (ours, sizes))
+    ]
+    decisive = product([f"ours-{name}-768" for name in ALGORITHMS], ("7880", "40960"), ("16/3/1/4", "64/12/4/1"))
+    assert sorted(chosen) == sorted(map("-".join, decisive))
 
 
 def test_the_limits_of_its_parts_sum_to_less_than_nine_minutes():

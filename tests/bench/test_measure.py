@@ -24,6 +24,39 @@ def test_a_slower_step_takes_longer_by_as_much():
     assert short["p20"] <= short["median"] <= short["p80"]
 
 
+def test_a_gpu_sleeps_before_the_first_event_while_the_host_queues_the_step(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: order.append(clocks), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
+    gpu = torch.device("cuda")
+    assert measure.timed(lambda: order.append("step"), gpu, ahead=0.001) == 0.002
+    assert order == [2_000_000, "event", "step", "event", "wait"]
+    order.clear()
+    assert 0.015 < measure.queue_seconds(lambda: time.sleep(0.01), gpu) < 0.04
+    assert measure.queue_seconds(lambda: time.sleep(0.06), gpu) == measure.LONGEST_SLEEP
+    assert order == ["idle", "idle"] and measure.queue_seconds(lambda: None, CPU) == 0
+
+
+def test_the_share_of_a_kernel_goes_by_its_name():
+    seconds = {"void vectorized<GeluCUDAKernelImpl>": 1.0, "nvjet_tst": 2.0, "gelu_kernel": 1.0}
+    assert measure.share(seconds, "gelu") == 0.5
+
+
 def test_the_summary_is_of_quantiles():
     assert measure.summary([float(n) for n in range(11)]) == pytest.approx({"median": 5.0, "p20": 2.0, "p80": 8.0})
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import triton
 
-from bench import layers
+from bench import algorithms, layers
 from bench.peers import PEERS
 from bench.peers.base import Peer, experts_of, select
 from bench.peers.grouped import sorted_experts
@@ -63,3 +64,9 @@ def _no_router_gradient(layer):
 def test_a_wrong_peer_is_refused(build):
     with pytest.raises(AssertionError, match="wrong"):
         layers.check(Peer("wrong", build), layers.Problem(shape("16/3/1/4")))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="has a GPU")
+@pytest.mark.parametrize("name", algorithms.subjects())
+def test_every_algorithm_of_ours_has_the_layer_s_outputs_and_gradients(name):
+    layers.check(algorithms.subjects()[name], layers.Problem(shape("16/3/1/4"), "triton"))

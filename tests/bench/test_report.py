@@ -30,7 +30,8 @@ def row(subject, median, direction="forward", config="16/3/1/4", tokens=7_880):
         "bitwise": subject == "ours",
         "absent": "",
         "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 8e14},
-        "graph": {"ratio": 1.07},
+        "graph": {"ratio": 1.07, "seconds": {"subject": {"median": 0.95 * median}}},
+        "gelu_share": 0.17,
         "peak_bytes": {"subject": 3 * 2**20},
     }
 
@@ -46,6 +47,7 @@ def absent(subject):
 
 ROWS = [
     row("ours", 1.1e-4),
+    row("ours-fused", 1.05e-4),
     row("dense", 1.5e-4),
     row("expert-loop", 4e-4),
     row("lorafusion", 1.01e-4),
@@ -79,6 +81,31 @@ def test_the_table_shows_ratio_floor_and_the_best_peer_that_computes_as_much(res
     assert ours.split()[:2] == ["768,", "7,880"]
     assert "110 (99..121)" in ours and "1.100" in ours and "1.070" in ours and "1.050" in ours and "0.20" in ours
     assert ours.split()[-2:] == ["2e-03", "yes"]
+
+
+def test_graphs_come_before_eager_times_and_the_share_of_gelu_is_shown(results):
+    cells = next(line for line in report.text(results, markdown=True).splitlines() if "16/3/1/4 ours " in line)
+    values = [cell.strip() for cell in cells.split("|")[3:8]]
+    assert values == ["104", "1.070", "110 (99..121)", "1.100", "17 %"]
+
+
+def test_an_algorithm_of_ours_is_compared_with_peers_and_is_none(results):
+    rows = report.read(results)[1]
+    fused = next(row for row in rows if row["subject"] == "ours-fused")
+    assert report.best_peer(rows, fused)["subject"] == report.best_peer(rows, rows[0])["subject"] == "dense"
+    line = next(line for line in report.text(results, markdown=False).splitlines() if "ours-fused" in line)
+    assert "0.10" in line.split()  # 5 us of 50
+
+
+def test_products_are_told_beside_cublas(results):
+    data = json.loads(results.read_text())
+    times = {name: {"median": n, "p20": n, "p80": n} for name, n in (("subject", 4e-4), ("cublas", 3.4e-4))}
+    entry = {"suite": "product", "subject": "matmul_gelu", "tokens": 40_960, "seconds": times}
+    entry |= {"of_cublas": 0.85, "flops_per_second": 4.8e14}
+    data["benchmarks"].append({"name": "product", "extra_info": entry})
+    results.write_text(json.dumps(data))
+    line = next(line for line in report.text(results, False).splitlines() if line.startswith("matmul_gelu"))
+    assert line.split() == ["matmul_gelu", "40,960", "400", "(400..400)", "340", "85", "%", "480"]
 
 
 def test_peers_that_are_absent_are_named(results):

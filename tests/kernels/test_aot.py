@@ -23,7 +23,7 @@ RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older on
 # More than 272 columns of ranks and gates leave gate_backward 32 rows: with the 64 that wgmma needs it would spill.
 NARROW = {("gate_backward", "64/12/4/4"), ("gate_backward", "128/8/4/2")}
 NO_PRODUCT = ("reduce", "gate_backward_inplace", "gelu", "gelu_backward")  # nothing there for tensor cores
-SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul"}
+SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul", "matmul_gelu_backward": "matmul_gelu"}
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
 

@@ -26,6 +26,7 @@ pools = pytest.mark.parametrize("shape", POOLS, ids=lambda shape: "/".join(map(s
 SHRINK, GELU, GATE, WEIGHT_GRAD = "route_shrink_kernel", "gelu_kernel", "gate_backward_kernel", "weight_grad_kernel"
 REDUCE = "reduce_kernel"
 MATMUL, EXPAND, EXPAND_BACKWARD = "matmul_kernel", "expand_kernel", "expand_backward_kernel"
+MATMUL_GELU = "matmul_gelu_kernel"
 
 
 @cache
@@ -78,7 +79,7 @@ def test_two_launches_forward_and_five_backward_where_pytorch_makes_the_products
     assert forward.atomics == backward.atomics == 0
 
 
-def test_the_other_algorithms_launch_one_more_each_way():
+def test_matmul_and_expand_launch_one_more_each_way():
     """In algorithm ``matmul`` it replaces a product of PyTorch's."""
     for algorithm, up, down in (("matmul", MATMUL, MATMUL), ("expand", EXPAND, EXPAND_BACKWARD)):
         forward, backward = measure(POOLS[0], algorithm)
@@ -87,15 +88,23 @@ def test_the_other_algorithms_launch_one_more_each_way():
         assert forward.atomics == backward.atomics == 0
 
 
+def test_fused_launches_a_product_in_the_place_of_gelu():
+    forward, backward = measure(POOLS[0], "fused")
+    assert forward.launches == Counter([SHRINK, MATMUL_GELU])
+    assert backward.launches == Counter([MATMUL_GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD])
+    assert forward.atomics == backward.atomics == 0
+
+
 @pools
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_pytorch_makes_the_products_and_touches_no_token_besides(algorithm, shape):
     """Two forward and two backward, as the frozen FFN alone, but with LoRA's columns; no copy, cast, cat or add."""
     ranks, columns = shape[0] * shape[3], TASKS * shape[0]
-    products = {  # columns of the operand and of the result; the other two of algorithm matmul are ours
+    products = {  # columns of the operand and of the result; the others of matmul and fused are ours
         "columns": ((D, F), (F + ranks, D), (D, F + ranks), (F + ranks + columns, D)),
         "matmul": ((D, F), None, (D, F + ranks), None),
         "expand": ((D, F), (F, D), (D, F), (F, D)),
+        "fused": (None, (F + ranks, D), None, (F + ranks + columns, D)),
     }[algorithm]
     expected = [Counter(), Counter()]  # bytes per token
     names = ("aten.linear.default",) * 2 + ("aten.mm.out", "aten.mm.default")
@@ -110,6 +119,17 @@ def test_gelu_moves_u_and_its_own_result_and_no_more(shape):
     forward, backward = measure(shape)
     assert of_kernels(forward, GELU) == 2 * F * HALF  # u -> a
     assert of_kernels(backward, GELU) == 3 * F * HALF  # u, da -> du
+
+
+@pools
+def test_fused_moves_operands_and_results_once_and_saves_one_pass_over_f_forward_and_two_backward(shape):
+    ranks = shape[0] * shape[3]
+    fused, columns = measure(shape, "fused"), measure(shape)
+    assert of_kernels(fused[0], MATMUL_GELU) == (D + 2 * F) * HALF  # x -> u, a
+    assert of_kernels(fused[1], MATMUL_GELU) == (D + F + F + ranks) * HALF  # dY, u -> du, dH'
+    for passes, own, other in zip((1, 2), fused, columns, strict=True):
+        moved = [of_kernels(half) + sum(of_pytorch(half).values()) for half in (own, other)]
+        assert moved[1] - moved[0] == passes * F * HALF
 
 
 @pools

@@ -1,0 +1,29 @@
+"""Our layer with each algorithm of the fused FFN, whichever of them kernels/tables.json chooses."""
+
+import importlib.util
+from functools import partial
+
+from torch import Tensor
+
+from bench.peers.base import Forward, Peer, rows_of
+from fastmoe_lora import LoRAMoE
+
+
+def run(algorithm: str, layer: LoRAMoE) -> Forward:
+    from kernels.custom_ops import lora_moe_packed  # imports Triton, which not every machine has
+
+    def forward(x: Tensor) -> Tensor:
+        packed = layer.packing.for_pass(layer.linears, layer.adapters)
+        lora, gating = (layer.lora_A, layer.lora_B), layer.config.gating
+        return lora_moe_packed(x, packed, lora, layer.routers, rows_of(layer, x), gating, algorithm)[0]
+
+    return forward
+
+
+def subjects() -> dict[str, Peer]:
+    """One row of benchmarks for each algorithm; none without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from kernels.ffn import ALGORITHMS
+
+    return {f"ours-{name}": Peer(f"ours-{name}", partial(run, name), gpu=True) for name in ALGORITHMS}
