@@ -81,6 +81,11 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gating", choices=GATINGS, help="ase where S > 0, topk where S = 0, unless said otherwise")
     group.add_argument("--site", choices=SITES, help="what the experts stand beside (ffn)")
     group.add_argument("--kernel", choices=KERNELS, help="implementation of the experts (auto)")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="choose kernels by pool and width alone, so that a token's bits do not depend on its batch",
+    )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:

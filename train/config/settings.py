@@ -69,6 +69,7 @@ class Settings:
     gating: str = ""
     site: str = "ffn"
     kernel: str = "auto"
+    deterministic: bool = False
     lora_rank: int = 4
     lora_targets: str = "qkv,proj"
     mi_weight: float = 0.005

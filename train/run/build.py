@@ -80,6 +80,8 @@ def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
     moe = settings.moe_config
     routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
+    if routing is not None:
+        routing.deterministic = settings.deterministic
     return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.dispatch import RESOLVED
-from train.cli import main
+from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
 from train.run.loop import set_up, training_step
@@ -83,3 +83,10 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
         curves[kernel] = torch.stack(losses)
     # fp32 rounding, grown over four steps of Adam; weights that are one step old are off by 4e-4 at the second step
     torch.testing.assert_close(curves["triton"], curves["reference"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--deterministic"]])
+def test_deterministic_reaches_the_routing(tmp_path, flags):
+    argv = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", *flags, "--out", str(tmp_path / "run")]
+    run = set_up(resolve_settings(parse(argv)[0]), fresh=True)
+    assert run.model.routing.deterministic == bool(flags)
