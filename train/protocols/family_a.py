@@ -46,9 +46,9 @@ ASE_NOTES = (
 class ScaleAndRotate:
     """Rotates by up to ``degrees`` either way and scales about the centre (W / 2, H / 2); the size stays (H, W).
 
-    Draws the angle, positive counter-clockwise, then the scale, both uniform. Pixels from outside the image are 0:
-    black, and in labels background rather than void. The image is interpolated cubically and stays float32, with overshoots
-    beyond 0..255.
+    Draws the angle, positive counter-clockwise, then the scale, both uniform. Pixels from outside the image are
+    0: black, and in labels background rather than void. The image is interpolated cubically and stays float32, with
+    overshoots beyond 0..255.
     """
 
     degrees: float = 20

@@ -92,9 +92,9 @@ class RandomCrop:
 def distort_colours(sample: Sample, rng: np.random.Generator) -> Sample:
     """Brightness, contrast, saturation and hue of the image, each changed with probability 1/2.
 
-    Draws a number for brightness, one for the position of contrast (below 1/2: before saturation and hue, else
-    after them), and one for each of these three in their order. A change is made where its number is below 1/2, and its amount
-    is drawn right after that number.
+    Draws a number for brightness, one for the position of contrast (below 1/2: before saturation and hue, else after
+    them), and one for each of these three in their order. A change is made where its number is below 1/2, and its
+    amount is drawn right after that number.
     """
     image = sample["image"]
     if rng.random() < 0.5:
