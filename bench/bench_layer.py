@@ -1,9 +1,10 @@
-"""The adapted FFN beside the frozen one, beside its peers and beside the physical limit.
+"""Times the adapted FFN against the frozen FFN, against its peers and against the limit of the hardware.
 
     pytest bench/ --benchmark-only [--kernel=auto|triton|reference] [--benchmark-json FILE]
 
-Every row is checked against the reference before it is timed, and timed in turns with the frozen FFN of the same run,
-the faster of eager and compiled. What a row holds is in bench/README.md; `python -m bench.report` tabulates and draws.
+Every row is checked against the reference before it is timed. It is timed alternately with the frozen FFN, eager and
+compiled, and compared with the faster of these two. bench/README.md explains the numbers of a row; `python -m
+bench.report` tabulates and draws them.
 """
 
 from functools import cache
@@ -82,7 +83,7 @@ def bench_ffn(
     }
     benchmark.extra_info["absent"] = peer.absent(DEVICE)
     if benchmark.extra_info["absent"]:
-        benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
+        benchmark.pedantic(lambda: None)  # a row without numbers, so that reports can name it
         return
     layers.check(peer, p)
     step, row = measured(p, peer, direction, float(benchmark._max_time) / 4)
