@@ -29,7 +29,7 @@ SHOWN_FAULTS = 10
 PICTURES = 12
 
 DESCRIPTION = """\
-Read every photo and label of a PASCAL_MT tree, as training would, and print what is in it and what is wrong with it.
+Read every photo and label of a PASCAL_MT tree, as training would, and print its content and its faults.
 OUT receives sheet.png, a dozen images with their labels, and faults.txt.
 Exit status: 0 nothing is wrong, 1 files are missing or damaged, 2 a user's mistake."""
 

@@ -248,7 +248,7 @@ def announce(results: Results) -> str:
         [
             f"scored    {scored}",
             f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
-            f"protocol  {results['protocol']}, predictions meet labels at {over['compared_at']}",
+            f"protocol  {results['protocol']}, predictions are scored at {over['compared_at']}",
         ]
     )
 

@@ -27,7 +27,7 @@ from train.tasks import TASKS
 SHEET = 24  # photos on the contact sheet
 
 DESCRIPTION = """\
-Predict all tasks of a checkpoint for photos of any size and format. A folder stands for the images in it.
+Predict all tasks of a checkpoint for photos of any size and format. A folder means all images in it.
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
 probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,

@@ -64,7 +64,7 @@ def saved(tiny_run, tmp_path_factory):
     command = [sys.executable, "-m", "train.evaluate", str(tiny_run), "--save-predictions", "kept", "--workers", "2"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "protocol  mtinet@64, predictions meet labels at the photo's size" in done.stdout
+    assert "protocol  mtinet@64, predictions are scored at the photo's size" in done.stdout
     return results_of(folder / "runs/evaluate/tiny-mtinet@64"), folder / "kept"
 
 

@@ -1,6 +1,6 @@
 """Atomic writes: a file or folder appears complete under its name, or not at all.
 
-Each writer works on a hidden partial beside the final path, ``.NAME.<random>.partial``, and renames it at the end. The
+Each writer works on a hidden partial next to the final path, ``.NAME.<random>.partial``, and renames it at the end. The
 random part is unique to the writer, so any number of processes, on any number of machines, may write the same path:
 the last rename wins. A process that is killed leaves its partial, which no reader looks at.
 """

@@ -12,7 +12,7 @@ from kernels.errors import UserError
 def reading(path: Path) -> Iterator[None]:
     """Turns any exception that a decoder raises on a broken file into a UserError of one line with the path.
 
-    Warnings of a decoder count as errors, since it then has guessed a part of what it returns.
+    A decoder's warning counts as an error, since its result is then partly a guess.
     """
     try:
         with warnings.catch_warnings():

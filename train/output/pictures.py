@@ -1,4 +1,4 @@
-"""Pictures of a data set and of a run: labels, predictions beside labels, and routing."""
+"""Pictures of a data set and of a run: labels, predictions next to labels, and routing."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -125,7 +125,7 @@ class Task(ABC):
 
     @abstractmethod
     def from_picture(self, picture: Picture) -> Tensor:
-        """The postprocessed prediction that a file stands for, without a batch axis."""
+        """The postprocessed prediction that a file holds, without a batch axis."""
 
     def check_picture(self, path: Path, picture: Picture, classes: Sequence[str]) -> None:
         """UserError where the file at ``path`` holds an invalid value; by default all are valid."""

@@ -98,7 +98,7 @@ class ConstantNormals(Constant):
         super().__init__(180 * 360, 3)
 
     def update(self, label: Tensor) -> None:
-        """``label`` float32 (n, 3, H, W). Void is the zero vector: it adds nothing to whichever cell it falls in."""
+        """``label`` float32 (n, 3, H, W). Void is the zero vector: it adds nothing to its cell."""
         vectors = unit(label.double()).movedim(1, -1).reshape(-1, 3)
         x, y, z = vectors.unbind(1)
         polar = torch.rad2deg(z.clamp(-1, 1).acos()).long().clamp(max=179)
@@ -150,7 +150,7 @@ class NormalsTask(Task):
     constant_type = ConstantNormals
 
     def resample(self, label: Label, move: Callable[[Label, int], Label]) -> Label:
-        """Cubic, void where nearest interpolation finds void: beside void, cubic interpolation leaves specks of
+        """Cubic, void where nearest interpolation finds void: next to void, cubic interpolation leaves specks of
         arbitrary direction, which would become unit vectors."""
         valid = move(np.any(label, axis=-1).astype(np.uint8), cv2.INTER_NEAREST)
         return move(label, cv2.INTER_CUBIC) * valid[..., None]

@@ -9,7 +9,7 @@ layout  usual folder    label folders
 A       PASCAL_MT       semseg/{VOC12,pascal-context}, human_parts, sal_distill, normals_distill,
                         pascal-context/trainval
 B       PASCALContext   as A
-B'      PASCALContext   as A, beside json/ with class tables that are not needed here
+B'      PASCALContext   as A, plus json/ with class tables that are not needed here
 C       PASCAL_MT       SemanticSegmentation/Context, PascalParts, SaliencyDistill, NormalsDistill, Context/trainval
 ======  ==============  =============================================================================================
 
