@@ -2,7 +2,6 @@
 
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,12 +54,7 @@ class Split:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.check",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.check", DESCRIPTION)
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder that contains it")
     parser.add_argument(
         "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="tasks to check (default: %(default)s)"

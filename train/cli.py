@@ -21,6 +21,17 @@ tree. OUT receives results.json, last (the newest checkpoint), predictions.png a
 
 
 class Parser(argparse.ArgumentParser):
+    """Of ``python -m PROG``: flags are written out, the description keeps its lines."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(
+            prog=f"python -m {prog}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
     def error(self, message: str) -> NoReturn:
         """Exits with one line instead of the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
@@ -34,13 +45,7 @@ def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m train",
-        description=DESCRIPTION,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train", DESCRIPTION, argument_default=argparse.SUPPRESS)
     _add_data(parser.add_argument_group("tasks and data"))
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))

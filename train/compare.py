@@ -1,7 +1,7 @@
 """``python -m train.compare RUN RUN ...``: the scores of runs in one table, and their predictions side by side."""
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +33,7 @@ OUT receives table.txt, table.md and predictions.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.compare",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.compare", DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("--baseline", metavar="FILE|NAME", help="Delta_m against a published row, a JSON file or a run")
     add_cache(parser)

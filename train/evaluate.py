@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,12 +57,7 @@ class Subject:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.evaluate",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.evaluate", DESCRIPTION)
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
     add("--predictions", metavar="DIR", help="score the prediction files in DIR instead of a checkpoint")

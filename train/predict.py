@@ -1,7 +1,6 @@
 """``python -m train.predict CHECKPOINT IMAGE ... --out DIR``: predicts all tasks for any photos, and draws them."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +34,7 @@ h, w), at the model's resolution) and sheet.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.predict",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.predict", DESCRIPTION)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, its 'last' or a folder step-N")
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
     parser.add_argument("--out", metavar="DIR", default="runs/predict", help="(%(default)s)")
