@@ -1,10 +1,10 @@
-"""Every kernel compiled ahead of time for four GPUs, without one: registers, spills, shared memory, instructions.
+"""Compiles every kernel ahead of time for four GPU targets: registers, spills, shared memory, instructions.
 
     python -m bench.aot [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...] [--dtypes bf16,...]
                         [--targets sm_90,...]
 
-The launchers of kernels/ run on tensors without memory, with a driver in place that knows a target but no device, so
-what is compiled is what a launch would compile: its types, tile sizes, specialised strides and options.
+No GPU is needed. The launchers of kernels/ run on tensors without memory, with a driver that knows a target but has no
+device. So every kernel is compiled with the types, tile sizes, specialised strides and options of a real launch.
 """
 
 import argparse
@@ -59,7 +59,7 @@ COLUMNS = (
 
 
 class Deviceless:
-    """What a launch asks of Triton's driver before it compiles; a device is a target's name."""
+    """A stand-in for Triton's driver, with what a launch needs to compile; a device is a target's name."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -76,7 +76,7 @@ class Deviceless:
 
 @dataclass(frozen=True)
 class Launch:
-    """Triton's compiled kernel, and the grid and the arguments, constants and options among them, of its launch."""
+    """A compiled kernel, with the grid and the arguments of its launch, including constants and options."""
 
     binary: Any
     grid: tuple[int, ...]
@@ -90,7 +90,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recording(target: str) -> Iterator[list[Launch]]:
-    """Every launch in here is compiled for ``target`` and appended to the list, and does not run."""
+    """In this context every launch is compiled for ``target`` and appended to the list, but not run."""
     launches: list[Launch] = []
     run, architecture = JITFunction.run, tiles.architecture
 
@@ -101,7 +101,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
         return binary
 
     driver.set_active(Deviceless(target))
-    JITFunction.run, tiles.architecture = record, lambda device: target  # type: ignore[assignment]  # for a while
+    JITFunction.run, tiles.architecture = record, lambda device: target  # type: ignore[assignment]  # restored below
     try:
         yield launches
     finally:
@@ -109,8 +109,8 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
 
 def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:
-    """The launch so called over ``counts`` tokens of each task. No tensor has memory, so there may be any number of
-    tokens. What a launcher launches afterwards, such as a reduction of partial results, is not in it."""
+    """The launch named ``kernel`` over ``counts[t]`` tokens of task t. Tensors have no memory, so any number of tokens
+    is possible. Later launches of the same launcher, such as a reduction of partial results, are left out."""
     shape = parse_pool(pool)
     t = make_tensors(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
     with recording(target) as launches:
@@ -149,7 +149,7 @@ def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
 
 
 def find(pattern: str, text: str) -> re.Match[str]:
-    """The first match in what a compiler wrote; ValueError where there is none."""
+    """The first match in the output of a compiler; ValueError where there is none."""
     if found := re.search(pattern, text):
         return found
     raise ValueError(f"the compiler wrote nothing like {pattern!r}")

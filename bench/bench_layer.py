@@ -2,8 +2,9 @@
 
     pytest bench/ --benchmark-only [--kernel=auto|triton|reference] [--benchmark-json FILE]
 
-Every row is checked against the reference before it is timed, and timed in turns with the frozen FFN of the same run,
-the faster of eager and compiled. What a row holds is in bench/README.md; `python -m bench.report` tabulates and draws.
+Every row is checked against the reference before it is timed. It is timed alternately with the frozen FFN, eager and
+compiled, and compared with the faster of these two. bench/README.md explains the numbers of a row; `python -m
+bench.report` tabulates and draws them.
 """
 
 from functools import cache
@@ -83,7 +84,7 @@ def bench_ffn(
     }
     benchmark.extra_info["absent"] = peer.absent(DEVICE)
     if benchmark.extra_info["absent"]:
-        benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
+        benchmark.pedantic(lambda: None)  # a row without numbers, so that reports can name it
         return
     layers.check(peer, p)
     forwards: dict[str, Forward] = {

@@ -1,7 +1,7 @@
 """The full training step, five tasks: with our experts, with none (plain LoRA), and with a loop over experts.
 
 ViT-B at 224 pixels, batches of 8, on a GPU; ViT-Ti, one image, on a CPU. Every image is labelled for every task. The
-loader is timed apart, on rendered scenes of the same size with one worker.
+loader is timed separately, on rendered scenes of the same size with one worker.
 """
 
 import time
@@ -68,7 +68,7 @@ def freeze(run: Run) -> None:
 
 
 def heads_seconds(run: Run, batch: Batch) -> float:
-    """Seconds of the heads' forward and backward pass on their own."""
+    """Seconds of the forward and backward pass of the heads alone."""
     size, vit = batch.images.shape[-1], run.model.vit
     grid = (size // vit.patch,) * 2
     tokens = torch.randn(len(batch.images), 1 + grid[0] * grid[1], vit.width, device=run.device, requires_grad=True)
@@ -82,7 +82,7 @@ def heads_seconds(run: Run, batch: Batch) -> float:
 
 
 def loader_images_per_second(settings: Settings) -> float:
-    """Of one worker, in this process."""
+    """Images per second of one worker, in this process."""
     scenes, count = Scenes("train", 224, 64, 0, settings.task_names), 16
     start = time.perf_counter()
     collate([scenes[i, 0] for i in range(count)], settings.task_names)
@@ -99,7 +99,7 @@ def bench_training_step(benchmark: BenchmarkFixture, kernel: str, subject: str, 
     batch = collate([run.data[0][i, 0] for i in range(settings.batch_size)], settings.task_names).to(run.device)
 
     def step():
-        run.step = 1  # of the schedule; the same for every round
+        run.step = 1  # so that every round has the same learning rate
         training_step(run, batch)
 
     seconds = measure.summary(measure.paired({"step": step}, float(benchmark._max_time), run.device)["step"])

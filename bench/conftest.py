@@ -1,4 +1,4 @@
-"""What benchmarks share: the implementation that was asked for, and the machine that results name."""
+"""Shared by the benchmarks: the chosen implementation, and the description of the machine in results."""
 
 import platform
 from importlib import metadata
@@ -16,7 +16,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What bench.report prints above its tables; a host's name is nobody's business."""
+    """Adds the summary that bench.report prints above its tables, and removes the host's name."""
     machine_info.pop("node", None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {name: _version(name) for name in ("torch", "triton")}

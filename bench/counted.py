@@ -1,11 +1,11 @@
-"""What the experts add to the frozen FFN, counted without a GPU: launches and bytes per token, ours and the peers'.
+"""Counts, without a GPU, the launches and bytes per token that our experts and the peers add to the frozen FFN.
 
     TRITON_INTERPRET=1 python -m bench.counted [--out FILE] [--configs 16/3/1/4,...]
 
-ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, as memory sees it while repeats hit the
-L2; views are free. Bytes per token are the difference between two numbers of tokens, so that weights, which are read,
-cast and packed once however many tokens there are, do not count. A peer whose kernels are autotuned is counted with its
-first configuration.
+ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, since repeats are assumed to hit
+the L2. Views are free. Bytes per token are the slope between two numbers of tokens, so that weights do not count: they
+are read, cast and packed once for any number of tokens. A peer whose kernels are autotuned is counted with its first
+configuration.
 """
 
 import argparse
@@ -32,7 +32,7 @@ HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: f
 
 
 def first_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
-    """Autotuner.run without a clock."""
+    """Replaces Autotuner.run and times nothing."""
     return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
 

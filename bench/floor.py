@@ -1,6 +1,7 @@
-"""What the adapted FFN must move and multiply at the least, and how long that takes at the measured ceilings.
+"""A lower bound of the adapted FFN's time, from the bytes and operations that it cannot avoid and measured ceilings.
 
-The frozen FFN's time is taken as it is measured; the experts add, at site ffn with d = D and es bytes an element,
+The bound is the measured time of the frozen FFN plus that of the experts. At site ffn, with d = D and es bytes per
+element, these add
 
     forward     route_shrink    T (d es + 2R es + 4C + 4N) bytes
                 K columns       2 T R D operations
@@ -27,7 +28,7 @@ def added(shape: Shape, backward: bool) -> tuple[int, int]:
 
 
 def work(shape: Shape, backward: bool) -> tuple[int, int]:
-    """(bytes, operations) of the whole adapted FFN; frozen weights need no gradients of their own."""
+    """(bytes, operations) of the whole adapted FFN; frozen weights need no gradients."""
     d, hidden = shape.width, 4 * shape.width
     moved, multiplied = 2 * d + 4 * hidden, 4 * d * hidden  # x, u, u, a, a, y; a token passes both products
     if backward:
@@ -37,6 +38,6 @@ def work(shape: Shape, backward: bool) -> tuple[int, int]:
 
 
 def floor_seconds(shape: Shape, backward: bool, frozen: float, ceilings: dict[str, float]) -> float:
-    """Seconds of the adapted FFN beside a frozen one that takes ``frozen`` seconds."""
+    """Least seconds of the adapted FFN if the frozen FFN takes ``frozen`` seconds."""
     moved, multiplied = added(shape, backward)
     return frozen + moved / ceilings["bytes_per_second"] + multiplied / ceilings["flops_per_second"]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can tell: GPU tests, sanitizer, benchmark.
+# Runs everything that needs an NVIDIA GPU: GPU tests, sanitizer, benchmark.
 #
 #   bash bench/gpu.sh OUTDIR
 #
 # Installs nothing and needs no network: Python >= 3.10 with torch >= 2.9, triton >= 3.6 and pytest ($PYTHON, else
-# python3); wheels in .whl/ of the repository's root are unpacked aside and used. Each part has a limit, together under
-# nine minutes; a part that fails is recorded and the next one runs. OUTDIR gets log.txt, junit.xml, benchmark.json,
+# python3); wheels in .whl/ of the repository's root are installed into a temporary folder. Each part has a time limit,
+# together under nine minutes; a part that fails is recorded and the next one runs. OUTDIR gets log.txt, junit.xml, benchmark.json,
 # memcheck.txt, racecheck.txt and summary.json. Exit status: 0, 1 if a part failed, 2 if nothing could be run.
 set -uo pipefail
 
@@ -65,8 +65,8 @@ PY
     part tests 190 "$python" -m pytest -m gpu tests/kernels --continue-on-collection-errors -ra --durations=10 \
         -p no:cacheprovider --junitxml="$out/junit.xml"
     if command -v compute-sanitizer >/dev/null; then
-        part compile 45 "$python" -m bench.sanitize # so that the sanitizer need not watch a compiler
-        export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own: memcheck sees its ends
+        part compile 45 "$python" -m bench.sanitize # compiles outside the sanitizer
+        export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # one allocation per tensor, whose bounds memcheck checks
         part memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.txt" \
             "$python" -m bench.sanitize
         part racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 9 --log-file "$out/racecheck.txt" \
@@ -86,7 +86,7 @@ PY
     ! grep -qvE ' (0|absent) ' "$scratch/parts"
 }
 
-# Machine, versions, commit and, once there are any, the parts; also into the JSON file that is named.
+# Prints machine, versions, commit and finished parts as JSON; with an argument it also writes them to that file.
 describe() {
     "$python" - "$scratch/parts" "$@" <<'PY'
 import json

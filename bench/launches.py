@@ -21,7 +21,7 @@ from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
 
 Tensors = dict[str, Any]  # tensors by name, and the split routers
-# Ranks of 64 for the published pools, then 128 and 256: every entry of kernels/tables.json.
+# The published pools have 64 ranks, the others 128 and 256; together they cover every entry of kernels/tables.json.
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
 LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["split"], t["h"], segments, pool),
@@ -58,7 +58,7 @@ def parse_pool(text: str) -> Pool:
 
 
 def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) -> Tensors:
-    """What every launch reads, random, for an FFN ``width`` wide; ``like`` says the type and the device."""
+    """Random inputs of all launches, for an FFN ``width`` wide; ``like`` gives the dtype and the device."""
     tokens, tasks, ranks, hidden = sum(counts), len(counts), pool.ranks, 4 * width
     half = {
         "x": (tokens, width),
@@ -90,7 +90,7 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
 
 
 class AdaptedFFN:
-    """Both passes of an adapted FFN ``width`` wide over made-up tensors; ``like`` says the type and the device.
+    """Both passes of an adapted FFN ``width`` wide over random tensors; ``like`` gives the dtype and the device.
     ``algorithm`` is one of :data:`kernels.ffn.ALGORITHMS`."""
 
     def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
@@ -105,6 +105,6 @@ class AdaptedFFN:
         self.saved = self.t["x"], u, h, z
 
     def backward(self) -> None:
-        """After :meth:`forward`; x stands in for dY."""
+        """After :meth:`forward`; x serves as dY."""
         gradients = self.t["x"], self.t["dp"]
         ffn_backward(gradients, self.saved, self.packed, self.t["routers"], *self.setting)

@@ -13,7 +13,7 @@ from fastmoe_lora import LoRAMoE, MoEConfig, Packing, add_moe
 from model import ViT, ViTConfig
 
 TASKS = 5
-L2_BYTES = 64 * 2**20  # inputs that rotate are together larger than twice the L2 of an H200
+L2_BYTES = 64 * 2**20  # at least the L2 of an H200; the rotating inputs take twice as much
 # fp32 sums in another order; half precision rounds the experts' sum once or twice more.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -34,7 +34,7 @@ class Shape:
 
 
 class Problem:
-    """``layer`` around a frozen FFN; ``x`` and ``dy`` are several inputs, so that none is found in the L2."""
+    """``layer`` around a frozen FFN; ``x`` and ``dy`` are several inputs in rotation, so that none stays in the L2."""
 
     def __init__(self, shape: Shape, kernel: str = "reference") -> None:
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ class Problem:
 
     @property
     def weights(self) -> list[Tensor]:
-        """Every tensor of the layer that is there anyway."""
+        """Every tensor that the layer keeps between steps."""
         packed = self.layer.packing.packed if self.layer.fused else None
         return [*self.layer.parameters(), *(packed.tensors if packed else ())]
 
@@ -81,7 +81,7 @@ class Problem:
 
 
 def _results(forward: Callable[[Tensor], Tensor], leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
-    """A leaf that gets no gradient has one of zeros."""
+    """y and the gradients of ``leaves``, which are zeros where a leaf gets none."""
     y = forward(leaves[0])
     given = torch.autograd.grad(y, leaves, dy, allow_unused=True)
     filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, given, strict=True)]
@@ -89,7 +89,7 @@ def _results(forward: Callable[[Tensor], Tensor], leaves: list[Tensor], dy: Tens
 
 
 def errors(actual: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of the difference relative to the norm of what is right."""
+    """Norm of the difference relative to the norm of the right value."""
     return {
         name: ((actual[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30)).item()
         for name, value in right.items()
@@ -97,7 +97,7 @@ def errors(actual: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, flo
 
 
 def check(peer: Peer, problem: Problem) -> None:
-    """AssertionError that names the peer and the quantity where it does not compute what it should."""
+    """AssertionError with the peer and the quantity where a peer differs from what it must equal."""
     expected, actual = (problem.results(build(problem.layer)) for build in (peer.reference, peer.build))
     limit = TOLERANCE[problem.shape.dtype]
     for name, error in errors(actual, expected).items():

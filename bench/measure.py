@@ -1,4 +1,4 @@
-"""Clocks and counters. Everything that is compared is timed in turns, so that a drifting clock favours nobody."""
+"""Timing and memory. Steps to be compared are timed alternately, so that clock drift affects all of them alike."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ LONGEST_SLEEP = 0.05  # a step that waits for the GPU cannot be queued, however 
 
 
 def paired(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step by name, one round of all of them after the other for about ``seconds`` per step and at
-    least three rounds. On a GPU a time is between two events around the step."""
+    """Seconds of every step by name. A round runs each step once; there are rounds for about ``seconds`` per step, and
+    at least three. On a GPU a time is that between two CUDA events around the step."""
     for step in steps.values():
         step()  # compiles, allocates
     ahead = {name: queue_seconds(step, device) for name, step in steps.items()}
@@ -91,7 +91,7 @@ def share(seconds: dict[str, float], word: str) -> float:
 
 
 def peak_bytes(step: Step) -> int:
-    """Memory above what was there before, at its highest."""
+    """Peak memory during one step, above what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -101,7 +101,7 @@ def peak_bytes(step: Step) -> int:
 
 
 def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, known: list[Tensor]) -> int:
-    """What a forward pass keeps for backward beside x and the ``known`` tensors, each storage once."""
+    """Bytes that a forward pass keeps for backward, without x and the ``known`` tensors; each storage counts once."""
     mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *known)}
     kept: dict[int, int] = {}
 
@@ -117,7 +117,7 @@ def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, known: list[Tens
 
 
 def rotate(inputs: list) -> Iterator:
-    """The inputs in turn, for ever."""
+    """Cycles through the inputs endlessly."""
     while True:
         yield from inputs
 

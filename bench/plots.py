@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "forward+backward")
 
 
 def draw(stem: str, rows: list[Row], folder: Path) -> list[Path]:
-    """Writes the plots that the rows have data for; their paths."""
+    """Writes the plots that the rows have data for and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in layer_rows(rows) if "ratio" in row]
     if not rows:

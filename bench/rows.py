@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 Row = dict
-BOUND = "lorafusion"  # computes less than the layer: shown, but not the peer to beat
+BOUND = "lorafusion"  # computes less than the layer: shown, but never the best peer
 
 
 def read(path: Path) -> tuple[dict, list[Row]]:
-    """(machine and versions, the rows of all suites); ValueError for what is no such file."""
+    """(machine and versions, the rows of all suites); ValueError for any other file."""
     try:
         data = json.loads(path.read_text())
         rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]

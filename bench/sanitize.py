@@ -2,7 +2,7 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m bench.sanitize
 
-Without the caching allocator every tensor is an allocation of its own, so that one byte beyond it is found.
+Without the caching allocator every tensor is a separate allocation, so that an access one byte beyond it is found.
 """
 
 import torch

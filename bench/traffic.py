@@ -1,12 +1,12 @@
-"""How many bytes kernels and operators move and how many products they make, counted in Triton's interpreter.
+"""Counts, in Triton's interpreter, the bytes that kernels and operators move and the FLOPs of kernels.
 
 The interpreter executes every load and store: each is counted by its unmasked lanes and attributed to the tensor it
-falls into. A dispatch mode counts what PyTorch's own operators read and write meanwhile, so that work moved out of the
-kernels would not look free. No clock is involved: the numbers are the same on any machine.
+falls into. A dispatch mode counts what PyTorch's operators read and write, so that work moved out of the kernels is
+still counted. Nothing is timed: the numbers are the same on any machine.
 
-*Issued* bytes are all that the programs ask for; *distinct* bytes count each address once per launch, which is what
-memory sees while repeats hit the L2. Token-sized tensors (first dimension T) are counted apart: parameters, routers,
-offsets and fp32 partial sums do not grow with T, or are as small as the weights.
+*Issued* bytes are all that the programs request. *Distinct* bytes count each address once per launch, which is the
+DRAM traffic if repeats hit the L2. Token-sized tensors (first dimension T) are counted separately from all others:
+parameters, routers, offsets and fp32 partial sums, which do not grow with T or are as small as the weights.
 """
 
 import re
@@ -152,7 +152,7 @@ class _Recorder:
 
 @contextmanager
 def counting(tokens: int) -> Iterator[Traffic]:
-    """Everything that Triton's interpreter and PyTorch do in here, as a :class:`Traffic`."""
+    """The :class:`Traffic` of everything that Triton's interpreter and PyTorch do in this context."""
     recorder, patch = _Recorder(tokens), pytest.MonkeyPatch()
     builder, run = interpreter.InterpreterBuilder, interpreter.InterpretedFunction.run
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot

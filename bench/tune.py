@@ -2,8 +2,8 @@
 
     python -m bench.tune [--kernels route_shrink,...,ffn] [--out kernels/tables.json]
 
-ViT-B in bf16, five tasks. A tile that spills or does not fit is no candidate, and one within 2 % of the present one
-does not replace it. The difference is printed; commit the file if you want to keep it.
+ViT-B in bf16, five tasks. A tile that spills or does not fit is rejected. A candidate replaces the present tile only if
+it is more than 2 % faster. Changes are printed; commit the file to keep them.
 """
 
 import argparse
@@ -49,11 +49,11 @@ Table = dict[str, dict]
 
 
 class Spills(Exception):
-    """A candidate that keeps registers in memory."""
+    """Raised for a candidate that spills registers."""
 
 
 def fastest(present: Any, candidates: list, time: Callable[[Any], float]) -> Any:
-    """The candidate with the least ``time``; ``present`` where none is faster by more than rounding of clocks."""
+    """The candidate with the least ``time``; ``present`` where none is more than 2 % faster."""
     best, limit = present, GAIN * time(present)
     for candidate in candidates:
         try:

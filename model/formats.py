@@ -1,4 +1,4 @@
-"""Weights files of every kind as plain tensors; none of them can run code."""
+"""Reads weights files of several formats as plain tensors, without running code from them."""
 
 import argparse
 import pickle
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import UserError
 
-WRAPPERS = ("model", "state_dict", "teacher", "student")  # entries of a training checkpoint, first choice first
+WRAPPERS = ("model", "state_dict", "teacher", "student")  # keys of a checkpoint under which weights may be, in order
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, object]:
-    """Tensors and containers only, and argparse.Namespace: training scripts keep their options in one, as data."""
+    """Loads tensors and containers only, and argparse.Namespace, in which training scripts store their options."""
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # what it warns of is refused below
@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         content = reader(path)
     except UserError:
         raise
-    except Exception as error:  # arbitrary bytes make parsers raise anything, and advise to unpickle
+    except Exception as error:  # parsers raise anything on arbitrary bytes, or advise to unpickle
         raise UserError(
             f"{path} is not a readable {kind} file ({type(error).__name__}): truncated, or of another kind than its "
             "suffix says; download it again"

@@ -7,15 +7,15 @@ from torch.nn import functional as F
 
 
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which stand first, are dropped."""
+    """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which come first, are dropped."""
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 class UpHead(nn.Module):
-    """The paper's head: LayerNorm, four 3x3 conv + BN + ReLU of 256 channels with x2 bilinear between, 1x1 conv,
-    last x2 bilinear: x16 in all.
+    """The paper's head: LayerNorm, four 3x3 conv + BN + ReLU of 256 channels with x2 bilinear resizes between them,
+    1x1 conv, and a last bilinear resize to the image's size.
 
-    The 1x1 conv stands before the last resize: the two commute, and there it has a quarter of the pixels.
+    The 1x1 conv comes before the last resize. The two commute, and the conv then has a quarter of the pixels.
     """
 
     def __init__(self, width: int, channels: int, patch: int) -> None:

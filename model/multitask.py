@@ -14,7 +14,7 @@ from model.vit import ViT
 class MultiTaskViT(nn.Module):
     """yhat_t = H_t(h_t^(L)),  h_t^(0) = x + e_t: equations (11) and (12).
 
-    The (image, task) pairs are stacked task-major and cross the backbone together. ``routing`` is what
+    The (image, task) pairs are stacked task-major and go through the backbone together. ``routing`` is what
     :func:`fastmoe_lora.adapt` returned for ``vit``, or None where it has no mixture of experts.
     """
 

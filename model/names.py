@@ -1,4 +1,4 @@
-"""The naming schemes of ViT weights; whichever a file uses becomes timm's, which :class:`model.ViT` has too."""
+"""Converts the naming schemes of ViT weights to timm's, which :class:`model.ViT` uses."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-# Text -> text, replaced in this order; q, k and v are made one tensor thereafter.
+# Each table maps old text to new text, applied in order. Then q, k and v are concatenated to one tensor.
 PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers)\.)+")
 META = {"register_tokens": "reg_token"}
 HUGGING_FACE = {
@@ -75,7 +75,7 @@ def _rename(name: str, scheme: Mapping[str, str]) -> str:
 
 
 def _torch_layout(name: str, tensor: Tensor) -> Tensor:
-    """Of a JAX parameter: (h, w, in, out) -> (out, in, h, w); (in, out) -> (out, in); the heads' axes are merged."""
+    """A JAX parameter in PyTorch's layout: (h, w, in, out) -> (out, in, h, w); (in, out) -> (out, in); heads merged."""
     if name.endswith("/bias"):  # query, key and value: (heads, d/heads)
         return tensor.flatten()
     if not name.endswith("/kernel"):

@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """``embed`` makes tokens of images, ``encode`` runs the blocks over tokens; what happens between (a task
-    embedding, one copy per task) is the caller's."""
+    embedding, one copy per task) is left to the caller."""
 
     def __init__(self, config: ViTConfig, image_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pretrained backbones: which family a file is of, what ViT it fits, and loading it there."""
+"""Pretrained backbones: recognises the family of a file, derives the ViT that it fits, and loads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ FAMILIES = {  # family -> the normalisation its weights were trained with
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds, by timm's names: LayerScale folded in, the positional embedding one row for the class
-    token and then the patches."""
+    """The tensors of a file, under timm's names. LayerScale is folded into the linear maps. The positional embedding
+    has one row for the class token, then one per patch."""
 
     path: Path
     family: str
@@ -37,7 +37,7 @@ class Weights:
 
     @property
     def normalisation(self) -> str:
-        """The key in :data:`NORMALISATIONS` that goes with the family."""
+        """The family's key in :data:`NORMALISATIONS`."""
         return FAMILIES[self.family]
 
     def adjust(self, config: ViTConfig) -> ViTConfig:
@@ -52,8 +52,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which parameters of the backbone the file lacks, and which of its own were not used (its classifier, say);
-    the family it was taken for, and the key of the :data:`NORMALISATIONS` that goes with it."""
+    """The parameters of the backbone that the file lacks, the tensors of the file that were not used (such as its
+    classifier), the family it was recognised as, and that family's key in :data:`NORMALISATIONS`."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -67,7 +67,7 @@ class LoadReport:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, whichever naming scheme it follows.
+    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, in any known naming scheme.
 
     :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code.
     """
@@ -83,7 +83,7 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
 
     :class:`UserError`: as :func:`read_weights`, and weights of another architecture, that is, a tensor of another
-    shape or other blocks or registers. Other keys that are missing or left over are returned, and the caller decides.
+    shape, or other blocks or registers. Other missing or unused keys are returned, and the caller decides.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
@@ -103,7 +103,7 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
 
 
 def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
-    """Where the names do not tell, the wrapper or the file's name does; else it is AugReg, as most of timm's."""
+    """Recognised by parameter names, else by the wrapper or the file's name, else AugReg, as most of timm's are."""
     if path.suffix == ".npz":
         return "AugReg"
     if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
@@ -116,8 +116,8 @@ def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
 
 
 def _unify_pos_embed(tensors: dict[str, Tensor]) -> None:
-    """(1, prefix + h*w, d) -> (1, 1 + h*w, d) where the prefix is none, the class token, or it and the registers:
-    a class token without a position gets zeros, positions of registers are added to the registers."""
+    """(1, prefix + h*w, d) -> (1, 1 + h*w, d) where the prefix is empty, the class token, or the class token and the
+    registers. A class token without a position gets zeros. Positions of registers are added to the registers."""
     pos, registers = tensors.get("pos_embed"), tensors.get("reg_token")
     if pos is None or pos.ndim != 3:
         return

@@ -1,4 +1,4 @@
-"""``python -m train.check --data PASCAL_MT``: reads every file of a tree and says what is in it and what is wrong."""
+"""``python -m train.check --data PASCAL_MT``: reads every file of a tree and reports its content and its faults."""
 
 import os
 import sys
@@ -28,14 +28,14 @@ SHOWN_FAULTS = 10
 PICTURES = 12
 
 DESCRIPTION = """\
-Read every photo and label of a PASCAL_MT tree, as training would, and print what is in it and what is wrong with it.
+Read every photo and label of a PASCAL_MT tree, as training would, and print its content and its faults.
 OUT receives sheet.png, a dozen images with their labels, and faults.txt.
 Exit status: 0 nothing is wrong, 1 files are missing or damaged, 2 a user's mistake."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split's images and, of each, what was found."""
+    """The images of a split and one finding per image."""
 
     name: str
     images: list[ImageFiles]
@@ -55,19 +55,21 @@ class Split:
 
 def build_parser() -> Parser:
     parser = Parser("train.check", DESCRIPTION)
-    parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder around it")
+    parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder that contains it")
     parser.add_argument(
-        "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="of %(default)s (default: all five)"
+        "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="tasks to check (default: %(default)s)"
     )
-    parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
-    parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--partial-labels", action="store_true", help="do not count a missing label file as a fault")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=os.cpu_count(), help="number of processes (%(default)s)"
+    )
     add_cache(parser)
     parser.add_argument("--out", metavar="DIR", default="runs/check", help="(%(default)s)")
     return parser
 
 
 def check(tree: Tree, tasks: Sequence[str], partial_labels: bool, reader: Reader, workers: int) -> list[Split]:
-    """Everything that is in the splits train and val."""
+    """The splits train and val, with every image inspected."""
     listed = {split: list_images(tree, split, tasks, partial_labels) for split in OFFICIAL_IMAGES}
     return [Split(split, images, inspect_images(images, reader, workers, split)) for split, images in listed.items()]
 
@@ -98,7 +100,7 @@ def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
 
 
 def share(part: int, whole: int) -> str:
-    """Percent with three decimals; what is there never shows as 0."""
+    """Percent with three decimals: "-" for no pixel, "<0.001" for a share that would round to 0."""
     if not part:
         return "-"
     return f"{100 * part / whole:.3f}" if 100 * part >= 0.0005 * whole else "<0.001"
@@ -112,7 +114,10 @@ def describe_faults(faults: Sequence[str]) -> str:
 
 
 def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
-    """A dozen images without fault, of every group of equally labelled images, with their labels."""
+    """Writes a contact sheet of a dozen images without faults and their labels.
+
+    The images come from every group of images that are labelled for the same tasks.
+    """
     from train.output import pictures
 
     whole = [
@@ -123,7 +128,7 @@ def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
     ]
     if not whole:
         return
-    rng, painted = np.random.default_rng(), {}  # the steps below draw nothing
+    rng, painted = np.random.default_rng(), {}  # finish_labels draws no random number
     for index in pictures.spread(group_by_tasks([tuple(image.labels) for image in whole]), PICTURES):
         sample = finish_labels(reader.sample(whole[index]), rng)
         painted[whole[index].id] = {"image": sample["image"]} | {

@@ -33,14 +33,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
+        """Exits with one line instead of the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
 def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
-    """The flag of every command that reads labels."""
+    """Adds --cache, which every command that reads labels has."""
     parser.add_argument(
-        "--cache", metavar="DIR", default=default, help="keep labels that take long to derive there, outside the data"
+        "--cache", metavar="DIR", default=default, help="folder for labels that take long to derive, outside the data"
     )
 
 
@@ -54,32 +54,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: {','.join(DEFAULT_TASKS)})")
-    group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree; left out: rendered scenes")
-    group.add_argument("--partial-labels", action="store_true", help="a missing label file means: void for that task")
+    group.add_argument("--tasks", metavar="A,B", help=f"any of {', '.join(TASKS)} (default: {','.join(DEFAULT_TASKS)})")
+    group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree (default: rendered scenes)")
+    group.add_argument("--partial-labels", action="store_true", help="a missing label file means void for that task")
     add_cache(group, argparse.SUPPRESS)
-    group.add_argument("--skip-bad", action="store_true", help="leave out images with a damaged or missing file")
+    group.add_argument("--skip-bad", action="store_true", help="skip images with a damaged or missing file")
     group.add_argument(
-        "--protocol", choices=PROTOCOLS, help="what images and labels go through, which published numbers rest on (ase)"
+        "--protocol",
+        choices=PROTOCOLS,
+        help="selects the preprocessing; compare published numbers only within one protocol (ase)",
     )
     group.add_argument(
-        "--image-size", type=int, metavar="N", help="side of the square input, pixels (the protocol's; scenes 64)"
+        "--image-size", type=int, metavar="N", help="side of the square input in pixels (the protocol's; scenes: 64)"
     )
     group.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", choices=VITS, help="the ViT (vit_base; scenes vit_micro)")
+    group.add_argument("--model", choices=VITS, help="size of the ViT (vit_base; scenes: vit_micro)")
     group.add_argument(
         "--pretrained",
         metavar="FILE",
-        help="its weights (.safetensors, .npz, .pth; timm, "
-        "AugReg, DeiT, DINO, Hugging Face); the backbone is then frozen, else trained in full",
+        help="weights of the backbone (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face); "
+        "with them the backbone is frozen, without them it is trained in full",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
     group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
-    group.add_argument("--gating", choices=GATINGS, help="ase where S > 0, topk where S = 0, unless said otherwise")
-    group.add_argument("--site", choices=SITES, help="what the experts stand beside (ffn)")
+    group.add_argument("--gating", choices=GATINGS, help="gating of the experts (ase where S > 0, topk where S = 0)")
+    group.add_argument("--site", choices=SITES, help="which layers get experts (ffn)")
     group.add_argument("--kernel", choices=KERNELS, help="implementation of the experts (auto)")
     group.add_argument(
         "--deterministic",
@@ -99,13 +101,13 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
     group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
-    group.add_argument("--loss-weights", metavar="T=X,..", help=f"({Settings.loss_weights})")
+    group.add_argument("--loss-weights", metavar="T=X,..", help=f"loss weight per task ({Settings.loss_weights})")
     group.add_argument(
-        "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: at the end"
+        "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"
     )
     group.add_argument("--seed", type=int, metavar="N")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    group.add_argument("--nvtx", action="store_true", help="name the parts of a step in a profiler's timeline")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
+    group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
     group.add_argument(
         "--resume",
@@ -135,7 +137,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
 
 
 def guarded(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """The exit status of ``run``; a user's mistake ends in one line on stderr and status 2, an interrupt in 130."""
+    """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt."""
     try:
         return run() or 0
     except UserError as error:

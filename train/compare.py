@@ -27,8 +27,8 @@ PICTURES = 8  # rows of the picture
 Models = Mapping[str, tuple[Settings, torch.nn.Module]]
 
 DESCRIPTION = """\
-Print the scores of runs in one table and draw their predictions side by side. A RUN is the folder of python -m train or
-of python -m train.evaluate. Scores of different protocols or over different images are refused.
+Print the scores of runs in one table and draw their predictions side by side. A RUN is an output folder of
+python -m train or python -m train.evaluate. Runs of different protocols or image sets are refused.
 OUT receives table.txt, table.md and predictions.png."""
 
 
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
 
 
 def short_names(given: Sequence[str]) -> list[str]:
-    """The last part of each path, or as many more as tell them apart."""
+    """The last part of each path, preceded by as many parent folders as make the names distinct."""
     parts = [Path(path).resolve().parts for path in given]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]
@@ -53,7 +53,7 @@ def short_names(given: Sequence[str]) -> list[str]:
 
 
 def rows_of(runs: Mapping[str, Results]) -> list[list[str]]:
-    """Headings and one row per run, a column per score that any of them has, Delta_m last."""
+    """The headings, then one row per run. Each score that any run has gets a column; Delta_m comes last."""
     shown = shown_headlines([results["metrics"] for results in runs.values()])
     heads = [f"{task} {h.key} {'^' if h.higher_is_better else 'v'}" for task, h in shown]
     rows = [["run", *heads]]
@@ -74,14 +74,14 @@ def _delta(results: Results) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The table in Markdown, with arrows for which way is better."""
+    """The table in Markdown, with arrows that show which direction is better."""
     signs = {"^": "↑", "v": "↓"}
     heads = [" ".join(signs.get(word, word) for word in head.split(" ")) for head in rows[0]]
     return format_table([heads, *rows[1:]], markdown=True)
 
 
 def caption(runs: Mapping[str, Results]) -> str:
-    """What the scores were taken over, and against what."""
+    """One line: protocol, image set and, where there are any, odsF and the baseline."""
     first = next(iter(runs.values()))
     over = first["evaluation"]
     images = f"{over['images']} images of {over['split']}"
@@ -94,7 +94,7 @@ def caption(runs: Mapping[str, Results]) -> str:
 
 
 def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module] | None:
-    """A run's model and its settings as it was scored; None where its checkpoint is not there."""
+    """(settings, model) of the checkpoint that a run was scored with; None where it has no checkpoint."""
     path = Path(given)
     folder = checkpoint.find(Path(results.get("checkpoint") or (path if path.is_dir() else path.parent)))
     if "predictions" in results or not (folder / "state.json").is_file():
@@ -105,7 +105,7 @@ def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module]
 
 @torch.inference_mode()
 def draw(path: Path, runs: Mapping[str, Results], models: Models, cache: str) -> None:
-    """A few validation images, their labels and what each model says. All runs are of the same protocol and images."""
+    """Draws a few validation images, their labels and each model's predictions. Runs share protocol and images."""
     from train.output import pictures
 
     results, (settings, _) = next(iter(runs.values())), next(iter(models.values()))

@@ -38,17 +38,17 @@ from train.run.build import load_checkpoint
 from train.tasks import build_metrics, parse_tasks
 
 DESCRIPTION = """\
-Score a checkpoint, or with --predictions the files of any program, on PASCAL-Context as a protocol has it.
+Score a checkpoint, or with --predictions the prediction files of any program, on PASCAL-Context by one protocol.
 
-CHECKPOINT is a run's folder, its 'last' or a folder step-N. What the run was trained on is the default of --data,
-rendered scenes if it was those. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids), sal/<id>.png and
-edge/<id>.png (255 times the probability), normals/<id>.png (255 (n + 1) / 2), at the size of the photo.
+CHECKPOINT is a run's folder, its 'last' or a folder step-N. Without --data it is scored on the data that it was trained
+on, which may be the rendered scenes. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids),
+sal/<id>.png and edge/<id>.png (255 times the probability), normals/<id>.png (255 (n + 1) / 2), at the photo's size.
 OUT receives results.json."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a model, or a folder of predictions where that is None; ``about`` tells which in results."""
+    """What is scored: ``model`` or, where it is None, a folder of predictions; ``about`` identifies it in results."""
 
     name: str
     about: dict[str, Any]
@@ -60,25 +60,25 @@ def build_parser() -> Parser:
     parser = Parser("train.evaluate", DESCRIPTION)
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
-    add("--predictions", metavar="DIR", help="score these files, not a checkpoint")
-    add("--tasks", metavar="A,B", help="score these tasks alone (all that were predicted)")
-    add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder around it")
-    add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are treated (the run's)")
-    add("--split", metavar="NAME", default="val", help="a list of ImageSets/Context (%(default)s)")
-    add("--ids", metavar="FILE", help="take the images of the split with these ids, one a line (test_new, say)")
-    add("--odsf", choices=("fast", "full", "off"), help="F of edges over all images, 100 of them or none (fast)")
+    add("--predictions", metavar="DIR", help="score the prediction files in DIR instead of a checkpoint")
+    add("--tasks", metavar="A,B", help="score only these tasks (all that were predicted)")
+    add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder that contains it")
+    add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are processed (the run's)")
+    add("--split", metavar="NAME", default="val", help="name of a list in ImageSets/Context (%(default)s)")
+    add("--ids", metavar="FILE", help="score only the images of the split whose ids FILE lists, one per line")
+    add("--odsf", choices=("fast", "full", "off"), help="compute odsF of edges over 100 images, all or none (fast)")
     add(
         "--odsf-variant",
         choices=VARIANTS,
         default="seism",
-        help="%(default)s: thinned by SEISM's NMS; none: MTL-PyTorch's, without; iz: MTDP's",
+        help="%(default)s: SEISM, with NMS; none: Multi-Task-Learning-PyTorch, without NMS; iz: MTDP",
     )
-    add("--save-predictions", metavar="DIR", help="keep all predictions there")
+    add("--save-predictions", metavar="DIR", help="write all predictions to DIR")
     add("--baseline", metavar="FILE|NAME", help="print Delta_m against a published row, a JSON file or a run")
-    add("--partial-labels", action="store_true", help="a missing label file means: void for that task")
-    add("--skip-bad", action="store_true", help="leave out images with a damaged or missing label")
+    add("--partial-labels", action="store_true", help="a missing label file means void for that task")
+    add("--skip-bad", action="store_true", help="skip images with a damaged or missing file")
     add_cache(parser)
-    add("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes for odsF (%(default)s)")
+    add("--workers", type=int, metavar="N", default=os.cpu_count(), help="number of processes for odsF (%(default)s)")
     add("--out", metavar="DIR", help="(runs/evaluate/NAME-PROTOCOL)")
     return parser
 
@@ -95,12 +95,12 @@ def _from_checkpoint(options: Namespace) -> Subject:
     tasks = ",".join(chosen_tasks(options.tasks, model.tasks, str(folder)))
     changes = {"data": options.data or settings.data, "protocol": options.protocol or settings.protocol, "tasks": tasks}
     if changes["data"] and not settings.data and "seg" in parse_tasks(tasks):
-        raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL has not: leave --data away")
+        raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL does not have: drop --data")
     if options.protocol and not changes["data"]:
-        raise UserError("--protocol says how photos are treated, rendered scenes have none: give --data")
+        raise UserError("--protocol applies to photos, and rendered scenes have none: give --data")
     protocol = PROTOCOLS[changes["protocol"]]
     if options.protocol not in (None, settings.protocol) and not protocol.resizes_photos:
-        # Its photos are not resized: the input grows to hold them, and the model's positions are resampled to its grid.
+        # This protocol does not resize photos: the input grows to hold them, and the position embedding is resampled.
         smallest = max(settings.image_size, protocol.own_size)
         changes["image_size"] = -(-smallest // model.vit.patch) * model.vit.patch
     about = {"checkpoint": str(folder), "step": state["step"]}
@@ -121,15 +121,15 @@ def _from_files(options: Namespace) -> Subject:
 
 
 def _protocol_of_files(name: str, note: dict[str, Any]) -> dict[str, Any]:
-    """The protocol by which files meet labels, at the size that their ``note`` has for it, or at its own."""
+    """The settings of protocol ``name``, with the size in ``note`` if the note has this protocol, else the default."""
     if name not in PROTOCOLS:
-        raise UserError(f"say how these predictions meet their labels: --protocol {', '.join(PROTOCOLS)}")
+        raise UserError(f"say by which protocol these predictions are scored: --protocol {', '.join(PROTOCOLS)}")
     size = note.get("image_size") if note.get("protocol") == name else None
     return {"protocol": name, "image_size": size or PROTOCOLS[name].own_size}
 
 
 def chosen_tasks(given: str | None, there: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The tasks to score: those ``given``, of those that are ``there``, or all of them."""
+    """The tasks to score: ``given``, or all of ``there``. UserError for a given task that is not in ``there``."""
     chosen = parse_tasks(given) if given else there
     if lacking := [task for task in chosen if task not in there]:
         raise UserError(f"{where} has no predictions of {', '.join(lacking)}: choose --tasks among {', '.join(there)}")
@@ -138,14 +138,14 @@ def chosen_tasks(given: str | None, there: tuple[str, ...], where: str) -> tuple
 
 def with_flags(settings: Settings, options: Namespace, changes: dict[str, Any]) -> Settings:
     partial, skip = options.partial_labels, options.skip_bad
-    if settings.data == changes["data"]:  # the tree that the run was trained on is read as it was then
+    if settings.data == changes["data"]:  # the same tree as in training: use the run's flags too
         partial, skip = partial or settings.partial_labels, skip or settings.skip_bad
     reading = {"partial_labels": partial, "skip_bad": skip, "cache": options.cache or settings.cache}
     return replace(settings, workers=options.workers, **reading, **changes)
 
 
 def build_set(settings: Settings, options: Namespace) -> DataSet:
-    """The images that are scored."""
+    """The data set to score."""
     source = settings.source
     if source.rendered and (options.ids or options.odsf in ("fast", "full")):
         raise UserError("rendered scenes have neither ids for --ids nor LabelMaps for --odsf: give --data")
@@ -157,7 +157,7 @@ def build_set(settings: Settings, options: Namespace) -> DataSet:
 
 
 def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
-    """The ids in a file, one a line, all of them in the split."""
+    """The ids in a file, one per line; UserError for an id that the split does not list."""
     require_file(path)
     with reading(path):
         ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
@@ -167,18 +167,18 @@ def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
             "name another --split, or correct the file"
         )
     if not ids:
-        raise UserError(f"{path} names no image: give ids such as 2008_000008, one a line")
+        raise UserError(f"{path} names no image: give ids such as 2008_000008, one per line")
     return frozenset(ids)
 
 
 def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
-    """(what results.json holds, the folder that it is to lie in)."""
+    """(the content of results.json, the folder to write it to)."""
     settings = subject.settings
     dataset = build_set(settings, options)
     boundaries = choose_boundaries(dataset, options.odsf or "fast")
     results = describe(subject, options, dataset, len(boundaries))
     if options.baseline:
-        with_baseline(results, options.baseline)  # a mistake is told now, not after hours
+        with_baseline(results, options.baseline)  # a wrong baseline fails here, not after hours of scoring
     predicted = predictions_of(subject, options, dataset)
     out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"))
     print(announce(results), flush=True)
@@ -192,7 +192,7 @@ def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
 
 
 def describe_files(settings: Settings, dataset: DataSet, split: str) -> dict[str, Any]:
-    """What has to be known of a folder of predictions to score it later."""
+    """The note saved with a folder of predictions, from which it can be scored later."""
     note = {"protocol": dataset.protocol.name, "image_size": settings.image_size, "split": split}
     if settings.source.rendered:
         note |= {"scenes": settings.scenes, "val_scenes": settings.val_scenes, "seed": settings.seed}
@@ -212,7 +212,7 @@ def predictions_of(subject: Subject, options: Namespace, dataset: DataSet) -> It
 
 
 def describe(subject: Subject, options: Namespace, dataset: DataSet, boundaries: int) -> Results:
-    """results.json but for the scores."""
+    """The content of results.json, without the scores."""
     thresholds = len(VARIANTS[options.odsf_variant].thresholds)
     odsf = {"mode": options.odsf or "fast", "variant": options.odsf_variant, "thresholds": thresholds}
     return {
@@ -243,13 +243,13 @@ def announce(results: Results) -> str:
         [
             f"scored    {scored}",
             f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
-            f"protocol  {results['protocol']}, predictions meet labels at {over['compared_at']}",
+            f"protocol  {results['protocol']}, predictions are scored at {over['compared_at']}",
         ]
     )
 
 
 def summary(results: Results) -> str:
-    """The table, what odsF was taken over, and Delta_m."""
+    """The score table, odsF with its images and variant, and Delta_m."""
     lines = [score_table({"score": results["metrics"]})]
     if odsf := results["odsF"]:
         scores = results["metrics"]["edge"]

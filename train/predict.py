@@ -26,11 +26,11 @@ from train.tasks import TASKS
 SHEET = 24  # photos on the contact sheet
 
 DESCRIPTION = """\
-Predict all tasks of a checkpoint for photos of any size and format. A folder stands for the images in it.
+Predict all tasks of a checkpoint for photos of any size and format. A folder means all images in it.
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
-probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (what the heads gave, float16 (channels, h,
-w), before it was brought to the photo's size) and sheet.png."""
+probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,
+h, w), at the model's resolution) and sheet.png."""
 
 
 def build_parser() -> Parser:
@@ -42,10 +42,11 @@ def build_parser() -> Parser:
 
 
 def list_photos(given: Sequence[str]) -> dict[str, Path]:
-    """{name: path} of the images named and of those in the folders named, whose other files one line on stderr tells.
+    """{name: path} of the given images and of the images in the given folders.
 
-    A photo's name is its file's without the suffix, with it where two differ in it alone. UserError for a file that is
-    named and no image, and where no image is left.
+    Other files in these folders are skipped; one line on stderr says how many. A photo's name is its file name without
+    the suffix, or with it where two photos share the name without it. UserError for a given file that is not an image,
+    and if there is no image at all.
     """
     paths, others = [], []
     for path in map(Path, given):
@@ -62,26 +63,26 @@ def list_photos(given: Sequence[str]) -> dict[str, Path]:
     if not paths:
         raise UserError(f"{', '.join(given)}: no image is there; name photos, or a folder that holds some")
     if others:
-        print(f"skipped {len(others)} files that are no images, the first: {others[0]}", file=sys.stderr)
+        print(f"skipped {len(others)} files that are not images, the first: {others[0]}", file=sys.stderr)
     stems = Counter(path.stem for path in paths)
     named: dict[str, Path] = {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else path.name
         if name in named:
-            raise UserError(f"{named[name]} and {path} have the same name: predict them into folders of their own")
+            raise UserError(f"{named[name]} and {path} have the same name: predict them into separate folders")
         named[name] = path
     return named
 
 
 def open_head(path: Path) -> None:
-    """UserError where Pillow does not take ``path`` for an image."""
+    """UserError where Pillow does not recognise ``path`` as an image."""
     require_file(path)
     with reading(path), Image.open(path):
         pass
 
 
 def read_any_photo(path: Path) -> NDArray[np.uint8]:
-    """RGB (H, W, 3), the right way up: grey and 16 bits become colours of 8, what is transparent becomes white."""
+    """8-bit RGB (H, W, 3), oriented by EXIF. Grey and 16-bit images are converted; transparency becomes white."""
     with reading(path), Image.open(path) as stored:
         image = ImageOps.exif_transpose(stored)
         if image.mode.startswith("I"):
@@ -94,7 +95,7 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
 
 @torch.inference_mode()
 def predict(model: MultiTaskViT, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
-    """What the heads give, (channels, h, w), where the photo is."""
+    """The raw output of each head, (channels, h, w), without the padding around the photo."""
     image, where = protocol.fit_photo(photo)
     outputs = model(torch.tensor(image, device=model.task_embed.device).permute(2, 0, 1)[None])
     return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}

@@ -1,6 +1,6 @@
-"""What else adapts a frozen FFN with LoRA experts: each peer computes the layer's own function in its own way.
+"""Peers: other implementations of LoRA experts on a frozen FFN, most of which compute exactly the layer's function.
 
-A peer that must be installed and is not is ``absent``: reports name it, nothing is skipped in silence.
+A peer whose package is not installed is ``absent``, and reports name it.
 """
 
 from bench.peers import baselines, grouped, lorafusion, scattermoe

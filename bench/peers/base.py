@@ -1,4 +1,4 @@
-"""What every peer is, and the routing that those share which work on selected experts only."""
+"""The interface of a peer, and the routing shared by peers that compute the selected experts only."""
 
 import importlib.util
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def plain(layer: LoRAMoE) -> Forward:
-    """The layer's own function by the reference, whichever kernel the layer runs: what a peer must agree with."""
+    """The layer's function computed by the reference, whatever kernel the layer runs: a peer must agree with it."""
 
     def forward(x: Tensor) -> Tensor:
         lora = layer.lora_A, layer.lora_B
@@ -26,10 +26,13 @@ def plain(layer: LoRAMoE) -> Forward:
 
 @dataclass(frozen=True)
 class Peer:
-    """``build`` makes of an adapted layer a function x (T, d) -> y (T, D) that uses the layer's own parameters, so
-    that its gradients are theirs. ``reference`` builds what it must equal: the layer's function, except where a peer
-    can do less. ``install`` says how to get the package, ``gpu`` that it needs one, ``compiled`` that another compiler
-    than Triton makes its kernels."""
+    """One implementation to compare with.
+
+    ``build(layer)`` gives a function x (T, d) -> y (T, D) of the layer's parameters, whose gradients are those of the
+    layer. ``reference(layer)`` gives the function that it must equal: the layer's, except where a peer computes less.
+    ``install``: how to get the package. ``gpu``: it needs a GPU. ``compiled``: another compiler than Triton makes its
+    kernels.
+    """
 
     name: str
     build: Callable[[LoRAMoE], Forward]
@@ -79,6 +82,6 @@ def experts_of(layer: LoRAMoE, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def pad_rank(a: Tensor, b: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Zeros up to a rank that grouped products take."""
+    """A and B, padded with zeros to a rank that is a multiple of ``multiple``."""
     missing = -a.shape[1] % multiple
     return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))

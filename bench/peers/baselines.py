@@ -9,7 +9,7 @@ from kernels.reference import gates, router_logits
 
 
 def compiled(layer: LoRAMoE) -> Forward:
-    """Under torch.compile, which fuses what lies between the products."""
+    """The reference under torch.compile, which fuses the operations between the GEMMs."""
     return torch.compile(plain(layer))
 
 
@@ -42,7 +42,7 @@ def einsum(layer: LoRAMoE) -> Forward:
 
 
 PEERS = (
-    Peer("dense", plain),  # every expert for every token in four products, inactive ones at gate 0: our reference
+    Peer("dense", plain),  # our reference: every expert for every token, gate 0 where inactive
     Peer("dense-compiled", compiled, compiled=True),
     Peer("expert-loop", loop),
     Peer("arrow-einsum", einsum),

@@ -1,4 +1,4 @@
-"""Peers that sort tokens by expert and make two grouped products: PyTorch's, and those of QuACK, SonicMoE's engine."""
+"""Peers that sort tokens by expert and run two grouped GEMMs: PyTorch's, or QuACK's, which SonicMoE uses."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,7 @@ def torch_grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 class QuackGrouped(torch.autograd.Function):
-    """QuACK's products of variable length have no autograd of their own."""
+    """Autograd for QuACK's variable-length GEMMs, which have none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""LoRAFusion: plain LoRA in the GEMM's own loop, without routing. A bound, not a rival: it computes less.
+"""LoRAFusion: plain LoRA fused into the GEMM, without routing. It computes less than the layer, so it is a bound.
 
-Its LoRA stands beside a linear layer, so all N r ranks are one LoRA beside fc1.
+It adapts a single linear layer, so all N r ranks form one LoRA on fc1.
 """
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from fastmoe_lora import LoRAMoE
 
 
 def _weights(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A (R, d) and B (4d, R), the layer's own B four times over."""
+    """A (R, d) and B (4d, R), the layer's B repeated four times."""
     b = layer.lora_B.to(x.dtype)
     return layer.lora_A.to(x.dtype), b.repeat(len(layer.base.get_parameter("fc1.weight")) // len(b), 1)
 
@@ -28,7 +28,7 @@ def lorafusion(layer: LoRAMoE) -> Forward:
 
 
 def lora_beside_fc1(layer: LoRAMoE) -> Forward:
-    """What it must equal."""
+    """The function that :func:`lorafusion` must equal."""
 
     def forward(x: Tensor) -> Tensor:
         a, b = _weights(layer, x)

@@ -1,4 +1,4 @@
-"""ScatterMoE: sorts indices instead of tokens; its products gather and scatter as they load and store."""
+"""ScatterMoE: sorts indices instead of tokens; its GEMMs gather on loading and scatter on storing."""
 
 from torch import Tensor
 

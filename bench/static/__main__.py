@@ -1,11 +1,11 @@
-"""What every launch of kernels/ and the adapted FFN cost on an H100 and an H200, modelled from compiled code.
+"""Models the cost of every launch of kernels/ and of the adapted FFN on an H100 and an H200, from compiled code.
 
     python -m bench.static [--markdown] [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...]
                            [--dtypes bf16,...] [--tokens 40960,...]
     python -m bench.static --check | --budget [--kernels ...] [--pools ...]
 
 Launches are compiled as bench.aot compiles them, at ViT-B's width for five tasks. Instructions are counted in the
-machine code. The trips of loops, the bytes and the operations come from Triton's intermediate code and the launch's
+machine code. Trip counts of loops, bytes and operations come from Triton's intermediate code and the launch's
 arguments. ``--check`` compares the instructions with bench/static/budget.json, and ``--budget`` renews that file.
 Nothing is timed, and no GPU is needed.
 """

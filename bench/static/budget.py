@@ -1,7 +1,8 @@
-"""A budget of instructions for every kernel: warp instructions a token, bf16, 40,960 tokens of five tasks.
+"""Instruction budgets of the kernels: warp instructions per token, bf16, 40,960 tokens of five tasks.
 
-``budget.json`` holds one for each minor version of Triton, since its compiler decides. Whoever makes a kernel dearer
-renews it on purpose, with ``python -m bench.static --budget``, and says why in the commit.
+``budget.json`` holds budgets for each minor version of Triton, since the compiler determines the count. A change
+that makes a kernel more expensive on purpose renews them with ``python -m bench.static --budget`` and says why in the
+commit.
 """
 
 import json
@@ -25,13 +26,13 @@ def version() -> str:
 
 
 def measure(kernel: str, pool: str) -> float:
-    """Warp instructions a token, rounded up to a tenth."""
+    """Warp instructions per token, rounded up to a tenth."""
     found = cost(compiled(kernel, pool, DTYPE, TARGET, COUNTS))
     return -(-10 * found.instructions // sum(COUNTS)) / 10
 
 
 def read(file: Path = FILE) -> Budgets:
-    """Those of the Triton at hand; none, with a warning, where it has none."""
+    """The budgets of the installed Triton; {} with a warning where there are none."""
     budgets = json.loads(file.read_text())["triton"]
     if version() not in budgets:
         missing = f"there are no budgets for Triton {version()}, only for {', '.join(budgets)}"
@@ -40,7 +41,7 @@ def read(file: Path = FILE) -> Budgets:
 
 
 def renew(kernels: list[str], pools: list[str], file: Path = FILE) -> None:
-    """Writes what these kernels need now into the budgets of the Triton at hand; kernels that are gone are dropped."""
+    """Sets the budgets of these kernels for the installed Triton to what they need now; drops removed kernels."""
     budgets = json.loads(file.read_text())["triton"] if file.exists() else {}
     old = budgets.get(version(), {})
     budgets[version()] = {kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES if kernel in {*old, *kernels}}

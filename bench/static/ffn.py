@@ -1,8 +1,9 @@
-"""The adapted FFN over the frozen one, modelled: what both launch, by running them on tensors without memory.
+"""Models the time of the adapted FFN over that of the frozen one, from the launches of both.
 
-A product of cuBLAS costs its operations at an assumed rate. PyTorch's GELU costs the instructions of its formula and
-its bytes, and any other operator of PyTorch a fixed time. Our launches cost what :mod:`bench.static.model` says. Every
-launch has a gap before it. The host's time and the packing of weights are not modelled.
+Launches are recorded by running both on tensors without memory. A GEMM of cuBLAS costs its operations at an assumed
+rate. PyTorch's GELU costs the instructions of its formula and its bytes, and any other operator of PyTorch a fixed
+time. Our launches cost what :mod:`bench.static.model` says. Every launch has a gap before it. The host's time and the
+packing of weights are not modelled.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ from bench.static.model import TARGET, Cost, cost, power_sum
 from kernels.segments import TaskSegments
 
 PRODUCTS = {"mm": 0, "linear": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # position of the left operand
-# What moves nothing, or makes a tensor without filling it.
+# Operators that move no data.
 FREE = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh"}
-UNCERTAINTY = {"few": 0.06, "many": 0.03}  # of a ratio, by judgement; the range of cuBLAS's rates comes on top
+UNCERTAINTY = {"few": 0.06, "many": 0.03}  # of a ratio, estimated; the range of cuBLAS's rates comes on top
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of cuBLAS, (m, k) times (k, n)."""
+    """A GEMM of cuBLAS, (m, k) times (k, n)."""
 
     m: int
     k: int
@@ -39,7 +40,7 @@ class Product:
         return f"product {self.m} x {self.k} x {self.n}"
 
     def microseconds(self, gpu: str, speed: str, c: Constants = CONSTANTS) -> float:
-        """Inner dimensions go by 64, a last tile of columns that is not full has its factor."""
+        """Inner dimensions are rounded up to 64; a partly filled last tile of columns costs ``last_columns``."""
         n, k = self.n, -(-self.k // 64) * 64
         factor = 1.0
         if n > 256 and n % 256:
@@ -125,7 +126,7 @@ def adapted(pool: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> P
 
 
 def frozen(dtype: str, tokens: int) -> Passes:
-    """Two products and a GELU each way; frozen weights have no gradients."""
+    """Two GEMMs and a GELU in each direction; frozen weights have no gradients."""
     make: dict[str, Any] = {"dtype": DTYPES[dtype], "device": "meta"}
     x, u = torch.empty(tokens, WIDTH, **make), torch.empty(tokens, 4 * WIDTH, **make)
     down, up = torch.empty(4 * WIDTH, WIDTH, **make), torch.empty(WIDTH, 4 * WIDTH, **make)
@@ -140,7 +141,7 @@ def frozen(dtype: str, tokens: int) -> Passes:
 
 
 def microseconds(steps: list[Step], gpu: str, speed: str = "mid", gelu_at_dram: bool = False) -> float:
-    """Of all steps and the gaps between them; with ``gelu_at_dram`` passes of GELU alone are bound by DRAM."""
+    """Time of all steps and their gaps; with ``gelu_at_dram`` launches that only do GELU take their DRAM time."""
     total = 0.0
     for step in steps:
         total += CONSTANTS.gap
@@ -157,8 +158,8 @@ def ratio(own: list[Step], base: list[Step], gpu: str, **options: Any) -> float:
 
 
 def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict]:
-    """For ``forward`` and for ``both`` passes: the ratio, its range over cuBLAS's rates, its uncertainty by judgement,
-    the ratio with both GELUs at the DRAM bound, and the microseconds of every step, gaps apart."""
+    """For ``forward`` and for ``both`` passes: the ratio, its range over cuBLAS's rates, its estimated uncertainty,
+    the ratio with both GELUs at the DRAM bound, and the microseconds of every step without gaps."""
     found: dict[str, dict] = {}
     pairs = {"forward": (own.forward, base.forward), "both": (own.forward + own.backward, base.forward + base.backward)}
     for name, pair in pairs.items():

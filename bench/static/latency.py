@@ -1,7 +1,7 @@
-"""How many clocks one warp takes alone: the stalls and scoreboards of its encodings, and assumed latencies.
+"""Clocks that one warp takes alone, from the stalls and scoreboards in its encoding and from assumed latencies.
 
-Asynchronous copies and warpgroup products finish in groups, in order. Loops run their trips; forward branches are not
-taken.
+Asynchronous copies and warpgroup MMAs finish in groups, in order. Loops run for their trip counts; forward branches
+are not taken.
 """
 
 import re
@@ -67,7 +67,7 @@ def _kept(i: Instruction, board: str) -> int:
 
 
 def clocks(code: Code, trips: list[int]) -> float:
-    """Of one warp; ``trips`` of each of the code's loops."""
+    """Clocks of one warp; ``trips`` are the trip counts of ``code.loops``."""
     addresses = [i.address for i in code.instructions]
     total = dict(zip((loop.last for loop in code.loops), trips, strict=True))
     first = {loop.last: bisect_left(addresses, loop.first) for loop in code.loops}

@@ -1,8 +1,8 @@
 """What one launch costs on an H100 and an H200, modelled from its compiled code. Nothing is timed.
 
-Instructions are counted in the machine code and multiplied by the trips of their loops, the warps of a program and the
-programs. Each unit of a multiprocessor then needs a least time, and the longest of these binds. Where a multiprocessor
-has few programs at once, their latencies are not hidden and may bind instead.
+Instructions are counted in the machine code and multiplied by the trip counts of their loops, the warps of a program
+and the programs. Each unit of a multiprocessor then needs a least time, and the longest of these binds. Where a
+multiprocessor has few programs at once, their latency is not hidden and may bind instead.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from bench.static import latency, sass, ttir
 from bench.static.constants import CONSTANTS, RATES, Constants
 
 REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, 228 * 1024, 64, 32  # of one multiprocessor
-SHORT = 8  # instructions of a loop that waits for a barrier, at most
+SHORT = 8  # most instructions of a loop that waits for a barrier
 TARGET = "sm_90"
 
 
@@ -58,7 +58,7 @@ class Cost:
 
     @property
     def share(self) -> int:
-        """Programs of the fullest multiprocessor."""
+        """Most programs on one multiprocessor."""
         return -(-self.programs // self.constants.multiprocessors)
 
     @property
@@ -85,7 +85,7 @@ class Cost:
         return busy
 
     def _latency(self, busiest: float) -> float:
-        """Microseconds of waves of resident programs: each takes as long as one alone, or as its busiest unit."""
+        """Microseconds of all waves. A wave takes as long as one program alone or as its busiest unit, if longer."""
         clocks, left = 0.0, self.share
         while left > 0:
             together = min(self.resident, left)
@@ -94,11 +94,11 @@ class Cost:
         return clocks / (1e3 * self.constants.clock)
 
     def stream_dram(self, gpu: str) -> float:
-        """Microseconds of a launch that DRAM alone binds."""
+        """Microseconds of a launch that is bound by DRAM alone."""
         return self.dram_bytes / (1e6 * self.constants.dram[gpu] * self.constants.stream_dram_reached)
 
     def microseconds(self, gpu: str, speed: str = "mid") -> float:
-        """The time of the launch; ``speed`` is that of cuBLAS, by which products of ours are judged."""
+        """The time of the launch; ``speed`` chooses cuBLAS's rates, from which those of our GEMMs follow."""
         c, units = self.constants, self.units(gpu)
         if self.streams:
             issue = self.instructions / (c.multiprocessors * RATES["issue"] * 1e3 * c.stream_clock)
@@ -106,7 +106,7 @@ class Cost:
             return max(streamed, units["latency"])
         units["DRAM"] /= c.dram_reached
         if self.is_product:
-            # Published products of such tiles are faster than the L2's bandwidth here allows.
+            # Published GEMMs with such tiles are faster than the L2 bandwidth assumed here allows.
             bounds = {unit: n for unit, n in units.items() if unit not in ("L2", "latency")}
             inner, outer = self.product
             bounds["product"] = self.flops / (1e6 * c.triton_of_cublas * c.cublas[speed][inner >= outer])
@@ -122,20 +122,21 @@ class Cost:
 
 
 def power_sum(power: float, *values: float) -> float:
-    """A maximum that is softer the smaller ``power`` is."""
+    """The p-norm of ``values`` with p = ``power``: a smooth maximum."""
     return sum(value**power for value in values) ** (1 / power)
 
 
 def resident(registers: int, shared: int, warps: int) -> int:
-    """Programs that fit one multiprocessor: registers go by 256 to a warp, a kilobyte of shared memory is reserved."""
+    """Programs that fit one multiprocessor, with registers in units of 256 per warp and 1 KiB of shared memory reserved
+    per program."""
     per_warp = -(-registers * 32 // 256) * 256
     by_memory = min(REGISTERS // (per_warp * warps), SHARED_BYTES // (shared + 1024))
     return max(1, min(PROGRAMS, WARPS // warps, by_memory))
 
 
 def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
-    """Trips of each loop of the machine code, found by the line of its ``for`` statement in the source. What cannot
-    be matched is named in a warning."""
+    """Trip count of each loop of the machine code, found by the line of its ``for`` statement in the source. A loop
+    that cannot be matched counts once and is named in a warning."""
     left: dict[object, list[ttir.Loop]] = {}
     for statement in source.loops:
         left.setdefault(statement.line, []).append(statement)
@@ -150,7 +151,7 @@ def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
             if not waits:
                 warnings.warn(f"the loop of {loop.line} was split by the compiler: a part counts once", stacklevel=2)
     for statement in (statement for statements in left.values() for statement in statements):
-        if not source.is_constant(statement):  # one that is may have been unrolled
+        if not source.is_constant(statement):  # a constant loop may have been unrolled
             warnings.warn(f"the loop of {statement.line} is not in the machine code: it counts once", stacklevel=2)
     return found
 

@@ -14,7 +14,7 @@ from bench.aot import find
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Units of a multiprocessor by opcode. What is in none of these sets runs on the ALU: integers, comparisons, moves.
+# Units of a multiprocessor by opcode. Opcodes in none of these sets run on the ALU: integers, comparisons, moves.
 UNITS = {
     "fma": {"FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I"},
     "imad": {"IMAD", "IDP", "IDP4A"},
@@ -62,7 +62,7 @@ class Instruction:
 
     @property
     def releases(self) -> tuple[int, int]:
-        """The scoreboards that it releases with its result, and once its operands are read; 7 is none."""
+        """(scoreboard released with the result, scoreboard released once the operands are read); 7 is none."""
         return self.control >> 5 & 7, self.control >> 8 & 7
 
     @property
@@ -109,14 +109,14 @@ class Loop:
 
 @dataclass
 class Code:
-    """A kernel's instructions in order, without what stands behind its last EXIT, and its labels' addresses."""
+    """A kernel's instructions in order, up to its last EXIT, and the addresses of its labels."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """By address, the outer before the inner."""
+        """In order of address, outer loops before inner ones."""
         found: dict[int, Loop] = {}
         for i in self.instructions:
             start = self.labels.get(i.target) if i.name == "BRA" and i.target else None
@@ -126,7 +126,7 @@ class Code:
 
 
 def parse(text: str) -> Code:
-    """The only kernel in what ``nvdisasm -c -g -hex`` printed."""
+    """Parses the output of ``nvdisasm -c -g -hex`` for a file with one kernel."""
     code, waiting, line = Code(), [], None
     words: list[list[Any]] = []
     for row in text.splitlines():

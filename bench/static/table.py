@@ -1,4 +1,4 @@
-"""The rows of the static model, and how they read as text, Markdown and JSON."""
+"""The rows of the static model, as text, Markdown and JSON."""
 
 import json
 
@@ -99,7 +99,7 @@ def predictions(rows: list[Row], markdown: bool) -> str:
 
 
 def text(results: Row, markdown: bool) -> str:
-    """All tables, with what they rest on."""
+    """All tables, with the constants that they depend on."""
     parts = [("# Static model" if markdown else "Static model"), NOT_TIMED]
     sections = (
         (COUNTED_TITLE, counts, results["kernels"]),

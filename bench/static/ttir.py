@@ -1,6 +1,7 @@
-"""Triton's intermediate code of a launch: how often its loops run, what it moves between memory and chip, its products.
+"""Reads the Triton IR of a launch: trip counts of its loops, the bytes it moves, its matrix products.
 
-Loop bounds are computed from the launch's arguments for program (0, 0, 0), which no other program outlasts.
+Loop bounds are computed from the launch's arguments for program (0, 0, 0). No other program has
+longer loops.
 """
 
 import re
@@ -45,7 +46,8 @@ class Loop:
 
 @dataclass
 class Operation:
-    """``operands`` by name. The operation "first.round" gives what a loop carries its value in the first round."""
+    """``operands`` by name. The operation "first.round" gives a loop variable or a loop-carried value its
+    value in the first iteration."""
 
     name: str
     operands: list[str]
@@ -67,7 +69,7 @@ class Code:
         return prod(self.launch.grid)
 
     def value(self, name: str) -> int:
-        """Of an integer, in program (0, 0, 0) and the first round of its loops."""
+        """The value of an integer in program (0, 0, 0), in the first iteration of its loops."""
         if name in self.launch.arguments:
             return self.launch.arguments[name]
         operation = self.results.get(name)
@@ -114,7 +116,7 @@ class Code:
         return max(0, -(-(end - first) // step))
 
     def rounds(self, around: tuple[Loop, ...]) -> int:
-        """How often a program executes what stands in these loops."""
+        """How often a program executes the body of these loops."""
         return prod(map(self.trips, around))
 
     def executions(self, around: tuple[Loop, ...]) -> int:
@@ -139,12 +141,12 @@ class Code:
         return None
 
     def is_constant(self, loop: Loop) -> bool:
-        """Whether the compiler knows its trips."""
+        """Whether the compiler knows its trip count."""
         known = (self.results.get(bound) for bound in loop.bounds)
         return all(operation and operation.name == "arith.constant" for operation in known)
 
     def flops(self) -> int:
-        """Of all programs, padding included."""
+        """Operations of all programs, padding included."""
         total = 0
         for operation in self.operations:
             if operation.name == "tt.dot":
@@ -167,8 +169,8 @@ class Code:
         return inner, self.flops() // (2 * inner * rows) if inner else 0
 
     def traffic(self) -> tuple[int, int]:
-        """(bytes that memory sees, bytes that all programs ask for). Memory sees a tensor once in each direction,
-        since repeats hit the L2, and no more of it than is asked for; lanes that are masked count in full."""
+        """(bytes of DRAM traffic, bytes that all programs request). A tensor goes through DRAM once in each direction,
+        since repeats hit the L2, and never more of it than is requested. Masked lanes count in full."""
         asked: dict[tuple[str, str], int] = {}
         for operation in self.operations:
             for direction in _DIRECTIONS.get(operation.name, ()):
@@ -189,13 +191,13 @@ _DIRECTIONS = {
 
 
 def _tile_bytes(text: str) -> int:
-    """Of the last type in a load or a store: that of the tile, of its pointers or of one element."""
+    """Bytes of the last type in a load or a store: that of the tile, of its pointers or of one element."""
     sizes, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?(?:b?f|i)(\d+)>", text)[-1]
     return prod(map(int, sizes.split("x")[:-1])) * max(1, int(kind) // 8)
 
 
 def _shape(argument: object) -> tuple[int, ...]:
-    """Of a tensor or a tensor descriptor; nothing of a number."""
+    """The shape of a tensor or a tensor descriptor; () for a number."""
     return tuple(getattr(argument, "shape", ()))
 
 
@@ -215,8 +217,8 @@ def parse(text: str, launch: Launch) -> Code:
 
 
 class _Parser:
-    """Reads a kernel line by line. A block may reuse a name of another one that is over, so every result gets a name
-    that nothing else has; ``names`` maps those of the text, for each block that is open."""
+    """Reads a kernel line by line. A block may reuse a name of an earlier block, so every result gets a unique name.
+    ``names`` has, for each open block, a map from the names in the text to the unique ones."""
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -265,7 +267,7 @@ class _Parser:
 
 
 def _line(name: str, locations: dict[str, str]) -> tuple[str, int] | None:
-    """(file, line) of a location; of what was inlined, that in the inlined function."""
+    """(file, line) of a location; for inlined code, that in the inlined function."""
     text = locations.get(name, "")
     if found := re.match(r'loc\("(?:.*/)?([^"/]+)":(\d+):\d+\)', text):
         return found[1], int(found[2])

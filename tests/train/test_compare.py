@@ -127,7 +127,7 @@ def test_published_rows_are_baselines_of_their_own_protocol(row, protocol, alter
     assert status == 0 and f"{100 * 3 / 5:+.2f}" in text  # four are twice as good, the normals twice as bad
     assert f"Delta_m against {name}, {ROWS[name]['source']}" in text
     other = altered("other", protocol=f"{protocol}@64", evaluation={"compared_at": "the photo's size"})
-    assert "they do not compare" in compare(capsys, tmp_path, other, "--baseline", row)[2]
+    assert "they cannot be compared" in compare(capsys, tmp_path, other, "--baseline", row)[2]
     square = altered("square", protocol=protocol)
     assert "was scored at the photo's size" in compare(capsys, tmp_path, square, "--baseline", row)[2]
 
@@ -145,7 +145,7 @@ def test_a_file_is_a_baseline(altered, tmp_path, capsys):
     ("argv", "message"),
     [
         (["/no/such/run"], "/no/such/run does not exist"),
-        (["OLD"], "does not say what its scores were taken over"),
+        (["OLD"], "does not say which images its scores are over"),
         (["TORN"], "cannot be read"),
         (["RUN", "RUN"], "a run is given twice"),
         (["RUN", "--baseline", "resnet-18 stl"], "no baseline 'resnet-18 stl': give a JSON file"),

@@ -64,7 +64,7 @@ def saved(tiny_run, tmp_path_factory):
     command = [sys.executable, "-m", "train.evaluate", str(tiny_run), "--save-predictions", "kept", "--workers", "2"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "protocol  mtinet@64, predictions meet labels at the photo's size" in done.stdout
+    assert "protocol  mtinet@64, predictions are scored at the photo's size" in done.stdout
     return results_of(folder / "runs/evaluate/tiny-mtinet@64"), folder / "kept"
 
 
@@ -325,7 +325,7 @@ def test_missing_predictions_and_those_of_another_split_are_counted(predictions,
         (["RUN", "--baseline", "ASTMT ResNet-101"], "is of protocol A, the scores are of mtinet@64"),
         (["RUN", "--save-predictions", "PREDICTIONS"], "exists and is not an empty folder"),
         (["--predictions", "PREDICTIONS"], "--predictions are scored with the labels of a tree: give --data"),
-        (["--predictions", "PREDICTIONS", "--data", "DATA"], "say how these predictions meet their labels"),
+        (["--predictions", "PREDICTIONS", "--data", "DATA"], "say by which protocol these predictions are scored"),
         (["--predictions", "DATA", "--data", "DATA", "--protocol", "ase", "--split", "train"], "lacks"),
         (["--predictions", "/no/such", "--data", "DATA", "--protocol", "ase"], "/no/such is not a folder"),
     ],

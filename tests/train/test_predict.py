@@ -115,7 +115,7 @@ def test_the_orientation_that_the_camera_noted_is_respected(predicted):
 
 def test_what_is_no_image_is_told_in_one_line(predicted):
     photos, _, done, _ = predicted
-    assert f"skipped 2 files that are no images, the first: {photos / 'broken.jpg'}\n" == done.stderr
+    assert f"skipped 2 files that are not images, the first: {photos / 'broken.jpg'}\n" == done.stderr
     assert "12 photos" in done.stdout
 
 

@@ -1,6 +1,6 @@
-"""Everything a run can be told, in one place, and where each value comes from.
+"""All settings of a run, and the layers that their values come from.
 
-Later layers win: the defaults below (the paper's setting), a recipe, the checkpoint that is resumed, the flags.
+Later layers win: the defaults below (the paper's setting), the checkpoint that is resumed, a recipe, the flags.
 """
 
 import difflib
@@ -32,7 +32,7 @@ CHOICES: dict[str, Collection[str]] = {
     "normalisation": ("", *NORMALISATIONS),
     "protocol": PROTOCOLS,
 }
-# What a checkpoint's weights and batches were made with: another value would not continue the run.
+# The weights and batches of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
     "tasks",
     "model",
@@ -52,7 +52,7 @@ FIXED_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Every field can be set by ``--set name=value``; those with a flag of their own also by it."""
+    """The settings of one run. ``--set name=value`` sets any field; many fields also have a flag."""
 
     tasks: str = ",".join(DEFAULT_TASKS)
     data: str = ""
@@ -133,7 +133,7 @@ class Settings:
 
     @cached_property
     def source(self) -> Source:
-        """The images of the run."""
+        """Where the images of the run come from."""
         access = Access(self.partial_labels, self.cache, self.skip_bad, self.workers)
         scenes = {"train": self.scenes, "val": self.val_scenes}
         return Source(self.data, self.task_names, self.protocol, self.image_size, self.seed, scenes, access)
@@ -155,7 +155,7 @@ def parse_loss_weights(text: str) -> dict[str, float]:
 def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
     """One layer of values, checked and converted to the fields' types; ``source`` names it in errors.
 
-    A layer that says how long to train in epochs overrules steps of the layers below, and the reverse.
+    ``epochs`` in a layer overrides ``steps`` of the layers below it, and the reverse.
     """
     fields = typing.get_type_hints(Settings)
     converted = {}
@@ -207,7 +207,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
     """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
 
-    An image size of 0 becomes the protocol's own.
+    An image size of 0 becomes the protocol's default size.
     """
     flags = layer(flags, "command line")
     below = checkpoint or {}

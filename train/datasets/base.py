@@ -1,4 +1,4 @@
-"""What a data set is, and the one place that opens one."""
+"""The interface of a data set, and the function that opens one."""
 
 import typing
 from collections.abc import Callable, Container
@@ -19,13 +19,13 @@ class DataSet(typing.Protocol):
     """One split: images and the labels they have.
 
     ``dataset[index, epoch]`` is a dict of NumPy arrays: "image", uint8 (H, W, 3) RGB, and one entry per *labelled* task
-    with the conventions of :mod:`train.tasks`. Augmentation is a function of (seed, epoch, index) and nothing else.
+    with the conventions of :mod:`train.tasks`. Augmentation is a function of (seed, epoch, index) alone.
     """
 
     name: str
     protocol: Protocol
     classes: Classes
-    skipped: tuple[str, ...]  # one line for each image that was left out for a fault
+    skipped: tuple[str, ...]  # one line per image that was left out because of a fault
     groups: tuple[NDArray[np.int64], ...]
     """Each lists the indices of the images labelled for the same tasks; together they are a partition of
     ``range(len(dataset))``."""
@@ -36,7 +36,7 @@ class DataSet(typing.Protocol):
 
     @property
     def origin(self) -> str:
-        """Where its files lie and in which layout, "" where there are none."""
+        """The folder and the layout of its files; "" for a data set without files."""
         ...
 
     @property
@@ -57,17 +57,17 @@ class DataSet(typing.Protocol):
         ...
 
     def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
-        """By id, for the images that odsF can be taken over: a picklable function that loads the LabelMap (H, W) at the
-        photo's size."""
+        """{id: loader} of the images on which odsF is defined. A loader is a picklable function that returns the
+        LabelMap (H, W) at the photo's size."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which images there are and how they are read.
+    """Which images to open and how to read them.
 
-    ``root`` is the folder of a tree, or "" for rendered scenes, of which ``scenes`` says how many each split has.
-    ``size`` 0 is the protocol's own.
+    ``root`` is the folder of a tree, or "" for rendered scenes. ``scenes`` is the number of rendered scenes per split.
+    ``size`` 0 means the protocol's default size.
     """
 
     root: str
@@ -92,8 +92,8 @@ class Source:
 
 
 def open_dataset(source: Source, split: str, scoring: bool = False, only: Container[str] | None = None) -> DataSet:
-    """A split of ``source``. With ``scoring``, labels are where the protocol's predictions meet them; ``only`` keeps
-    the images of a tree with these ids. UserError where anything is missing."""
+    """A split of ``source``. With ``scoring``, labels have the resolution at which the protocol compares predictions
+    with them. ``only`` keeps the images of a tree with these ids. UserError where anything is missing."""
     if source.rendered:
         length = source.scenes.get(split, 0)
         return Scenes(split, source.size, length, source.seed, source.tasks)

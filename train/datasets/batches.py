@@ -1,8 +1,8 @@
 """Batches of fixed composition.
 
-In a partially labelled data set a random batch often lacks a task altogether. Here every batch takes the
-same number of images from every group of equally labelled images, so that each task has the same share
-of each step, and the shapes of the tensors never change.
+In a partially labelled data set a random batch often has no label of some task. Here every batch takes a fixed number
+of images from each group of images that are labelled for the same tasks. So each task has the same share of every
+step, and the shapes of the tensors never change.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +31,7 @@ def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
         )
     counts = [1] * len(sizes)
     for _ in range(batch_size - len(sizes)):
-        # what a group lacks to its share, times sum(sizes): integers have exact ties, which the first group wins
+        # how far each group is below its share, times sum(sizes); in integers ties are exact, and the first group wins
         lacks = [batch_size * size - count * sum(sizes) for size, count in zip(sizes, counts, strict=True)]
         counts[lacks.index(max(lacks))] += 1
     return tuple(counts)
@@ -40,8 +40,8 @@ def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
 class BatchSampler(Sampler[list[Key]]):
     """The (index, epoch) keys of each batch, a function of (seed, step) alone: a resumed run sees the same batches.
 
-    Group g gives every batch its next ``counts[g]`` images of an endless stream of permutations of the
-    group; the epoch of a key is the number of its permutation.
+    Each group has an endless stream of permutations of its images. Every batch takes the next ``counts[g]`` images of
+    group g's stream. The epoch of a key is the number of its permutation.
     """
 
     def __init__(self, groups: Sequence[NDArray[np.int64]], counts: Sequence[int], steps: range, seed: int) -> None:
@@ -60,7 +60,7 @@ class BatchSampler(Sampler[list[Key]]):
             ]
 
     def _stream(self, group: int) -> Callable[[int], Key]:
-        """The group's stream by position; it remembers the permutation it is in."""
+        """The group's stream as a function of position; it caches the current permutation."""
         members = self.groups[group]
         current, order = -1, members
 
@@ -101,7 +101,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
-    """Stacks the images of ``samples`` and, task by task, the labels that there are."""
+    """Stacks the images of ``samples`` and, per task, the labels that the samples have."""
     present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
     present = {task: positions for task, positions in present.items() if positions}
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
@@ -113,10 +113,10 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
 
 
 class Loader:
-    """An iterable of Batch, as often as wanted, fed by ``workers`` processes (0: by this one).
+    """Batches, loaded by ``workers`` processes (0: by this one). It can be iterated any number of times.
 
     The processes live as long as the loader, each with one thread. A UserError in a process is raised here
-    with the same message. torch's global random state is left alone. ``gather`` makes a batch of the samples.
+    with the same message. torch's global random state does not change. ``gather`` makes a batch of a list of samples.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ def train_loader(
 
 
 def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
-    """Every image once, in order, as of epoch 0; the last batch may be smaller."""
+    """Every image once, in order, at epoch 0; the last batch may be smaller."""
     return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))
 
 

@@ -1,6 +1,6 @@
-"""Labels that take long to derive, kept as PNGs in a folder of the user's choice.
+"""A cache of labels that take long to derive, stored as PNGs in a folder that the user chooses.
 
-An entry is named by what it depends on, the source file's bytes and the derivation, so it is never out of date; any
+The name of an entry is a hash of the source file's bytes and the derivation, so an entry is never out of date. Any
 number of processes may share the folder.
 """
 
@@ -23,7 +23,7 @@ Label = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder; None keeps nothing."""
+    """A cache in ``folder``; None stores nothing."""
 
     folder: Path | None = None
 
@@ -44,7 +44,10 @@ class Cache:
 
 
 def open_cache(folder: str, root: Path) -> Cache:
-    """The cache in ``folder``, made if need be; none for "". UserError inside the data ``root`` or without access."""
+    """The cache in ``folder``, which is created if needed; a cache that stores nothing for "".
+
+    UserError for a folder inside the data set ``root``, or one that cannot be written.
+    """
     if not folder:
         return Cache()
     path = Path(folder).resolve()
@@ -66,5 +69,5 @@ def _read(entry: Path) -> Label | None:
             image.verify()  # its checksums
         with Image.open(entry, formats=("PNG",)) as image:
             return np.asarray(image) if image.mode == "L" else None
-    except Exception:  # whatever a decoder makes of a damaged file
+    except Exception:  # a decoder may raise anything on a damaged file
         return None

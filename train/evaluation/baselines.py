@@ -25,8 +25,8 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
     """Percent: 100 / T sum_t (-1)^{l_t} (M_t - B_t) / B_t over the T tasks of the baseline, l_t = 1 where lower is
     better (ASTMT, CVPR 2019).
 
-    ``scores`` is {task: {key: value}}; without one of the baseline's there is no Delta_m, but None. By the field's
-    rule the baseline is one single-task model per task, of the same backbone and under the same protocol.
+    ``scores`` is {task: {key: value}}; where it lacks a score of the baseline, the result is None. By
+    the field's rule the baseline is one single-task model per task, of the same backbone and under the same protocol.
     """
     gains = []
     for task, reference in baseline.items():
@@ -39,9 +39,9 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
 
 
 def published_rows() -> dict[str, dict[str, Any]]:
-    """PASCAL-Context results by name, as they were printed: method, backbone, protocol, source, and scores.
+    """PASCAL-Context results by name, as published: method, backbone, protocol, source, and scores.
 
-    ``protocol`` says which published numbers a row may stand beside: "A" (ASTMT, MTI-Net: resized to a square,
+    ``protocol`` says which published numbers a row is comparable with: "A" (ASTMT, MTI-Net: resized to a square,
     saliency by mIoU), "B" (ATRC, InvPT: original size, saliency by maxF) or "ASE". ``scores`` is a baseline of
     :func:`delta_m`.
     """
@@ -49,9 +49,10 @@ def published_rows() -> dict[str, dict[str, Any]]:
 
 
 def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str, Reference]]:
-    """(its name, source and protocol, its scores) of a published row by name, a JSON file like one, or a run's results.
+    """(its name, source and protocol, its scores) of a baseline.
 
-    UserError where it is none of these, or of another protocol than ``results``.
+    ``given`` is the name of a published row, a JSON file of the same form, or a run. UserError for anything else, and
+    for another protocol than that of ``results``.
     """
     rows = {name.casefold(): name for name in published_rows()}
     if given.casefold() in rows:
@@ -72,7 +73,7 @@ def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str,
 
 
 def references_of(results: Results) -> dict[str, Reference]:
-    """A run's scores as a baseline: one per task, those of the field's Delta_m; saliency by maxF in family B."""
+    """A run's scores as a baseline, one per task: those in the field's Delta_m (for saliency in family B, maxF)."""
     own = PROTOCOLS.get(results["protocol"].partition("@")[0], Protocol).saliency
     references: dict[str, Reference] = {}
     for name, task in TASKS.items():
@@ -102,7 +103,9 @@ def _require_protocol(name: str, protocol: str, results: Results) -> None:
     own, compared_at = results["protocol"], results["evaluation"]["compared_at"]
     families = {kind.published: kind.name for kind in PROTOCOLS.values() if kind.published}
     if families.get(protocol, protocol) != own:
-        raise UserError(f"baseline {name!r} is of protocol {protocol}, the scores are of {own}: they do not compare")
+        raise UserError(
+            f"baseline {name!r} is of protocol {protocol}, the scores are of {own}: they cannot be compared"
+        )
     if protocol in families and compared_at != PHOTO_SIZE:
         raise UserError(
             f"baseline {name!r} was scored at {PHOTO_SIZE}, these scores at {compared_at}: use python -m train.evaluate"
@@ -110,13 +113,13 @@ def _require_protocol(name: str, protocol: str, results: Results) -> None:
 
 
 def with_baseline(results: Results, given: str) -> Results:
-    """``results`` with "baseline" and "delta_m", None where a score of the baseline's is not there."""
+    """``results`` with "baseline" and "delta_m", which is None where a score of the baseline is missing."""
     about, scores = baseline_of(given, results)
     return results | {"baseline": about, "delta_m": delta_m(results["metrics"], scores)}
 
 
 def describe_delta(results: Results) -> str:
-    """Delta_m and against what, or why there is none."""
+    """Delta_m and its baseline, or why Delta_m is not available."""
     about, over = results["baseline"], results["odsF"]
     if results["delta_m"] is None:
         return f"n/a: a score of {about['name']!r} is not among these"

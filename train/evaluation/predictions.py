@@ -1,4 +1,4 @@
-"""Predictions as the field's programs write them, one PNG of 8 bits per image and task:
+"""Predictions as the field's programs write them, one PNG per image and task:
 
 =====================  ========  ==================================================
 file                   mode      value
@@ -7,10 +7,11 @@ semseg/<id>.png        L or P    class id 0..20
 human_parts/<id>.png   L or P    class id 0..6
 sal/<id>.png           L         255 p, p the probability of "salient"
 normals/<id>.png       RGB       255 (n + 1) / 2 of the unit vector n (x, y, z)
-edge/<id>.png          L         255 p, p the probability of an edge, cut off, not rounded
+edge/<id>.png          L         255 p, p the probability of an edge, truncated
+depth/<id>.png         I;16      millimetres, at least 1
 =====================  ========  ==================================================
 
-Each task's codec is its own: :class:`train.tasks.Task`.
+Each task encodes and decodes its files: :class:`train.tasks.Task`.
 """
 
 import json
@@ -30,7 +31,7 @@ from train.files.images import read_image
 from train.files.reading import reading
 from train.tasks import TASKS, Picture, Shape
 
-NOTE = "predictions.json"  # under which protocol, and from what, a folder was written
+NOTE = "predictions.json"  # the protocol and the source of a folder of predictions
 SHOWN = 3  # files or ids that a message names
 
 
@@ -39,7 +40,7 @@ def picture_path(folder: Path, task: str, image_id: str) -> Path:
 
 
 def write_pictures(folder: Path, image_id: str, pictures: Mapping[str, Picture]) -> None:
-    """One PNG per task, also of pictures in colour; class ids get the field's palette, which readers ignore."""
+    """Writes one PNG per task. Class ids get the field's palette, which readers ignore; colours are written as such."""
     for task, picture in pictures.items():
         path, palette = picture_path(folder, task, image_id), TASKS[task].palette
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def write_pictures(folder: Path, image_id: str, pictures: Mapping[str, Picture])
 
 
 def read_picture(folder: Path, task: str, image_id: str, classes: Sequence[str]) -> Picture:
-    """The PNG; UserError where it is damaged, of another mode, or holds what is no class."""
+    """The PNG; UserError where it is damaged, of another mode, or holds an invalid class id."""
     path = picture_path(folder, task, image_id)
     picture = np.asarray(read_image(path, TASKS[task].modes))
     TASKS[task].check_picture(path, picture, classes)
@@ -71,8 +72,8 @@ def require_shape(path: Path, picture: Picture, shape: Shape, size: int) -> None
 def keeping(path: Path | None, note: dict[str, Any]) -> Iterator[Callable[[str, Mapping[str, Picture]], None] | None]:
     """Yields ``save(image_id, pictures)``, or None without a ``path``.
 
-    The folder ``path`` appears, whole and with ``note``, when the block ends; an error in the block leaves nothing.
-    UserError where there is something already.
+    The folder ``path`` appears, complete and with ``note``, when the block ends. After an error in the block there is
+    no folder. UserError where ``path`` exists and is not an empty folder.
     """
     if path is None:
         yield None
@@ -110,13 +111,13 @@ def require_predictions(folder: Path, task: str, ids: Sequence[str], split: str)
         found = {name.removesuffix(".png") for name in os.listdir(place) if name.endswith(".png")}
     if missing := [image_id for image_id in ids if image_id not in found]:
         others = len(found.difference(ids))
-        belong = f"; it has {others} of images that are not in it, perhaps of another split" if others else ""
+        belong = f"; it has {others} other files, perhaps of another split" if others else ""
         raise UserError(
             f"{place} lacks {len(missing)} of {len(ids)} predictions of split {split!r}, "
-            f"{shorten(missing)}{belong}: write them, or name the images there are with --ids"
+            f"{shorten(missing)}{belong}: write them, or name the predicted images with --ids"
         )
 
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few."""
+    """The first few names as text, with "..." for the rest."""
     return separator.join(names[:SHOWN]) + (f"{separator}..." if len(names) > SHOWN else "")

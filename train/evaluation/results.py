@@ -1,4 +1,4 @@
-"""results.json: what its scores were taken over, baselines, and which results may stand in one table."""
+"""results.json: the image set that its scores are over, reading it, and which results are comparable."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ Results = dict[str, Any]
 def describe_set(
     dataset: DataSet, tasks: Iterable[str], split: str, compared_at: str, set_name: str | None = None
 ) -> dict[str, Any]:
-    """What scores over ``dataset`` are scores of; of the images of each task a digest of their ids in any order."""
+    """The image set of scores over ``dataset``: its split, and per task the number of images and a digest of ids."""
     labelled = {}
     for task in tasks:
         ids = sorted(dataset.labelled(task))
@@ -37,34 +37,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_results(given: str | Path) -> Results:
-    """The results.json that a path is, or that is in this folder; UserError for what is none."""
+    """The results.json at this path or in this folder; UserError where there is none."""
     path = Path(given)
     path = path / "results.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder of a finished run, or of python -m train.evaluate")
     results = read_json(path)
     if not {"protocol", "metrics", "evaluation"} <= results.keys():
-        raise UserError(f"{path} does not say what its scores were taken over: make it again with train.evaluate")
+        raise UserError(f"{path} does not say which images its scores are over: score again with train.evaluate")
     return results
 
 
 def require_comparable(results: Mapping[str, Results]) -> None:
     """UserError where two of the ``results``, by name, are of different protocols, image sets or kinds of odsF.
 
-    Sets need only agree in the images of the tasks that both have, kinds of odsF only where both have one.
+    Image sets are compared for the tasks that both results have, odsF only where both have it.
     """
     (first_name, first), *others = results.items()
     for name, other in others:
         for what, ours, theirs in _aspects(first, other):
             if ours != theirs:
                 raise UserError(
-                    f"{first_name} and {name} cannot be compared: {what} {ours} and {theirs}; bring them to the same "
+                    f"{first_name} and {name} cannot be compared: {what} {ours} and {theirs}; score both alike "
                     "with python -m train.evaluate"
                 )
 
 
 def _aspects(first: Results, other: Results) -> Iterator[tuple[str, str, str]]:
-    """(what, in the first, in the other) of all that has to agree."""
+    """(name, value in ``first``, value in ``other``) of everything that must agree."""
     over, theirs = first["evaluation"], other["evaluation"]
     images_text = "{images} images ({ids})"
     yield "protocol", first["protocol"], other["protocol"]

@@ -1,4 +1,7 @@
-"""Scores as a protocol defines them: predictions of a model or of files, brought to where they meet their labels."""
+"""Scores by a protocol: predictions of a model or of files, aligned with their labels.
+
+Whether predictions or labels are resized for that is the protocol's choice: :meth:`train.protocols.Protocol.align`.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +53,7 @@ def _predict(model: MultiTaskViT, images: np.ndarray, wanted: Mapping[str, Seque
 
 
 def label_shape(sample: Sample) -> Shape:
-    """(height, width) of an image's labels, of which it has one at least."""
+    """(height, width) of an image's labels; it has at least one."""
     return next(sample[task].shape[-2:] for task in TASKS if task in sample)
 
 
@@ -59,7 +62,7 @@ def predictions_of_files(
 ) -> Iterator[Predicted]:
     """The predictions in ``folder`` of the tasks that an image is labelled for.
 
-    All files are read even where one is at fault; UserError then says how many are, and names the first.
+    All files are read even if one has a fault. UserError then gives the number of faults and the first of them.
     """
     faults: list[str] = []
     files = 0
@@ -85,10 +88,10 @@ def predictions_of_files(
 
 @dataclass
 class Scoring:
-    """Counts predictions as they pass, in the order of ``ids``, and on iteration gives the jobs of odsF.
+    """Scores predictions in the order of ``ids``; iterating over it does the work and yields the jobs of odsF.
 
-    ``boundaries`` load the LabelMap of each image that odsF takes; ``save(id, pictures)`` gets what may be kept. It
-    streams: only images queued for odsF stay in memory.
+    ``boundaries[id]`` loads the LabelMap of an image that odsF is computed on. ``save(id, pictures)``, if given, writes
+    the predictions of an image. Streams: only images queued for odsF stay in memory.
     """
 
     predicted: Iterable[Predicted]
@@ -131,8 +134,8 @@ def score_predictions(scoring: Scoring, variant: str, workers: int) -> Metrics:
 
 
 def choose_boundaries(dataset: DataSet, mode: str) -> dict[str, Callable[[], NDArray]]:
-    """The images that odsF takes: "full" all that are labelled for edges, "fast" at most FAST of them, evenly spread,
-    "off" none."""
+    """The LabelMap loaders of the images that odsF is computed on: "full" all with edge labels, "fast" at most FAST of
+    them, evenly spaced, "off" none."""
     maps = list(dataset.boundary_maps().items())
     if mode == "fast" and len(maps) > FAST:
         maps = [maps[i * len(maps) // FAST] for i in range(FAST)]

@@ -1,4 +1,4 @@
-"""Scores while training: a model over collated batches, whose labels have the size of the input."""
+"""Scores during training: a model over collated batches, whose labels have the size of the input."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from train.tasks import Classes, Metrics, build_constants, build_metrics
 def validate(
     model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
 ) -> tuple[Metrics, RoutingStatistics | None]:
-    """({task: {metric: value}}, what the routers chose) over all batches; the model's mode is left as it was."""
+    """({task: {metric: value}}, routing statistics) over all batches. The model's training mode is restored."""
     device = model.task_embed.device
     metrics = build_metrics(model.tasks, classes)
     statistics = RoutingStatistics() if model.routing is not None else None
@@ -50,7 +50,7 @@ def score_constant(
 
 
 def scores_of(metrics: dict[str, Metric]) -> Metrics:
-    """None where nothing was labelled: JSON knows no NaN."""
+    """The scores of all tasks; None where nothing was labelled, since JSON has no NaN."""
     return {task: finite(metric.compute()) for task, metric in metrics.items()}
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear under their names whole, or not at all.
+"""Atomic writes: a file or folder appears complete under its name, or not at all.
 
-Each writer works on a hidden partial beside the final path, ``.NAME.<random>.partial``, and renames it at the end. The
-random part is a writer's alone, so that any number of processes, on any number of machines, may write the same path:
+Each writer works on a hidden partial next to the final path, ``.NAME.<random>.partial``, and renames it at the end. The
+random part is unique to the writer, so any number of processes, on any number of machines, may write the same path:
 the last rename wins. A process that is killed leaves its partial, which no reader looks at.
 """
 
@@ -22,9 +22,9 @@ from kernels.errors import UserError
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yields a partial path to write; it replaces the file or link ``path`` when the block ends without exception.
 
-    The partial does not have the suffix of ``path``: name the format to a writer that guesses it. After an exception
-    ``path`` is what it was before. With ``sync`` the new content survives a power cut; without, which is faster for
-    many small files, only a kill of the process.
+    The partial does not have the suffix of ``path``: pass the format to writers that guess it from the suffix. After an
+    exception ``path`` is unchanged. With ``sync`` the new content survives a power cut. Without, it survives only a
+    kill of the process, but many small files are written faster.
 
     Raises:
         UserError: the block, or the rename, raised an OSError: the disk is full, read-only or the like.
@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder ``path``, made with its parents if need be; UserError where it cannot be made."""
+    """The folder ``path``, created with its parents if needed; UserError where it cannot be created."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,9 +93,9 @@ def make_folder(path: Path) -> Path:
 
 
 def remove_partials(folder: Path, name: str) -> None:
-    """Deletes what killed writers left of the files and folders in ``folder`` that match the glob pattern ``name``.
+    """Deletes the partials that killed writers left in ``folder``, for names that match the glob pattern ``name``.
 
-    For an owner of the folder only: the partial of a writer that still works would go too.
+    Use it only where no other process writes to ``folder``: it also deletes the partials of running writers.
     """
     for partial in folder.glob(f".{name}.*.partial"):
         shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "make room there, or write elsewhere" if full else "write elsewhere, or make the place writable"
+        remedy = "free some space there, or write elsewhere" if full else "write elsewhere, or make it writable"
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from error
 
 
@@ -125,6 +125,6 @@ def _sync(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """:func:`_sync` of a folder after a rename. The file stands by then, and some network disks cannot sync folders."""
+    """Syncs a folder after a rename. Errors are ignored: the file is complete, and some network disks cannot sync."""
     with suppress(OSError):
         _sync(folder)

@@ -1,8 +1,8 @@
-"""MATLAB's files of versions 5 to 7.2, read without trust.
+"""A reader of MATLAB files, versions 5 to 7.2, that survives damaged files.
 
-scipy.io.loadmat takes a damaged file at its word: a wrong type code ends the process (scipy/scipy#25349), a wrong count
-keeps it busy for ever. Here whatever does not add up is a ValueError. The format is MathWorks' "MAT-File Level 5": a
-header of 128 bytes and then elements, each a type, a size and that many bytes, which may be elements in turn.
+scipy.io.loadmat trusts the content of a file: a wrong type code crashes the process (scipy/scipy#25349), a wrong count
+makes it loop endlessly. Here any inconsistency is a ValueError. The format is MathWorks' "MAT-File Level 5": a header
+of 128 bytes, then elements. An element is a type, a size and that many bytes, which may contain elements.
 """
 
 import math
@@ -24,8 +24,11 @@ IS_COMPLEX = 0x800
 
 
 def load_variable(path: Path, name: str) -> Any:
-    """A variable, or KeyError. Numbers come as an array of their shape, text as str, a struct array as a list of dicts,
-    a cell array as a tuple, both in MATLAB's order."""
+    """One variable; KeyError where there is none.
+
+    Numbers come as an array of their shape, text as str, a struct array as a list of dicts, a cell array as a tuple,
+    both in MATLAB's order.
+    """
     content = memoryview(path.read_bytes())
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None:
@@ -44,7 +47,7 @@ def load_variable(path: Path, name: str) -> Any:
 
 @dataclass
 class Elements:
-    """The elements that are left in a stretch of bytes; ``order`` is that of the bytes in a number, "<" or ">"."""
+    """Reads elements from the bytes in ``rest``; ``order`` is the byte order of numbers, "<" or ">"."""
 
     rest: memoryview
     order: str
@@ -53,26 +56,26 @@ class Elements:
         """(type, bytes) of the next element."""
         kind, size = self._integers(8)
         start = 8
-        if kind >> 16:  # up to 4 bytes stand in the place of the size
+        if kind >> 16:  # a small element: up to 4 bytes of data in place of the size
             kind, size, start = kind & 0xFFFF, kind >> 16, 4
         end = 8 if start == 4 else start + size
         if start + size > end or end > len(self.rest):
-            raise ValueError("an element is larger than what holds it")
+            raise ValueError("an element is larger than its container")
         data = self.rest[start : start + size]
         self.rest = self.rest[end if kind == COMPRESSED else -(-end // 8) * 8 :]
         return kind, data
 
     def numbers(self) -> NDArray:
-        """The next element's, (n,)."""
+        """The numbers of the next element, (n,)."""
         kind, data = self.take()
         if kind not in NUMBERS:
-            raise ValueError(f"type {kind} stands where numbers are due")
+            raise ValueError(f"type {kind} where numbers are expected")
         return np.frombuffer(data, self.order + NUMBERS[kind])
 
     def text(self) -> str:
         kind, data = self.take()
         if kind not in ENCODINGS:
-            raise ValueError(f"type {kind} stands where text is due")
+            raise ValueError(f"type {kind} where text is expected")
         wide = {"<": "-le", ">": "-be"}[self.order] if ENCODINGS[kind] in ("utf-16", "utf-32") else ""
         return str(data, ENCODINGS[kind] + wide)
 
@@ -84,7 +87,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class Head:
-    """What precedes the content of a matrix."""
+    """The header of a matrix."""
 
     kind: int
     is_complex: bool
@@ -96,14 +99,14 @@ def _decompress(data: memoryview) -> memoryview:
     stream = zlib.decompressobj()
     content = stream.decompress(data, LIMIT)
     if not stream.eof:
-        raise ValueError("its compressed data ends too early, or is too much")
+        raise ValueError("its compressed data ends too early, or is too large")
     return memoryview(content)
 
 
 def _head(elements: Elements) -> tuple[Head, Elements]:
     flags, shape, name = elements.numbers(), elements.numbers(), elements.text()
     if len(flags) != 2 or len(shape) < 2 or (shape < 0).any():
-        raise ValueError("a matrix has no proper head")
+        raise ValueError("a matrix has no valid header")
     return Head(int(flags[0]) & 0xFF, bool(flags[0] & IS_COMPLEX), tuple(shape.tolist()), name), elements
 
 
@@ -111,7 +114,7 @@ def _matrix(elements: Elements) -> Any:
     """The next element, which is a matrix; without content it is MATLAB's []."""
     kind, data = elements.take()
     if kind != MATRIX:
-        raise ValueError(f"type {kind} stands where a matrix is due")
+        raise ValueError(f"type {kind} where a matrix is expected")
     return _value(*_head(Elements(data, elements.order))) if data else np.zeros((0, 0))
 
 
@@ -132,10 +135,10 @@ def _value(head: Head, body: Elements) -> Any:
 
 
 def _field_names(body: Elements) -> list[str]:
-    """Each fills its share of one text up to a zero."""
+    """Names are stored in one text, in fields of equal length that are padded with zeros."""
     (length,), names = body.numbers().tolist(), body.text()
     if length < 1 or len(names) % length:
-        raise ValueError("the names of a struct's fields do not add up")
+        raise ValueError("the names of a struct's fields have inconsistent lengths")
     return [names[i : i + length].partition("\0")[0] for i in range(0, len(names), length)]
 
 

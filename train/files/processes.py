@@ -19,12 +19,12 @@ OrderedMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap]:
     """Yields ``map(function, items)``, which calls ``function`` in ``workers`` processes; 0 means this process.
 
-    Results come in the order of ``items``. At most 2 x ``workers`` items are taken from the iterable before their
-    results are, so it may produce large items as they are needed. Function and items have to be picklable.
+    Results come in the order of ``items``. At most 2 x ``workers`` items are in flight, so the iterable may produce
+    large items one by one. Function and items have to be picklable.
 
     The processes are forked from a server that is started afresh, since a fork of this process would copy locks that
-    other threads hold. The server imports the module ``preload`` once for all of them. An interrupt is left to this
-    process: workers ignore it. At the end of the block, jobs that have not started are dropped.
+    other threads hold. The server imports the module ``preload`` once for all of them. Workers ignore
+    interrupts, which this process handles. At the end of the block, jobs that have not started are dropped.
 
     Args:
         purpose: what a process does, for the message: "inspects the images".
@@ -43,7 +43,7 @@ def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap
         yield partial(_map_ordered, pool, 2 * workers)
     except BrokenProcessPool:
         raise UserError(
-            f"a process that {purpose} was killed, perhaps for want of memory: use fewer --workers"
+            f"a process that {purpose} was killed, perhaps for lack of memory: use fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""One broken file, one line."""
+"""Turns errors on broken files into one line each."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from kernels.errors import UserError
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a decoder raises on a broken file, each its own kinds of error, into one line with the path.
+    """Turns any exception that a decoder raises on a broken file into a UserError of one line with the path.
 
-    What a decoder warns of counts as well: it has then made up a part of what it returns.
+    A decoder's warning counts as an error, since its result is then partly a guess.
     """
     try:
         with warnings.catch_warnings():
@@ -27,7 +27,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def require_file(path: Path) -> None:
-    """UserError where ``path`` is a folder, a pipe, which would be waited for, or a link to nowhere."""
+    """UserError where ``path`` is a folder, a pipe (reading it would block) or a broken link."""
     with reading(path):
         if not path.is_file():
             raise UserError(f"{path} is not a file: restore it")

@@ -1,4 +1,4 @@
-"""What every metric is: sums that add."""
+"""The base of all metrics: accumulators whose states add up."""
 
 from abc import ABC, abstractmethod
 
@@ -9,19 +9,19 @@ from torch import Tensor
 class Additive:
     """An accumulator whose ``state``, one float64 tensor, is a sum over pixels or images.
 
-    The states of two sets add up to the state of both, so batches and processes may divide a set in any way;
-    across processes one all-reduce (sum) of ``state`` does it. Counts are exact up to 2**53.
+    The states of two sets add up to the state of their union. So a set may be divided into batches and over processes
+    in any way, and one all-reduce (sum) of ``state`` combines processes. Counts are exact up to 2**53.
     """
 
     def __init__(self, *shape: int) -> None:
         self.state = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, increment: Tensor) -> None:
-        """Add to ``state``, which lives where its latest increment does."""
+        """Adds to ``state``, which moves to the device of ``increment``."""
         self.state = self.state.to(increment.device) + increment
 
     def merge(self, other: "Additive") -> None:
-        """Take in the set that ``other`` has seen."""
+        """Adds the state of ``other``."""
         self.add(other.state)
 
 
@@ -30,23 +30,23 @@ class Metric(Additive, ABC):
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Take in a batch: the raw output of the head and the labels, as the task's loss gets them."""
+        """Adds a batch: the raw output of the head and the labels, as the task's loss gets them."""
         self.count(self.postprocess(prediction), label)
 
     @staticmethod
     @abstractmethod
     def postprocess(prediction: Tensor) -> Tensor:
-        """What a head says by its raw output (n, C, H, W): class ids, probabilities, vectors or logits."""
+        """Raw output of a head (n, C, H, W) -> class ids, probabilities, vectors or logits."""
 
     @abstractmethod
     def count(self, postprocessed: Tensor, label: Tensor) -> None:
-        """Take in a batch of what :meth:`postprocess` gives, wherever it comes from, and its labels."""
+        """Adds a batch of postprocessed predictions, from a model or from files, and its labels."""
 
     @abstractmethod
     def compute(self) -> dict[str, float | None]:
-        """The scores of the set so far, by name; None for a score that has a name but is not computed."""
+        """The scores of the set so far, by name; None for a score that is computed elsewhere."""
 
 
 def histogram(cell: Tensor, valid: Tensor, cells: int) -> Tensor:
-    """int64 (cells,): how many valid pixels each cell has. Void pixels go to one cell more, which is dropped."""
+    """int64 (cells,): valid pixels per cell. Void pixels go to one extra cell, which is dropped."""
     return torch.bincount(torch.where(valid, cell, cells).flatten(), minlength=cells + 1)[:-1]

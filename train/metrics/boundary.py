@@ -1,4 +1,4 @@
-"""Boundary maps and how they are compared: what the benchmarks of BSDS and SEISM do with MATLAB, in NumPy and SciPy.
+"""Boundary maps and their comparison, as in the MATLAB benchmarks of BSDS and SEISM, in NumPy and SciPy.
 
 Maps are (H, W). Nothing here uses more than one thread.
 """
@@ -19,9 +19,8 @@ def boundaries(label_map: NDArray[np.integer]) -> Mask:
     The last row and column have one neighbour each, the last pixel none. The map is not thinned, and lies half a
     pixel up and left of the true boundary.
 
-    SEISM first gives each 4-connected component a label of its own. That changes nothing: of all neighbours only
-    the lower right one can have the same label and be of another component, and then the other two, which touch
-    both, have other labels.
+    SEISM first relabels the 4-connected components. The result is the same: only the lower right neighbour can have the
+    same label and lie in another component, and then the other two neighbours, which touch both, have other labels.
     """
     below, right = label_map[:-1] != label_map[1:], label_map[:, :-1] != label_map[:, 1:]
     found = np.zeros(label_map.shape, bool)
@@ -32,18 +31,18 @@ def boundaries(label_map: NDArray[np.integer]) -> Mask:
 
 
 def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
-    """The most pairs of a predicted and a true pixel at most ``radius`` pixels apart, each pixel in one pair at most.
+    """The largest number of disjoint pairs of a predicted and a true pixel at most ``radius`` pixels apart.
 
-    BSDS' ``correspondPixels`` finds pairs of least total distance, where a pixel without a partner costs 100 radii.
-    That gives as many pairs, unless one more took rearranging a hundred others, but for a few that it loses to
-    random links between outliers: F differs by 0.0002 on average.
+    BSDS' ``correspondPixels`` minimises the total distance instead, where a pixel without a partner costs 100 radii. It
+    finds as many pairs, unless one more pair would mean rearranging a hundred others. It also loses a few pairs to
+    random links between outliers. F differs by 0.0002 on average.
     """
     reach = int(radius)
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
     near = dy**2 + dx**2 <= radius**2
 
     height, width = (side + 2 * reach for side in true.shape)
-    number = np.full((height, width), -1, np.int32)  # of each true pixel, in a frame of none
+    number = np.full((height, width), -1, np.int32)  # index of each true pixel; -1 elsewhere and in the margin
     number[reach : reach + true.shape[0], reach : reach + true.shape[1]][true] = np.arange(np.count_nonzero(true))
     y, x = np.nonzero(predicted)
     place = (y + reach) * width + x + reach
@@ -57,10 +56,10 @@ def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
 
 
 def suppress_non_maxima(edges: Map, reach: int, margin: float = 1.01, frame: int = 5) -> Map:
-    """``edges`` where ``margin`` times it is at least every sample up to ``reach`` pixels away along its orientation.
+    """Keeps a pixel if ``margin`` times its value is at least every sample along its orientation, else makes it 0.
 
-    Zero elsewhere, and faded linearly to zero over the ``frame`` pixels at each border. Samples are bilinear, at
-    whole distances both ways, those outside taken from the border.
+    Samples are bilinear, at the whole distances up to ``reach`` in both directions; outside the map they repeat the
+    border. The result fades linearly to 0 over the ``frame`` pixels at each border.
     """
     angle = orientation(edges)
     step = np.stack([np.sin(angle), np.cos(angle)])
@@ -76,8 +75,8 @@ def suppress_non_maxima(edges: Map, reach: int, margin: float = 1.01, frame: int
 def orientation(edges: Map) -> Map:
     """Radians in [0, pi) from x towards y, roughly across the edges, from second derivatives of the smoothed map.
 
-    The estimate of Dollar's edge toolbox to the letter: its tangent is the square of the true one, so it is up to
-    13 degrees off between the axes and the diagonals, and it is 0, along the edge, on a perfectly horizontal one.
+    Exactly the estimate of Dollar's edge toolbox. Its tangent is the square of the true tangent, so it is up to 13
+    degrees off between the axes and the diagonals. On a perfectly horizontal edge it is 0, which is along the edge.
     """
     gradient_y, gradient_x = np.gradient(smooth(edges, 4))
     xx = np.gradient(gradient_x, axis=1)

@@ -1,7 +1,7 @@
-"""The floor under every score: the best prediction that ignores the image.
+"""The constant baseline: the best prediction that ignores the image.
 
-``update(label)`` fits it on the training labels; ``prediction(label)`` then looks like the output of a head, so the
-ordinary metrics score it on the validation labels. The states add, as those of the metrics do.
+``update(label)`` fits it on the training labels; ``prediction(label)`` then has the form of a head's output, so
+that the metrics can score it on the validation labels. States add up like those of metrics.
 """
 
 from abc import ABC, abstractmethod
@@ -25,11 +25,11 @@ class Constant(Additive, ABC):
 
     @abstractmethod
     def update(self, label: Tensor) -> None:
-        """Take in a batch of training labels."""
+        """Adds a batch of training labels."""
 
     @abstractmethod
     def output(self) -> Tensor:
-        """The output that is best on them, float32 (channels,)."""
+        """The best output for the labels added so far, float32 (channels,)."""
 
     def prediction(self, label: Tensor) -> Tensor:
         """``output()`` at every pixel of ``label`` (n, ..., H, W): a view, float32 (n, channels, H, W)."""

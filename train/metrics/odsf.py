@@ -1,10 +1,10 @@
-"""odsF, oisF and AP of boundaries as SEISM has them (https://github.com/jponttuset/seism, measure ``fb``), with no
+"""odsF, oisF and AP of boundaries as SEISM computes them (https://github.com/jponttuset/seism, measure ``fb``), without
 MATLAB.
 
 A prediction is the uint8 (H, W) that the field writes to a PNG, at the size of its LabelMap; :func:`quantise` makes
 it. At each threshold it becomes a mask, which is thinned and matched with the thinned boundaries of the LabelMap,
-within 0.0075 of the diagonal. What is counted are integers, so any division of a set over processes gives the same.
-Published numbers differ in how the prediction becomes a mask: that is the variant.
+within 0.0075 of the diagonal. Counts are integers, so scores do not depend on how a set is divided over processes.
+Published numbers differ in how a prediction becomes a mask; each such rule is a :class:`Variant`.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,7 +50,7 @@ def _suppressed(prediction: Prediction) -> Map:
 
 
 def _smoothed_suppressed(prediction: Prediction) -> Map:
-    """Rounded to steps of 1 / 255: a PNG lies in between."""
+    """Rounded to steps of 1 / 255, since the original program writes a PNG in between."""
     return np.floor(255 * suppress_non_maxima(smooth(prediction / 255, 1), reach=4) + 0.5) / 255
 
 
@@ -65,12 +65,12 @@ VARIANTS = {
 
 
 def quantise(logits: Tensor) -> Prediction:
-    """The field's PNG of edge logits of any shape: 255 x their sigmoid, cut off and not rounded."""
+    """The field's PNG of edge logits of any shape: 255 x their sigmoid, truncated."""
     return (255 * logits.float().sigmoid()).to(torch.uint8).cpu().numpy()
 
 
 def count_image(prediction: Prediction, label_map: NDArray[np.integer], variant: str) -> Counts:
-    """SEISM's counts (thresholds, 4): cntR, sumR, cntP, sumP, the pixels matched and all, true and predicted."""
+    """SEISM's counts, int64 (thresholds, 4): matched and all true pixels (cntR, sumR), then predicted (cntP, sumP)."""
     if prediction.shape != label_map.shape:
         raise UserError(f"a prediction {prediction.shape} and its LabelMap {label_map.shape} differ in size")
     read, thresholds, inclusive = VARIANTS[variant]
@@ -96,8 +96,8 @@ def _count_mask(mask: Mask, true: Mask, radius: float) -> tuple[int, int, int, i
 class BoundaryScore(Additive):
     """The scores of a set of images.
 
-    ``state`` (thresholds + 1, 4) sums the counts of :func:`count_image` over the images, its last row those of each
-    image at the threshold that is best for it, the lowest of equals.
+    ``state`` (thresholds + 1, 4) sums the counts of :func:`count_image` over the images. The last row
+    sums the counts of each image at its best threshold, the lowest if several are equal.
     """
 
     def __init__(self, variant: str) -> None:
@@ -105,17 +105,17 @@ class BoundaryScore(Additive):
         super().__init__(len(self.thresholds) + 1, 4)
 
     def add_image(self, counts: Counts) -> None:
-        """Take in an image by its counts."""
+        """Adds the counts of an image."""
         best = f_measure(*precision_recall(counts)).argmax()
         self.add(torch.from_numpy(np.concatenate([counts, counts[best, None]])))
 
     def compute(self) -> dict[str, float]:
         """``odsF``, ``oisF``, ``AP`` in percent, ``threshold`` in [0, 1]; NaN for a set without a boundary.
 
-        - ``odsF`` is the best F over the thresholds, one for all images, nothing interpolated between them;
+        - ``odsF`` is the best F over the thresholds, with one threshold for all images and no interpolation;
         - ``oisF`` takes for each image the threshold that is best for it;
         - ``AP`` is the mean precision over recalls, by :func:`average_precision`;
-        - ``threshold`` is that of odsF, the lowest of equals.
+        - ``threshold`` is that of odsF, the lowest if several are equal.
         """
         counts = self.state.cpu().numpy()
         if not counts[-1, 1]:
@@ -128,7 +128,7 @@ class BoundaryScore(Additive):
 
 
 def precision_recall(counts: NDArray) -> tuple[Map, Map]:
-    """Of counts (..., 4); with nothing predicted (1, 0), with nothing true but something predicted (0, 1)."""
+    """Of counts (..., 4): (1, 0) where nothing is predicted, (0, 1) where something is but nothing is true."""
     matched_true, true, matched, predicted = np.moveaxis(counts, -1, 0)
     precision = np.where(predicted > 0, matched / np.maximum(predicted, 1), 1)
     recall = np.where(true > 0, matched_true / np.maximum(true, 1), predicted > 0)
@@ -142,10 +142,10 @@ def f_measure(precision: Map, recall: Map) -> Map:
 
 
 def average_precision(precision: Map, recall: Map) -> float:
-    """A hundredth of the sum of the precisions at the recalls 0, 0.01 .. 1, 0 outside the range of those measured.
+    """1/100 of the sum of the precisions at the recalls 0, 0.01 .. 1.
 
-    Between two recalls the precision is linear; of equal recalls the first counts. One recall alone gives 0. As the
-    sum has 101 terms, a perfect curve has 1.01.
+    Precision is linear between measured recalls and 0 outside their range. Of equal recalls the first is used. A single
+    recall gives 0. The sum has 101 terms, so a perfect curve has 1.01.
     """
     recall, first = np.unique(recall, return_index=True)
     if len(recall) < 2:

@@ -13,9 +13,9 @@ WORD = np.dtype("<u8")  # 64 pixels, the leftmost in the lowest bit
 def thin(mask: Mask) -> Mask:
     """Lines one pixel wide, connected as ``mask`` is: ``bwmorph(mask, "thin", Inf)``, ``skimage.morphology.thin``.
 
-    Guo and Hall's two passes, as Lam, Lee and Suen give them (PAMI 14(9), 1992, p. 879), until neither removes a
-    pixel. Each works on 64 pixels at once, the bits of a word. The words of all rows lie in one line, with a row of
-    zeros above and below; a zero pixel ends every row and so also separates it from the next.
+    Repeats Guo and Hall's two passes, as Lam, Lee and Suen give them (PAMI 14(9), 1992, p. 879), until neither removes
+    a pixel. The bits of a word are 64 pixels. The words of all rows form one array, with a row of zeros above and
+    below. Every row ends in a zero pixel, which separates it from the next.
     """
     height, width = mask.shape
     words = width // 64 + 1

@@ -1,4 +1,4 @@
-"""Pictures of a data set and of a run: labels, predictions beside labels, and what the routers chose."""
+"""Pictures of a data set and of a run: labels, predictions next to labels, and routing."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,14 +21,14 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-BLANK = 242  # grey of a label that there is none of
+BLANK = 242  # grey of a cell without a label
 CELL = 224  # side of a cell on a contact sheet, pixels
-CAPTION = 20  # height in it that is left for the id
+CAPTION = 20  # height in a cell for the id, pixels
 LEGEND_ENTRY = 1.0  # inches
 
 
 def spread(groups: Sequence[NDArray[np.int64]], count: int) -> list[int]:
-    """About ``count`` indices, equally many of each group, spread over it."""
+    """About ``count`` indices: the same number from each group, evenly spaced."""
     each = max(count // len(groups), 1)
     return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
 
@@ -69,10 +69,10 @@ def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: Classes) -> None:
-    """A grid: one row per image of ``batch``; the image, then per task the label and what each model says.
+    """A grid: one row per image of ``batch``; the image, then per task the label and each model's prediction.
 
-    ``predictions[model][task]`` (B, C, H, W) are those of every image, labelled or not, the columns' titles the models'
-    names; a label that is missing is left blank.
+    ``predictions[model][task]`` (B, C, H, W) covers every image, labelled or not. The titles of the columns are the
+    models' names. A missing label is left blank.
     """
     columns = [("image", list(batch.images.permute(0, 2, 3, 1).cpu().numpy()))]
     tasks = [task for task in TASKS if any(task in outputs for outputs in predictions.values())]
@@ -109,7 +109,7 @@ def _draw_grid(axis: Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
 
 
 def _draw_legends(figure: Figure, tasks: Iterable[str], classes: Classes) -> None:
-    """Side by side below, each in as many columns as half the figure's width has room for."""
+    """Legends below the grid, side by side, each with as many columns as fit into half the figure's width."""
     columns = min(7, max(1, int(figure.get_figwidth() / 2 / LEGEND_ENTRY)))
     for task, corner in (("seg", "left"), ("parts", "right")):
         if task in tasks:
@@ -119,7 +119,7 @@ def _draw_legends(figure: Figure, tasks: Iterable[str], classes: Classes) -> Non
 
 
 def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:
-    """One map per task: layers downwards, experts across, brightness the gate mass; shared experts stand last."""
+    """One map of the mean gates per task: a row per layer, a column per expert, shared experts last."""
     mass, _ = statistics.compute()
     layers, _, experts = mass.shape
     figure, axes = plt.subplots(

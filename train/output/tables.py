@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]], markdown: bool = False, text_columns: int = 1) -> str:
-    """``rows`` of equal length, the first of them the head, in columns as wide as their longest cell.
+    """``rows`` of equal length, the first of them the heading, in columns as wide as their longest cell.
 
-    The first ``text_columns`` columns hold text and stand left, the others numbers, which stand right.
+    The first ``text_columns`` columns hold text, aligned left; the others hold numbers, aligned right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

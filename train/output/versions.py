@@ -8,7 +8,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide the digits."""
+    """The versions of Python and of the packages that determine the numbers."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     for name in ("triton", "fastmoe_lora"):
         try:

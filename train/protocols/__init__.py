@@ -4,9 +4,9 @@
 name     size  what it is
 =======  ====  ================================================================================================
 invpt     512  family B (ATRC, InvPT, TaskPrompter, MLoRE, MTMamba): scale, crop, pad; original pixels in val
-mtinet    512  family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): turn, scale, stretch to a square
+mtinet    512  family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): rotate, scale, stretch to a square
 ase       224  family A at the size of Adaptive Shared Experts, arXiv 2510.00570
-mini      224  ours: an antialiased square, nothing but a flip
+mini      224  ours: antialiased resize to a square, flip only
 =======  ====  ================================================================================================
 """
 
@@ -22,7 +22,7 @@ PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in 
 
 
 def build_protocol(name: str, size: int = 0) -> Protocol:
-    """The protocol at ``size`` pixels, 0 for its own size; UserError for a name that is none."""
+    """The protocol at ``size`` pixels, 0 for its default size; UserError for an unknown name."""
     if name not in PROTOCOLS:
         raise UserError(f"unknown protocol {name!r}: choose among {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name](size or PROTOCOLS[name].own_size)

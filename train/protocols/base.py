@@ -1,15 +1,14 @@
-"""What every protocol is, and the steps that all of them share.
+"""The interface of a protocol, and the steps that all protocols share.
 
-A protocol is one object that owns both ends of an evaluation: what an image and its labels go through on their way to
-the model, and how the model's predictions meet labels afterwards. Numbers are comparable only within one protocol.
+A protocol defines both ends of an evaluation: how images and labels are preprocessed for the model, and how its
+predictions are aligned with labels to be scored. Numbers are comparable only within one protocol.
 
-Steps are functions ``step(sample, rng) -> sample``. Until its last step a sample has the layout in which OpenCV works:
-"image" uint8 (H, W, 3) RGB, and of the tasks' labels those that there are, as :class:`train.tasks.Task` transforms
-them. :func:`finish_labels` turns them into the arrays of :mod:`train.tasks`. No step changes the arrays that it is
-given.
+Steps are functions ``step(sample, rng) -> sample``. Until the last step a sample has OpenCV's layout: "image" uint8
+(H, W, 3) RGB, and the labels that the image has, each transformed by its :class:`train.tasks.Task`.
+:func:`finish_labels` then turns labels into the arrays of :mod:`train.tasks`. No step changes its input arrays.
 
-A step draws from ``rng`` alone, in the order that its docstring gives, and draws the same whichever labels the sample
-has. The one exception is RandomCrop, which draws again where "seg" tells it to.
+A step draws random numbers from ``rng`` alone, in the order that its docstring gives. What it draws does not depend on
+the labels of the sample. The one exception is RandomCrop, which may draw again because of "seg".
 """
 
 from abc import ABC, abstractmethod
@@ -32,12 +31,15 @@ Window = tuple[slice, slice]  # rows, columns
 PHOTO_SIZE = "the photo's size"
 UINT8_NOTE = "images are uint8 up to the model, which normalises them; the field normalises in its transforms"
 
-# The images of a batch are shared among processes already; threads of OpenCV in each would fight for the same cores.
+# Several processes already prepare batches; OpenCV threads in each of them would compete for the same cores.
 cv2.setNumThreads(0)
 
 
 class AlignedPrediction(NamedTuple):
-    """One image's prediction of one task where it meets its label: what metrics count, and its picture."""
+    """One image's prediction of one task on the grid of its label: the values that metrics count, and its picture.
+
+    mtinet and ase score 8-bit predictions; invpt and mini score raw ones, except odsF.
+    """
 
     postprocessed: Tensor
     picture: Picture
@@ -45,11 +47,11 @@ class AlignedPrediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol(ABC):
-    """``size`` is the side of the model's square input. With ``scoring``, samples of every split are not augmented, and
-    their labels are those that predictions meet.
+    """``size`` is the side of the model's square input. With ``scoring``, no split is augmented, and labels are on the
+    grid on which predictions are scored.
 
-    With ``edges_at_input``, "edge" enters as the LabelMap (H, W). With ``needs_seg``, training wants "seg" even where
-    it is no task, to guide the crop. ``notes`` are where ours differs from the field's code, and why.
+    With ``edges_at_input``, "edge" enters as the LabelMap (H, W). With ``needs_seg``, training needs "seg" to guide the
+    crop, even where it is not a task. ``notes`` list the differences from the field's code.
     """
 
     size: int
@@ -57,21 +59,21 @@ class Protocol(ABC):
 
     name: ClassVar[str]
     own_size: ClassVar[int]
-    published: ClassVar[str] = ""  # the protocol of published rows that these scores may stand beside
-    saliency: ClassVar[str] = "mIoU"  # the score of saliency in its tables
+    published: ClassVar[str] = ""  # the protocol of the published rows that are comparable
+    saliency: ClassVar[str] = "mIoU"  # the score of saliency in published tables
     edges_at_input: ClassVar[bool] = False
     needs_seg: ClassVar[bool] = False
-    resizes_photos: ClassVar[bool] = True  # whether any photo fits into any size
+    resizes_photos: ClassVar[bool] = True  # whether it resizes photos to its input
     notes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def reported(self) -> str:
-        """The name under which results are reported: "invpt", or "invpt@256" at a size that is not its own."""
+        """The name under which results are reported: "invpt", or "invpt@256" at another size than its default."""
         return self.name if self.size == self.own_size else f"{self.name}@{self.size}"
 
     @property
     def resolution(self) -> str:
-        """Where predictions meet labels, in words; results that differ in it cannot be compared."""
+        """The resolution of scoring, in words. Results at different resolutions cannot be compared."""
         return PHOTO_SIZE
 
     @property
@@ -86,8 +88,7 @@ class Protocol(ABC):
 
     @property
     def scored(self) -> tuple[Step, ...]:
-        """The steps of a sample to be scored: the labels stay as they are where predictions come to the photo's
-        size."""
+        """The steps of a sample to be scored. By default labels keep the photo's size and predictions are resized."""
         first, *rest = self.val
         return OnlyImage(first), *rest
 
@@ -101,20 +102,20 @@ class Protocol(ABC):
 
     @abstractmethod
     def fit_photo(self, photo: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Window]:
-        """(a photo of any size as the model gets it, where in that input the photo is)."""
+        """(the model's input for a photo of any size, the window of that input which the photo covers)."""
 
     @abstractmethod
     def align(self, task: str, postprocessed: Tensor, shape: Shape) -> AlignedPrediction:
-        """A prediction (..., size, size), without its batch axis, where it meets the label of a photo of ``shape``."""
+        """A prediction (..., size, size), without its batch axis, on the label's grid for a photo of ``shape``."""
 
     @abstractmethod
     def to_label_grid(self, task: str, picture: Picture, shape: Shape) -> Picture:
-        """A picture of the photo's ``shape`` or of (size, size), brought to where it meets its label."""
+        """A picture of the photo's ``shape`` or of (size, size), resized or cropped to the label's grid."""
 
 
 @dataclass(frozen=True)
 class OnlyImage:
-    """A step that leaves the labels as they are."""
+    """Applies ``step`` to the image and leaves the labels as they are."""
 
     step: Step
 
@@ -123,7 +124,7 @@ class OnlyImage:
 
 
 def change_labels(sample: Sample, change: Callable[[str, NDArray], NDArray]) -> Sample:
-    """The labels, ``change(task, label)`` each, without the image."""
+    """{task: change(task, label)} of a sample's labels, without the image."""
     return {name: change(name, array) for name, array in sample.items() if name != "image"}
 
 

@@ -1,7 +1,7 @@
-"""Family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): flip, turn and scale, stretch to a square.
+"""Family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): flip, rotate and scale, stretch to a square.
 
-Predictions meet labels at the photo's size, as the field's 8-bit files: levels are stretched to the photo, then cut off
-to 8 bits. Labels are untouched there.
+Predictions are scored at the photo's size and in 8 bits, like the field's files: levels are stretched to the photo's
+size, then truncated to 8 bits. Labels stay as they are stored.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,15 @@ from train.protocols.base import (
 )
 from train.tasks import TASKS, Picture, Shape
 
-OPENCV_NOTE = "OpenCV 5 warps to exact places, OpenCV 4 to 1/32 of a pixel: up to a few grey levels at sharp contrasts"
+OPENCV_NOTE = (
+    "OpenCV 5 warps with exact positions, OpenCV 4 rounds them to 1/32 of a pixel: they differ by up to a few grey "
+    "levels at sharp contrasts"
+)
 MTINET_NOTES = (
     UINT8_NOTE,
     "cubic overshoot is clipped to 0..255 and rounded; the field's cast to uint8 wraps it around, -3 to 253",
-    "normals are void where nearest interpolation finds void; the field scales what cubic interpolation leaves there, "
-    "vectors of arbitrary direction, to length 1",
+    "normals are void where nearest interpolation finds void; there the field normalises the vectors of arbitrary "
+    "direction that cubic interpolation leaves",
     OPENCV_NOTE,
 )
 ASE_NOTES = (
@@ -41,10 +44,11 @@ ASE_NOTES = (
 
 @dataclass(frozen=True)
 class ScaleAndRotate:
-    """Turns by up to ``degrees`` either way and scales about the centre (W / 2, H / 2), in a frame that stays (H, W).
+    """Rotates by up to ``degrees`` either way and scales about the centre (W / 2, H / 2); the size stays (H, W).
 
-    Draws the angle, positive counter-clockwise, then the scale, both uniform. What comes in from outside is 0: black,
-    and for labels background rather than void. The image is cubic, left as float32 with what overshoots 0..255.
+    Draws the angle, positive counter-clockwise, then the scale, both uniform. Pixels from outside the image are
+    0: black, and in labels background rather than void. The image is interpolated cubically and stays float32, with
+    overshoots beyond 0..255.
     """
 
     degrees: float = 20
@@ -68,7 +72,7 @@ class ScaleAndRotate:
 
 @dataclass(frozen=True)
 class StretchTo:
-    """Resizes to (size, size) whatever the aspect ratio: the image cubic, not antialiased, labels as their tasks do."""
+    """Resizes to (size, size) whatever the aspect ratio: image cubic, not antialiased, labels as tasks define."""
 
     size: int
 
@@ -108,7 +112,7 @@ class FamilyA(Protocol):
 
 
 class ASE(FamilyA):
-    """Family A at the size of Adaptive Shared Experts, arXiv 2510.00570, for what the paper leaves open."""
+    """Family A at the size of Adaptive Shared Experts, arXiv 2510.00570, whose paper leaves the transforms open."""
 
     name, own_size = "ase", 224
     published = "ASE"

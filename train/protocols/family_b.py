@@ -1,8 +1,8 @@
 """Family B (ATRC, InvPT, TaskPrompter, MLoRE, MTMamba): scale, crop, flip, distort colours, pad; original pixels in
 val.
 
-Predictions meet labels at the photo's size: their padding is cut off. Padding is void, so cutting it off changes no
-score.
+Predictions are scored at the photo's size: their padding is cropped. Padding is void, so cropping it does not change
+any score.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ INVPT_NOTES = (
 
 @dataclass(frozen=True)
 class RandomScale:
-    """Scales by a factor, drawn uniformly, to the whole pixels below; image bilinear, labels nearest."""
+    """Scales by a uniform random factor, with sides rounded down to pixels; image bilinear, labels nearest."""
 
     low: float = 0.5
     high: float = 2.0
@@ -60,11 +60,11 @@ class RandomScale:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cuts out (size, size), or less along a side that is shorter: the whole of it.
+    """Crops to (size, size); a side shorter than ``size`` is kept whole.
 
-    Draws the top, then the left, among the places where the crop fits. A place is drawn anew, up to 10 times, while
-    "seg" shows fewer than two classes there, or one class on ``max_share`` of the pixels that are not void or more.
-    The last place counts whatever it shows, and the first where there is no "seg".
+    Draws the top, then the left, among the positions where the crop fits. It draws again, up to 10 times, while "seg"
+    shows fewer than two classes in the crop, or one class on at least ``max_share`` of its valid pixels. The last draw
+    is used whatever it shows. Without "seg" the first draw is used.
     """
 
     size: int
@@ -92,8 +92,9 @@ class RandomCrop:
 def distort_colours(sample: Sample, rng: np.random.Generator) -> Sample:
     """Brightness, contrast, saturation and hue of the image, each changed with probability 1/2.
 
-    Draws a coin for brightness, a coin for the place of contrast, before or after the two others, and a coin for each
-    of the three in their order. Where a coin falls for a change (below 1/2), its amount is drawn right after it.
+    Draws a number for brightness, one for the position of contrast (below 1/2: before saturation and hue, else after
+    them), and one for each of these three in their order. A change is made where its number is below 1/2, and its
+    amount is drawn right after that number.
     """
     image = sample["image"]
     if rng.random() < 0.5:
@@ -127,7 +128,10 @@ def _hue(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8
 
 @dataclass(frozen=True)
 class PadTo:
-    """Centres the sample on (size, size), of odd margins the smaller one first; around it the mean colour and void."""
+    """Centres the sample in (size, size), padding the image with the mean colour and labels with void.
+
+    Where padding is odd, the top or left margin is the smaller one.
+    """
 
     size: int
 

@@ -1,7 +1,6 @@
-"""Our own protocols: ``mini`` for photos, an antialiased square and nothing but a flip, and ``scenes`` for rendered
-ones.
+"""This project's protocols: ``mini`` for photos (antialiased resize to a square, flip only) and ``scenes`` for scenes.
 
-Labels shrink to the size of the prediction; the prediction meets them as it is.
+Labels are resized to the prediction, which is scored as it is.
 """
 
 from dataclasses import dataclass
@@ -38,20 +37,20 @@ def resize_nearest(array: NDArray, size: int) -> NDArray:
 
 
 def centres(length: int, size: int) -> NDArray[np.int64]:
-    """Where the centres of ``size`` pixels lie among ``length`` pixels."""
+    """Indices, among ``length`` pixels, of those under the centres of ``size`` pixels."""
     step = length / size
     # A running sum as in Pillow: where a centre falls between two pixels, the sum's rounding decides.
     return np.cumsum([step / 2] + [step] * (size - 1)).astype(np.int64)
 
 
 def derive_edges(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The edges of the resized LabelMap, which has stood under "edge" until now."""
+    """Replaces the resized LabelMap, which is stored as "edge" so far, by its edges."""
     return sample | {"edge": edges_from_label_map(sample["edge"])} if "edge" in sample else sample
 
 
 class Mini(Protocol):
-    """Edges come from the resized LabelMap, which keeps them one pixel thin, and only then are mirrored: thinning is
-    not symmetric."""
+    """Edges are derived from the resized LabelMap, so that they stay one pixel wide. They are flipped afterwards, since
+    thinning is not symmetric."""
 
     name, own_size = "mini", 224
     edges_at_input = True
@@ -86,7 +85,7 @@ class Mini(Protocol):
 
 
 class Rendered(Mini):
-    """Scenes are rendered at the model's size, with their labels; a photo that is predicted is treated as in
+    """For scenes, which are rendered with their labels at the model's size. A photo to predict is processed as in
     ``mini``."""
 
     name, own_size = "scenes", 64

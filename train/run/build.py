@@ -54,7 +54,7 @@ def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
 
 
 def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskViT:
-    """The model of a checkpoint by its settings and ``tensors``, the file that it was pretrained from not needed."""
+    """The model of a checkpoint from its settings and ``tensors``; the pretrained weights file is not needed."""
     registers = tensors.get("vit.reg_token")
     config = replace(
         VITS[settings.model],
@@ -67,7 +67,7 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
 
 
 def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any]]:
-    """(settings, model, state) of a checkpoint, for evaluation on this machine's device by this machine's kernels."""
+    """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
     model = rebuild_model(settings, settings.source.classes, checkpoint.read_weights(folder))
@@ -75,7 +75,7 @@ def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any
 
 
 def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
-    """LoRA, experts and heads."""
+    """Adds LoRA, experts and heads to ``vit``."""
     if settings.lora_rank:
         add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
     moe = settings.moe_config
@@ -86,7 +86,7 @@ def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over what is trainable; matrices decay, biases and norms do not."""
+    """AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},

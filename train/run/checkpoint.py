@@ -4,7 +4,7 @@
     optimizer.pt        the optimiser's state, tensors and numbers only
     state.json          the step, the run's settings and the metrics gathered before training
 
-A killed run leaves the last good one.
+A killed run leaves its last complete checkpoint.
 """
 
 import json
@@ -24,7 +24,7 @@ from train.files.atomic import remove_partials, replacing, replacing_folder
 
 
 def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``out/step-N``, point ``out/last`` at it, then remove the older ones and what a killed run left."""
+    """Write ``out/step-N``, point ``out/last`` at it, then remove older checkpoints and partials of killed runs."""
     folder = out / f"step-{step}"
     with replacing_folder(folder) as partial, _failed_writes():
         save_file(model.state_dict(), partial / "model.safetensors")
@@ -43,7 +43,7 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
 
 @contextmanager
 def _failed_writes() -> Iterator[None]:
-    """Raises the OSError of a write that failed, which safetensors and torch hide in errors of their own kinds."""
+    """Raises the OSError of a failed write, which safetensors and torch wrap in other exceptions."""
     try:
         yield
     except SafetensorError as error:
@@ -63,7 +63,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def find(given: Path) -> Path:
-    """The folder step-N that a run's folder, its ``last`` or step-N itself leads to."""
+    """The folder step-N, given a run's folder, its ``last`` or step-N itself."""
     return ((given / "last") if (given / "last").exists() else given).resolve()
 
 
@@ -74,7 +74,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what :func:`save` wrote; nothing is unpickled that could run code."""
+    """Load what :func:`save` wrote; the unpickler runs no code of the file."""
     weights = read_weights(folder)
     with _undamaged(folder):
         moments = torch.load(folder / "optimizer.pt", weights_only=True)

@@ -39,7 +39,7 @@ REPORT_EVERY = 10  # steps between two readings of the losses, each of which wai
 
 @dataclass
 class Run:
-    """What a run holds; ``baselines`` are the metrics of the untrained model and of the best constant."""
+    """The state of a run; ``baselines`` are the metrics of the untrained model and of the best constant."""
 
     settings: Settings
     out: Path
@@ -56,7 +56,7 @@ class Run:
 
 
 def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
-    """Train as ``flags`` say, leave results.json, last, predictions.png and routing.png, return the results."""
+    """Train as ``flags`` say, write results.json, last, predictions.png and routing.png, and return the results."""
     folder = find_checkpoint(flags, resume)
     state = checkpoint.read_state(folder) if folder else None
     if folder:
@@ -83,7 +83,7 @@ def find_checkpoint(flags: dict[str, Any], resume: str | None) -> Path | None:
 
 
 def run_folder(settings: Settings, fresh: bool) -> Path:
-    """Where the run lives: --out, which must not hold another run, or the next free runs/NAME."""
+    """The folder of the run: --out, which must not hold another run, or the next free runs/NAME."""
     if settings.out:
         out = Path(settings.out)
         if fresh and any((out / name).exists() for name in ("last", "results.json")):
@@ -95,7 +95,7 @@ def run_folder(settings: Settings, fresh: bool) -> Path:
 
 
 def set_up(settings: Settings, fresh: bool) -> Run:
-    """Build everything, make the run's folder and say what will happen."""
+    """Build data, model and optimiser, make the run's folder and print a summary."""
     if settings.nvtx:
         nvtx.enable()
     device = build.build_device(settings)
@@ -168,7 +168,7 @@ def training_step(run: Run, batch: Batch) -> Tensor:
 def fit(run: Run) -> tuple[float, dict[str, float]]:
     """Train from run.step to the end; (images per second, each task's loss averaged over the last steps).
 
-    The speed leaves out the first step, which starts the workers, and the evaluations.
+    The speed excludes the first step, which starts the workers, and the evaluations.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -233,8 +233,7 @@ def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
 
 
 def constant_baseline(run: Run) -> Metrics:
-    """The best constant's metrics, fitted on the training images of as many steps as make one epoch, at most
-    CONSTANT_IMAGES of them."""
+    """The best constant's metrics. It is fitted on one epoch of training batches, at most CONSTANT_IMAGES images."""
     s, (train_set, val_set) = run.settings, run.data
     steps = math.ceil(min(len(train_set), CONSTANT_IMAGES) / s.batch_size)
     fitted = train_loader(train_set, s.task_names, s.batch_size, range(steps), s.seed, s.workers)

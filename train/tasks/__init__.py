@@ -1,4 +1,4 @@
-"""The dense prediction tasks, one object each. A new task is one file here and its line in :data:`TASKS`."""
+"""The dense prediction tasks, one object each. A new task is one file here and one entry in :data:`TASKS`."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ Metrics = dict[str, dict[str, float | None]]  # {task: {score: value}}, None whe
 
 
 def shown_headlines(scores: Sequence[Metrics]) -> list[tuple[str, Headline]]:
-    """(task, headline) of what a table of these ``scores`` shows."""
+    """The (task, headline) pairs that a table of these ``scores`` shows."""
 
     def values(task: str, key: str) -> list[float | None]:
         return [score.get(task, {}).get(key) for score in scores]

@@ -22,7 +22,7 @@ from torch import Tensor
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 
-VOID = 255  # a pixel of an integer label that counts for nothing
+VOID = 255  # the value of ignored pixels in an integer label
 GREY = np.array([160, 160, 160], dtype=np.uint8)  # the colour of void
 
 Label = NDArray
@@ -33,7 +33,7 @@ Shape = tuple[int, int]  # height, width
 class Headline(NamedTuple):
     """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit.
 
-    One that is a ``variant_of`` another key is shown only where it differs from that.
+    One that is a ``variant_of`` another key is shown only where their values differ.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Task(ABC):
     modes: ClassVar[tuple[str, ...]]  # Pillow's modes that such a file may have
     values: ClassVar[tuple[str, ...]]  # names of the values that label_values() returns
     palette: ClassVar[NDArray[np.uint8] | None] = None  # (256, 3), which colours a file of class ids
-    void: ClassVar[int] = VOID  # stands around a label that is padded
+    void: ClassVar[int] = VOID  # the value that pads a label
     stretching: ClassVar[int] = cv2.INTER_LINEAR  # OpenCV's interpolation of levels that family A resizes
 
     def head_channels(self, classes: Sequence[str]) -> int:
@@ -74,12 +74,12 @@ class Task(ABC):
         return np.ascontiguousarray(label[:, ::-1])
 
     def rotate(self, label: Label, rotation: NDArray[np.float64]) -> Label:
-        """The values after an in-plane rotation whose pixels have moved already; ``rotation`` (2, 2) maps offsets
-        (x right, y down)."""
+        """The label with its values adjusted to an in-plane rotation, after its pixels were moved. ``rotation`` (2, 2)
+        maps offsets (x right, y down)."""
         return label
 
     def rescale(self, label: Label, factor: float) -> Label:
-        """The values after the image was enlarged by ``factor``, as if the camera had come nearer."""
+        """The label with its values adjusted to an image enlarged by ``factor``, as if the camera had come nearer."""
         return label
 
     def finish(self, label: Label) -> Label:
@@ -87,7 +87,7 @@ class Task(ABC):
         return label
 
     def label_values(self, label: Label) -> Label:
-        """Integers to count in a raw label, indices of ``value_names``, VOID where it is void."""
+        """A raw label as integers to count: indices of ``value_names``, or VOID."""
         return label
 
     def value_names(self, classes: Sequence[str]) -> Sequence[str]:
@@ -98,8 +98,8 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def loss(prediction: Tensor, label: Tensor, /) -> Tensor:
-        """Of raw output (n, C, H, W) and collated labels: a float32 scalar, the sum over valid pixels / max(#valid, 1).
-        A batch that is void everywhere costs 0 and has zero gradients. Nothing in it waits for the device."""
+        """Of raw output (n, C, H, W) and collated labels, a float32 scalar: the sum over valid pixels / max(#valid, 1).
+        Without valid pixels it is 0 with zero gradients. The host does not wait for the device."""
 
     def metric(self, classes: Sequence[str]) -> Metric:
         """A fresh accumulator of the task's scores."""
@@ -120,15 +120,15 @@ class Task(ABC):
         """The levels of one image's prediction, without its batch axis."""
 
     def to_picture(self, levels: NDArray, rounded: bool) -> Picture:
-        """``levels`` as the file stores them: cut off, as the field does, or ``rounded``, which is closer."""
+        """``levels`` as the file stores them: truncated, as in the field, or ``rounded``, which is closer."""
         return (levels + 0.5 if rounded else levels).clip(0, 255).astype(np.uint8)
 
     @abstractmethod
     def from_picture(self, picture: Picture) -> Tensor:
-        """The postprocessed prediction that a file stands for, without a batch axis."""
+        """The postprocessed prediction that a file holds, without a batch axis."""
 
     def check_picture(self, path: Path, picture: Picture, classes: Sequence[str]) -> None:
-        """UserError where the file at ``path`` holds a value that means nothing; by default all mean something."""
+        """UserError where the file at ``path`` holds an invalid value; by default all are valid."""
         return
 
     def at_photo(self, output: NDArray[np.float32], shape: Shape) -> Picture:

@@ -18,7 +18,7 @@ from train.tasks.palette import PALETTE
 
 
 def _outline(ids: Picture) -> NDArray[np.bool_]:
-    """Pixels (H, W) within 1/300 of the longer side, at least one pixel, of another class."""
+    """Mask (H, W) of the pixels near another class: within 1/300 of the longer side, at least one pixel."""
     reach = max(round(max(ids.shape) / 300), 1)
     kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
     return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
@@ -116,8 +116,8 @@ class ClassTask(Task):
             raise UserError(f"{path} holds {picture.max()}, which is no class 0..{len(classes) - 1}")
 
     def at_photo(self, output: NDArray[np.float32], shape: Shape) -> Picture:
-        """The class with the largest resized logit, one class at a time: all of them at once do not fit into memory
-        for a large photo."""
+        """The class with the largest resized logit. Classes are resized one at a time, since all at once may not fit
+        into memory for a large photo."""
         best, ids = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.uint8)
         for i, channel in enumerate(output):
             resized = resize_channel(channel, shape)

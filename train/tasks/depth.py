@@ -17,8 +17,8 @@ PAINTED = (0.5, 20.0)  # metres, the brightest and the darkest colour
 def depth_loss(prediction: Tensor, label: Tensor) -> Tensor:
     """L1 distance of log depths, mean over valid pixels.
 
-    Against the field's L1 in metres it weighs an error of 10 % alike near and far, any output is a positive depth, and
-    the rescaling of a transform, which divides depth, only shifts the target.
+    The field uses L1 in metres. With logs an error of 10 % weighs the same near and far, any output is a positive
+    depth, and a transform that divides depth only shifts the target.
     """
     valid = label > 0
     target = torch.where(valid, label, 1).log()
@@ -77,7 +77,7 @@ class DepthTask(Task):
         return (levels + 0.5 if rounded else levels).clip(1, 65535).astype(np.uint16)
 
     def from_picture(self, picture: Picture) -> Tensor:
-        """A file's 0, where another program predicts nothing, counts as the nearest depth."""
+        """A file's 0, by which other programs mark missing predictions, counts as the nearest depth."""
         return torch.from_numpy(picture.astype(np.float32) / 1000).clamp(min=NEAREST)
 
     def paint_label(self, label: NDArray) -> NDArray[np.uint8]:

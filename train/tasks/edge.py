@@ -20,8 +20,8 @@ INK = np.array([20, 30, 90])  # the colour of edges over a photo
 def edges_from_label_map(label_map: np.ndarray) -> np.ndarray:
     """Thinned non-zeros of the Laplacian of an integer (H, W) label map -> uint8 (H, W), 1 on an edge.
 
-    It is the field's rule to the letter, a Laplacian and not an inequality of labels: a ramp n, n+1, n+2 one
-    pixel wide cancels. Labels stay below 2**50, so that float64 sums them exactly. ``mode="mirror"`` is
+    Exactly the field's rule, which is a Laplacian and not an inequality of labels: it is 0 in the middle of a ramp n,
+    n+1, n+2 with steps of one pixel. Labels stay below 2**50, so that float64 sums them exactly. ``mode="mirror"`` is
     OpenCV's default border (reflect-101).
     """
     return thin(laplace(label_map.astype(np.float64), mode="mirror") != 0).astype(np.uint8)
@@ -46,7 +46,7 @@ def balanced_bce(prediction: Tensor, label: Tensor) -> Tensor:
 class EdgeLoss(Metric):
     """The formula of :func:`edge_loss`, pooled over the valid pixels of the whole set.
 
-    The field's edge meters squash the logits before this loss, so their values are no measure of it.
+    The field's edge meters apply a sigmoid before this loss, so their values are not comparable with it.
     ``state`` (2,) is [sum of the loss, valid pixels].
     """
 
@@ -76,7 +76,7 @@ class ConstantEdge(LabelCounts):
         super().__init__(2)
 
     def output(self) -> Tensor:
-        """A logit, finite even for labels of one kind."""
+        """A logit, finite even if all labels are of one class."""
         negative, positive = self.state.clamp(min=1e-6)
         return (EDGE_WEIGHT * positive / ((1 - EDGE_WEIGHT) * negative)).log().float()[None]
 
@@ -99,7 +99,7 @@ class EdgeTask(Task):
         return (255 * postprocessed.float().sigmoid()[0]).numpy()
 
     def to_picture(self, levels: NDArray, rounded: bool) -> Picture:
-        """Always cut off, never rounded: odsF is defined on the field's files."""
+        """Always truncated, never rounded: odsF is defined on the field's files."""
         return super().to_picture(levels, rounded=False)
 
     def from_picture(self, picture: Picture) -> Tensor:

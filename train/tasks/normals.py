@@ -37,14 +37,14 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 class Normals(Metric):
-    """Of the angle between prediction and label, both normalised, over the valid pixels of the whole set:
+    """Statistics of the angle between prediction and label, both normalised, over the valid pixels of the set:
 
         angle = 2 atan2(|p - g|, |p + g|)
 
-    which keeps its digits near 0, where the arc cosine loses them.
+    This stays accurate near 0, where the arc cosine does not.
 
     ``state`` (18002,) is the sums of the angle in degrees and of its square, then a histogram of it in bins of 0.01
-    degrees. Limits are edges of bins.
+    degrees. The limits of ``within_*`` are bin edges.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Normals(Metric):
 
     def compute(self) -> dict[str, float | None]:
         """In degrees ``mErr``, the mean, ``median``, to half a bin, and ``rmse``; in percent ``within_11.25``,
-        ``within_22.5`` and ``within_30``, the pixels whose error is smaller.
+        ``within_22.5`` and ``within_30``, the share of pixels with a smaller error.
 
         The ``rmse`` of the field's training logs is the mean by mistake; this is the root of the mean square.
         """
@@ -98,7 +98,7 @@ class ConstantNormals(Constant):
         super().__init__(180 * 360, 3)
 
     def update(self, label: Tensor) -> None:
-        """``label`` float32 (n, 3, H, W). Void is the zero vector: it adds nothing to whichever cell it falls in."""
+        """``label`` float32 (n, 3, H, W). Void is the zero vector: it adds nothing to its cell."""
         vectors = unit(label.double()).movedim(1, -1).reshape(-1, 3)
         x, y, z = vectors.unbind(1)
         polar = torch.rad2deg(z.clamp(-1, 1).acos()).long().clamp(max=179)
@@ -150,17 +150,17 @@ class NormalsTask(Task):
     constant_type = ConstantNormals
 
     def resample(self, label: Label, move: Callable[[Label, int], Label]) -> Label:
-        """Cubic, void where nearest interpolation finds void: beside void, cubic interpolation leaves specks of
+        """Cubic, void where nearest interpolation finds void: next to void, cubic interpolation leaves specks of
         arbitrary direction, which would become unit vectors."""
         valid = move(np.any(label, axis=-1).astype(np.uint8), cv2.INTER_NEAREST)
         return move(label, cv2.INTER_CUBIC) * valid[..., None]
 
     def flip(self, label: Label) -> Label:
-        """A mirrored normal points to the other side in x."""
+        """Mirroring negates x."""
         return super().flip(label) * np.array([-1, 1, 1], label.dtype)
 
     def rotate(self, label: Label, rotation: NDArray[np.float64]) -> Label:
-        """The matrix of offsets (x right, y down) is that of vectors (left, up) too: both axes change their sign."""
+        """The matrix for offsets (x right, y down) also holds for vectors (left, up), as both axes are reversed."""
         in_plane = label[..., :2] @ rotation.T.astype(label.dtype)
         return np.concatenate([in_plane, label[..., 2:]], axis=-1)
 

@@ -14,9 +14,9 @@ class HumanParts(ClassTask):
     weight = 2
 
     def finish(self, label: Label) -> Label:
-        """All void where no pixel shows a part, only background or void.
+        """All void if no pixel shows a part.
 
-        Family A asks for background alone, which is the same there: the files of parts know no void.
+        Family A tests for background alone. That is equivalent there, since the files of parts have no void.
         """
         return label if not np.isin(label, (0, VOID)).all() else np.full_like(label, VOID)
 

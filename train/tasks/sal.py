@@ -28,7 +28,7 @@ class Saliency(Metric):
     - ``maxF`` (ATRC): max over t of (1 + b) P R / (b P + R), b = beta^2 = 0.3, where p >= t and precision P and
       recall R come from counts pooled over all valid pixels. NaN for a set without salient pixels.
     - ``maxF_invpt``: the same of sigmoid(p) instead of p, only to compare with the tables of InvPT, TaskPrompter,
-      MLoRE and MTMamba, whose code squashes twice. As sigmoid(p) is 0.5 to 0.731, what is left of the thresholds is
+      MLoRE and MTMamba, whose code applies a sigmoid to p. As sigmoid(p) is 0.5 to 0.731, its thresholds reduce to
       "all is salient" and p >= 0.2007, 0.4055, 0.6190 and 0.8473.
     - ``mIoU`` (family A): max over t of the mean over images of the IoU, where p > t and an image without a salient
       pixel has IoU 1 if none is predicted. Images that are void everywhere do not count.
@@ -36,7 +36,7 @@ class Saliency(Metric):
       an image where nothing is predicted, and R for one without a salient pixel.
 
     ``state`` (126,) is the pooled counts of :func:`pixels_above` for p and for sigmoid(p) (20 x 2 each), the sums over
-    images of IoU, P and R (15 each) and the images.
+    images of IoU, P and R (15 each) and the number of images.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def _max_f(pooled: Tensor) -> Tensor:
 
 
 def pixels_above(probability: Tensor, label: Tensor, thresholds: Tensor, inclusive: bool) -> Tensor:
-    """Valid pixels above each threshold, float64 (n, 1 + T, 2): per image, from [all, t_1, ..., t_T], by label 0 or 1.
+    """Counts of valid pixels, float64 (n, 1 + T, 2): per image, above each of [all, t_1, ..., t_T], with label 0 or 1.
 
     ``probability`` and ``label`` are (n, H, W); "above" is p >= t if ``inclusive``, else p > t. Each pixel is sorted
     once among the thresholds, rather than compared with each of them.
@@ -104,15 +104,15 @@ def pixels_above(probability: Tensor, label: Tensor, thresholds: Tensor, inclusi
 class ConstantSaliency(Constant):
     """p = 1/2, the best for maxF and mIoU alike whatever the labels are.
 
-    At any threshold a constant is all salient or all not, and both scores take their best threshold: p = 1/2 has
-    both kinds among its thresholds. Nothing is fitted, ``state`` is empty.
+    At any threshold a constant predicts all pixels or none as salient, and both scores take their best threshold.
+    p = 1/2 is above some thresholds and below others, so it has both cases. Nothing is fitted, and ``state`` is empty.
     """
 
     def __init__(self) -> None:
         super().__init__(0)
 
     def update(self, label: Tensor) -> None:
-        """Nothing to learn."""
+        """Does nothing."""
 
     def output(self) -> Tensor:
         """Logits."""
@@ -146,6 +146,6 @@ class SaliencyTask(Task):
         return paint_probability(prediction.softmax(0)[1])
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
-        """What is not salient fades to dark grey."""
+        """The photo, faded to dark grey where it is not salient."""
         shade = 0.4 * photo.mean(-1, keepdims=True)
         return (shade + (photo - shade) * (picture[..., None] / 255)).astype(np.uint8)

@@ -62,7 +62,7 @@ def test_an_exception_leaves_the_old_content_and_no_partial(error, tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "make room there"), (errno.EROFS, "write elsewhere")],
+    [(errno.ENOSPC, "free some space there"), (errno.EROFS, "write elsewhere")],
     ids=["full", "read-only"],
 )
 def test_a_disk_that_refuses_is_one_line(step, number, remedy, tmp_path, monkeypatch):

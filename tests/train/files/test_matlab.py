@@ -105,5 +105,5 @@ def test_no_byte_that_is_wrong_does_more_than_raise(compressed, tmp_path):
 def test_a_variable_that_is_too_much_is_refused_before_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr("train.files.matlab.LIMIT", 10_000)
     savemat(tmp_path / "a.mat", {"x": np.zeros((200, 200))}, do_compression=True)
-    with pytest.raises(ValueError, match="ends too early, or is too much"):
+    with pytest.raises(ValueError, match="ends too early, or is too large"):
         load_variable(tmp_path / "a.mat", "x")

@@ -63,7 +63,7 @@ def test_workers_ignore_interrupts():
 
 
 def test_a_process_that_is_killed_is_one_line():
-    message = "^a process that counts was killed, perhaps for want of memory: use fewer --workers$"
+    message = "^a process that counts was killed, perhaps for lack of memory: use fewer --workers$"
     with pytest.raises(UserError, match=message), process_map(2, "counts", PRELOAD) as run:
         list(run(die, range(10)))
 

@@ -23,8 +23,11 @@ from train.tasks import PART_NAMES, TASKS, Classes, Shape
 
 @dataclass(frozen=True)
 class Access:
-    """How a tree is read: whether label files may be missing, where derived labels are kept ("": nowhere), whether
-    images with a fault are left out, and how many processes look for them."""
+    """How a tree is read.
+
+    ``partial_labels``: label files may be missing. ``cache``: folder of derived labels, "" for none. ``skip_bad``:
+    images with a fault are left out. ``workers``: processes that search for faults.
+    """
 
     partial_labels: bool = False
     cache: str = ""
@@ -35,9 +38,9 @@ class Access:
 class PascalMT:
     """One split of PASCAL_MT as a data set in the sense of :mod:`train.datasets.base`.
 
-    ``root`` is the tree or the folder around it. The split "train" is augmented as ``protocol`` has it, by (seed,
-    epoch, index). ``only`` keeps the images with these ids. With ``access.skip_bad`` every file is read at once, images
-    with a fault are left out, which one line on stderr says, and ``skipped`` holds the first fault of each.
+    ``root`` is the tree or the folder that contains it. ``protocol`` augments the split "train" by (seed, epoch,
+    index). ``only`` keeps the images with these ids. With ``access.skip_bad`` the constructor reads every file and
+    leaves out images with a fault. One line on stderr says how many, and ``skipped`` holds the first fault of each.
 
     Raises UserError for a tree that lacks a folder, a list, a photo or a label, and, on reading an item,
     for a file that is damaged.
@@ -91,7 +94,7 @@ class PascalMT:
         return {image.id: partial(read_label_map_at, image.labels["edge"], image.photo) for image in images}
 
     def labelled(self, task: str) -> list[str]:
-        """The ids of the images that are scored for ``task``; for parts those that may show a person, as is usual."""
+        """The ids of the images that are scored for ``task``; for parts only those that may show a person."""
         ids = self.with_label(task)
         return with_persons(self.tree, self.split, ids) if task == "parts" else ids
 
@@ -113,7 +116,7 @@ class PascalMT:
 def leave_out_bad(
     split: str, images: list[ImageFiles], reader: Reader, workers: int
 ) -> tuple[list[ImageFiles], tuple[str, ...]]:
-    """(images without a fault, the first fault of each other image); a warning says how many those are."""
+    """(images without a fault, the first fault of each other image). Prints how many images were left out."""
     faults = {
         finding.id: finding.faults for finding in inspect_images(images, reader, workers, split) if finding.faults
     }

@@ -1,8 +1,8 @@
-"""Which way the normals of a tree point: told from images that have both normals and masks.
+"""The axes of a tree's normals, estimated from images that have both normals and masks.
 
-Ours, and those of the official release, are +x left, +y up. On convex foreground the outward normal points left at the
-left contour, right at the right one, up at the top and down at the bottom. So, over the rows of a mask, x at the left
-end minus x at the right end is positive on average; over its columns y at the top minus y at the bottom is.
+This project and the official release use +x left, +y up. On a convex object the outward normal points left at the left
+contour, right at the right one, up at the top and down at the bottom. So x at the left end of a mask's row minus x at
+its right end is positive on average, and so is y at the top of a column minus y at its bottom.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,35 @@ from numpy.typing import NDArray
 
 from train.tasks import VOID
 
-INSET = 2  # pixels from the contour, where labels of two sources may disagree
-SMALLEST = 10  # pixels: a shorter row or column of a mask says little
-SURE = 3  # standard errors
-AXES = (("+x left", "+x right"), ("+y up", "+y down"))  # each as its asymmetry is positive or negative
-MASKS = ("parts", "sal", "seg")  # labels whose classes above 0 are foreground, the best first
+INSET = 2  # pixels inward from the contour, where mask and normals may disagree
+SMALLEST = 10  # pixels: shorter rows and columns of a mask are ignored
+SURE = 3  # standard errors by which a mean must differ from 0
+AXES = (("+x left", "+x right"), ("+y up", "+y down"))  # (positive asymmetry, negative asymmetry)
+MASKS = ("parts", "sal", "seg")  # labels whose classes above 0 are foreground, in order of preference
 
 
 class Asymmetry(NamedTuple):
-    """Of one image: x at the left minus at the right contour, y at the top minus at the bottom; each in -2..2."""
+    """Mean differences over the normals of one image, each in -2..2.
+
+    x at the left contour minus x at the right one, and y at the top minus y at the bottom.
+    """
 
     left_minus_right: float
     top_minus_bottom: float
 
 
 def asymmetry_of(labels: Mapping[str, NDArray]) -> Asymmetry | None:
-    """Of the raw labels of one image; None without normals, or without a mask that shows something."""
+    """The asymmetry of an image from its raw labels; None without normals or without foreground."""
     masks = [(labels[task] > 0) & (labels[task] != VOID) for task in MASKS if task in labels]
     mask = next((mask for mask in masks if mask.any()), None)
     return None if mask is None or "normals" not in labels else contour_asymmetry(mask, labels["normals"])
 
 
 def contour_asymmetry(mask: NDArray[np.bool_], normals: NDArray[np.float32]) -> Asymmetry | None:
-    """Of foreground (H, W) and normals (H, W, 3), (0, 0, 0) where void; None where they say nothing."""
+    """The asymmetry of ``normals`` (H, W, 3), void where (0, 0, 0), within the foreground ``mask`` (H, W).
+
+    None where no row or no column is long enough.
+    """
     lengths = np.linalg.norm(normals, axis=-1)
     units = normals / np.where(lengths > 0, lengths, 1)[..., None]
     known = mask & (lengths > 0)
@@ -58,7 +64,7 @@ def _ends(known: NDArray[np.bool_], values: NDArray[np.floating]) -> float | Non
 
 
 def describe_handedness(images: Sequence[Asymmetry]) -> str:
-    """One line: the axes that the normals seem to have, a warning where they are not ours."""
+    """One line: the estimated axes of the normals, with a warning where they are not +x left, +y up."""
     if not images:
         return "axes  of normals cannot be told: no image has both normals and a mask"
     signs = []

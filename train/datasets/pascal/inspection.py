@@ -1,4 +1,4 @@
-"""Reads every image of a split whole, in several processes, and says what is in it and what is wrong with it."""
+"""Reads all files of every image of a split, in several processes, and reports their content and faults."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,11 @@ from train.tasks import TASKS
 
 @dataclass(frozen=True)
 class Finding:
-    """``size`` (H, W) of the photo, None if it cannot be read; ``pixels[task]``, how many have each value of the
-    label, for normals void (0) and not (1); ``faults``, one line each; ``asymmetry`` of its normals at contours."""
+    """What was found in one image.
+
+    ``size``: (H, W) of the photo, None if it cannot be read. ``pixels[task]``: {label value: number of pixels}, where
+    normals count as void (0) or valid (1). ``faults``: one line each. ``asymmetry``: that of the normals at contours.
+    """
 
     id: str
     size: tuple[int, int] | None
@@ -32,7 +35,7 @@ class Finding:
 def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, title: str = "") -> list[Finding]:
     """A finding per image, in order, by ``workers`` processes (0: this one).
 
-    Shows a bar on stderr. A process that is killed ends it with a UserError, an interrupt within an image's time.
+    Shows a progress bar on stderr. UserError if a process is killed. An interrupt takes effect after the current image.
     """
     title = f"inspect {title}".strip()
     with process_map(workers, "inspects the images", preload=__name__) as run:
@@ -43,7 +46,7 @@ def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, t
 def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
     """Reads the files of one image as training would, and goes on after a fault.
 
-    Labels must fit their photo, so they are looked at only where it can be read.
+    Labels are checked against the photo's size, so they are read only if the photo can be read.
     """
     faults = [_missing(path, image) for path in image.missing]
     labels = {}
@@ -68,6 +71,6 @@ def _missing(path: Path, image: ImageFiles) -> str:
 
 
 def _count(task: str, label: NDArray) -> dict[int, int]:
-    label = TASKS[task].label_values(label)  # as every protocol has it
+    label = TASKS[task].label_values(label)  # the void that every protocol applies
     counts = np.bincount(label.ravel())
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}

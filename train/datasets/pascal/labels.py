@@ -1,9 +1,9 @@
-"""The photo and the labels of one image at the size they are stored in, each checked before it counts.
+"""Reads and checks the photo and the labels of one image, at the size of the photo.
 
 A raw sample is a dict of "image" uint8 (H, W, 3) RGB and the image's labels: "seg", "parts", "sal", "edge" uint8
-(H, W), and "normals" float32 (H, W, 3), 2 * stored / 255 - 1, which is not made unit, (0, 0, 0) where void. A label of
-another size than its photo counts only if it is a rescaled one, and is then brought to the photo's size. Every fault
-is a UserError of one line.
+(H, W), and "normals" float32 (H, W, 3). Normals are 2 * stored / 255 - 1, not normalised, and (0, 0, 0) where void. A
+label whose size differs from its photo's is resized if it is the same picture rescaled, and refused otherwise. Every
+fault is a UserError of one line.
 """
 
 import json
@@ -28,8 +28,9 @@ from train.tasks import VOID
 from train.tasks.edge import edges_from_label_map
 from train.tasks.palette import PALETTE
 
-RESCALED = 1.25  # a label whose size differs by less than this factor was not rescaled but made for another photo
-SMALLEST = 1 / 8  # of the photo's sides: less has too few pixels to tell
+# Ratios within (1/1.25, 1.25), other than 1, mean the label of another photo.
+RESCALED = 1.25
+SMALLEST = 1 / 8  # of the photo's sides: a smaller label has too few pixels to compare their shapes
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Reader:
     edges_at_input: bool = False
 
     def sample(self, image: ImageFiles) -> Sample:
-        """The raw sample of an image, with the segmentation as "seg" where it is a guide only."""
+        """The raw sample of an image. It also has "seg" where the segmentation is not a label but guides the crop."""
         photo = read_photo(image.photo)
         sample = {task: self.label(image, task, photo.shape[:2]) for task in image.read}
         return {"image": photo} | sample
@@ -63,7 +64,7 @@ def match_photo(path: Path, label: NDArray, shape: tuple[int, int], interpolatio
     height, width = label.shape[:2]
     if (height, width) == shape:
         return label
-    low = max((height - 1) / shape[0], (width - 1) / shape[1])  # the factors that give each side within a pixel
+    low = max((height - 1) / shape[0], (width - 1) / shape[1])  # scale factors that fit both sides to a pixel
     high = min((height + 1) / shape[0], (width + 1) / shape[1])
     factor = (low + high) / 2
     if low > high or factor < SMALLEST or 1 / RESCALED < factor < RESCALED:
@@ -85,7 +86,7 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
 
 
 def read_seg(path: Path) -> NDArray[np.uint8]:
-    """Class indices 0..20 and 255 (H, W), as stored: a palette only colours them."""
+    """Class indices 0..20 and 255 (H, W), as stored; a palette does not change them."""
     image = read_image(path, ("P", "L"))
     label = np.asarray(image)
     used = np.flatnonzero(np.bincount(label.ravel()))
@@ -106,7 +107,7 @@ def _check_palette(path: Path, used: NDArray[np.intp], palette: NDArray) -> None
 
 
 def read_sal(path: Path) -> NDArray[np.uint8]:
-    """0 or 1 (H, W): the distilled grey value is a probability."""
+    """0 or 1 (H, W): the distilled grey value is a probability, thresholded at 1/2."""
     return (np.asarray(read_image(path, ("L", "1")).convert("L")) / 255 > 0.5).astype(np.uint8)
 
 
@@ -136,6 +137,6 @@ def _normals(path: Path, label_map: Path | None, shape: tuple[int, int]) -> NDAr
 
 @cache
 def valid_classes() -> NDArray[np.int64]:
-    """The 170 LabelMap classes whose normals count."""
+    """The 170 LabelMap classes whose normals are valid."""
     text = (resources.files("train.datasets.pascal") / "normals_valid_classes.json").read_text()
     return np.array(sorted(json.loads(text)["ids"].values()))

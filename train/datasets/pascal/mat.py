@@ -1,4 +1,4 @@
-"""PASCAL-Context's and PASCAL-Part's labels, which are MATLAB variables, each checked before it counts."""
+"""Reads and checks the labels of PASCAL-Context and PASCAL-Part, which are MATLAB variables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +52,9 @@ def read_label_map(path: Path) -> NDArray[np.uint16]:
 
 
 def read_parts(path: Path) -> NDArray[np.uint8]:
-    """PASCAL-Part's persons painted in the order of the file, later parts over earlier ones; 0 elsewhere.
+    """Part ids (H, W) of all persons in a PASCAL-Part file, later parts over earlier ones; 0 elsewhere.
 
-    Of the size of its masks, or (1, 1) where there is nothing to paint.
+    The size is that of the file's masks, or (1, 1) where no person has a part.
     """
     label = None
     anno = _records(path, "anno", read_variable(path, "anno"), ("objects",))
@@ -73,7 +73,7 @@ def read_parts(path: Path) -> NDArray[np.uint8]:
 
 
 def _odd(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is not as PASCAL-Part has it, {what}: restore it")
+    return UserError(f"{path} does not follow PASCAL-Part's format, {what}: restore it")
 
 
 def _is_matrix(value: Any) -> bool:
@@ -81,7 +81,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _records(path: Path, what: str, value: Any, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The elements of a struct array, none of MATLAB's []."""
+    """The elements of a struct array; an empty list for MATLAB's []."""
     if isinstance(value, np.ndarray) and value.size == 0:
         return []
     if not isinstance(value, list):

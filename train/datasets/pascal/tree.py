@@ -1,7 +1,7 @@
-"""The trees in which users have PASCAL-Context with five tasks: where they lie and what their files are called.
+"""Folder layouts of PASCAL-Context with five tasks, and the paths of their files.
 
-One data set in four layouts, all with ``JPEGImages/<id>.jpg``, ``ImageSets/Context/<split>.txt``, one id per line, and
-``ImageSets/Parts/<split>.txt``, JSON: id -> VOC classes of its objects:
+The data set exists in four layouts. All have ``JPEGImages/<id>.jpg``, ``ImageSets/Context/<split>.txt`` (one id per
+line) and ``ImageSets/Parts/<split>.txt`` (JSON: id -> VOC classes of its objects). They differ in the label folders:
 
 ======  ==============  =============================================================================================
 layout  usual folder    label folders
@@ -9,11 +9,11 @@ layout  usual folder    label folders
 A       PASCAL_MT       semseg/{VOC12,pascal-context}, human_parts, sal_distill, normals_distill,
                         pascal-context/trainval
 B       PASCALContext   as A
-B'      PASCALContext   as A, beside json/ with class tables that are not needed here
+B'      PASCALContext   as A, plus json/ with class tables that are not needed here
 C       PASCAL_MT       SemanticSegmentation/Context, PascalParts, SaliencyDistill, NormalsDistill, Context/trainval
 ======  ==============  =============================================================================================
 
-A tree is only ever read.
+Nothing is ever written to a tree.
 """
 
 import json
@@ -28,7 +28,7 @@ from train.datasets.pascal.voc import PERSON
 from train.files.reading import reading, require_file
 
 IMAGE_ID = re.compile(r"[\w-]+")
-OFFICIAL: dict[str, tuple[str, ...]] = {  # of several files the first that exists counts
+OFFICIAL: dict[str, tuple[str, ...]] = {  # the first file that exists is used
     "seg": ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),
     "parts": ("human_parts/{}.mat",),
     "sal": ("sal_distill/{}.png",),
@@ -46,7 +46,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree on disk; ``files`` are its layout's label files by task, patterns that take an id."""
+    """A tree on disk. ``files[task]`` are the patterns of its label files, ``{}`` standing for the image id."""
 
     root: Path
     layout: str
@@ -61,25 +61,25 @@ class Tree:
         return self.root / f"JPEGImages/{image_id}.jpg"
 
     def labels(self, task: str, image_id: str) -> list[Path]:
-        """Where the label may lie, the best first; UserError for a task that PASCAL-Context has no labels of."""
+        """Possible paths of the label, the preferred one first; UserError for a task that PASCAL-Context lacks."""
         if task not in self.files:
             raise UserError(f"PASCAL-Context has no labels for {task!r}: choose --tasks among {', '.join(self.files)}")
         return [self.root / pattern.format(image_id) for pattern in self.files[task]]
 
     def label_map(self, image_id: str) -> Path:
-        """The edges' source, which also tells where normals are valid."""
+        """The LabelMap, from which edges are derived and the pixels where normals are valid."""
         return self.labels("edge", image_id)[0]
 
 
 def find_tree(given: Path) -> Tree:
-    """The tree at ``given`` or in its folder PASCAL_MT or PASCALContext, in whichever layout it is."""
+    """The tree at ``given`` or in its folder PASCAL_MT or PASCALContext, in any of the layouts."""
     with reading(given):
         for root in (given, given / "PASCAL_MT", given / "PASCALContext"):
             if (root / "JPEGImages").is_dir():
                 return _recognise(root)
         problem = "holds no folder JPEGImages" if given.is_dir() else "is not a folder"
     raise UserError(
-        f"{given} {problem}: give the folder PASCAL_MT or PASCALContext of the unpacked data set, or the one around it"
+        f"{given} {problem}: give the folder PASCAL_MT or PASCALContext of the unpacked data set, or its parent"
     )
 
 
@@ -92,7 +92,7 @@ def _recognise(root: Path) -> Tree:
 
 
 def read_split(tree: Tree, split: str) -> list[str]:
-    """The ids of a split in the order of its list; UserError for what is no id, and for an id given twice."""
+    """The ids of a split in the order of its list; UserError for an invalid id and for an id listed twice."""
     path = tree.root / f"ImageSets/Context/{split}.txt"
     if not os.path.lexists(path):
         raise UserError(f"{path} does not exist: name a split whose list is in that folder, or restore the list")
@@ -102,9 +102,11 @@ def read_split(tree: Tree, split: str) -> list[str]:
     seen = set()
     for image_id in ids:
         if not IMAGE_ID.fullmatch(image_id):
-            raise UserError(f"{path} lists {image_id!r}, which is not an image id such as 2008_000008: mend the list")
+            raise UserError(
+                f"{path} lists {image_id!r}, which is not an image id such as 2008_000008: correct the list"
+            )
         if image_id in seen:
-            raise UserError(f"{path} lists {image_id} twice: mend the list")
+            raise UserError(f"{path} lists {image_id} twice: correct the list")
         seen.add(image_id)
     if not ids:
         raise UserError(f"{path} lists no image: restore the list")
@@ -112,7 +114,10 @@ def read_split(tree: Tree, split: str) -> list[str]:
 
 
 def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
-    """Those ``ids`` that ImageSets/Parts lists with a person, or not at all; all where the tree has no such list."""
+    """The ``ids`` that may show a person: ImageSets/Parts lists a person for them, or does not list them at all.
+
+    All ``ids`` where the tree has no such list.
+    """
     path = tree.root / f"ImageSets/Parts/{split}.txt"
     if not os.path.lexists(path):
         return ids
@@ -126,8 +131,9 @@ def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
 class ImageFiles:
     """The files of one image.
 
-    ``labels`` by task, of those asked for. ``label_map`` says where normals count, ``guide`` is the segmentation where
-    a crop needs it and it is no label; both None where there is no such file. ``missing``: files that should exist.
+    ``labels``: label files of the requested tasks. ``label_map``: tells where normals are valid. ``guide``: the
+    segmentation, where the crop needs it and it is not a requested label. Both are None where there is no such file.
+    ``missing``: files that should exist.
     """
 
     id: str
@@ -180,19 +186,19 @@ def _require_labels(tree: Tree, split: str, tasks: Sequence[str], images: list[I
 
 
 def require_complete(split: str, images: Sequence[ImageFiles]) -> None:
-    """UserError for the photos that are missing, else for the labels."""
+    """UserError if photos are missing or, if none are, label files."""
     missing = [path for image in images for path in image.missing]
     if photos := [image.photo for image in images if image.photo in image.missing]:
         raise UserError(f"{photos[0]} does not exist ({len(photos)} of {len(images)} photos are missing): restore them")
     if missing:
         raise UserError(
             f"{missing[0]} does not exist ({len(missing)} label files of split {split!r} are missing): "
-            "restore them, or pass --partial-labels to use the labels there are"
+            "restore them, or pass --partial-labels to use the labels that exist"
         )
 
 
 class _Listing:
-    """Which files exist: lists each folder once, which spares a call to the file system per file."""
+    """The files that exist. Lists each folder once, instead of asking the file system for every file."""
 
     def __init__(self) -> None:
         self.names: dict[str, set[str]] = {}

@@ -1,7 +1,7 @@
-"""What is in a scene: a room, solids and jointed figures, drawn at random.
+"""Random scenes: a room, solids and articulated figures.
 
-Looks are correlated with classes so that a small network learns them in minutes: each kind of solid has a hue about
-which its colour is drawn, and figures wear a blue shirt, pale sleeves, dark trousers and pale socks in random shades.
+Appearance is correlated with class, so that a small network learns the classes in minutes. The colour of a solid is
+drawn around a hue of its kind. Figures wear a blue shirt, pale sleeves, dark trousers and pale socks in random shades.
 """
 
 import colorsys
@@ -43,7 +43,7 @@ class Surface:
 
 
 class Bone(NamedTuple):
-    """A segment in units of the body height and the radius, or the semi-axes, of what sheathes it."""
+    """A segment of a figure and the radius, or the three semi-axes, of the solid around it, in body heights."""
 
     name: str
     start: np.ndarray
@@ -52,7 +52,7 @@ class Bone(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where on the floor, in camera space, an object stands, how large it is, and how far the camera looks down."""
+    """A place for an object: its point on the floor in camera space, its scale, and the camera's pitch (radians)."""
 
     point: np.ndarray
     scale: float
@@ -69,12 +69,12 @@ class Scene:
     light: np.ndarray
 
     def table(self, field: str) -> np.ndarray:
-        """A field of all surfaces, by the surface's index."""
+        """One field of all surfaces, indexed by surface."""
         return np.array([getattr(surface, field) for surface in self.surfaces])
 
 
 def compose_scene(rng: np.random.Generator) -> Scene:
-    """Draws a room and three to five objects in it, figures among them in seven scenes of eight."""
+    """Draws a room and three to five objects in it. Seven scenes in eight have figures."""
     pitch, yaw = rng.uniform(0.3, 0.45), rng.uniform(-0.45, 0.45)
     azimuth, elevation = rng.uniform(-0.9, 0.9), rng.uniform(0.5, 0.9)
     light = np.array([cos(elevation) * sin(azimuth), sin(elevation), cos(elevation) * cos(azimuth)])
@@ -90,8 +90,8 @@ def compose_scene(rng: np.random.Generator) -> Scene:
 
 
 def _spots(rng: np.random.Generator, count: int, pitch: float) -> list[Spot]:
-    """A Latin square: no two spots share a column of the picture nor a row, so that objects hide each other without
-    running into each other. What stands lower in the picture is nearer, hence larger."""
+    """A Latin square: no two spots share a column or a row of the picture, so that objects occlude but do not intersect
+    each other. Objects lower in the picture are nearer, hence larger."""
     columns, rows = ((rng.permutation(count) + rng.uniform(0.2, 0.8, count)) / count for _ in range(2))
     spots = []
     for x, y in zip(1.8 * columns - 0.9, 0.55 * rows - 0.98, strict=True):
@@ -129,7 +129,7 @@ def _solid(rng: np.random.Generator, spot: Spot, number: int) -> Iterator[Surfac
 
 
 def _direction(splay: float, swing: float, side: int) -> np.ndarray:
-    """Of a limb that hangs down, swings forward and is splayed outward (radians); ``side`` is -1 or 1."""
+    """Unit vector along a hanging limb, turned out by ``splay`` and forward by ``swing`` (radians); side -1 or 1."""
     return np.array([side * sin(splay), -cos(splay) * cos(swing), cos(splay) * sin(swing)])
 
 

@@ -1,7 +1,7 @@
-"""The embedded data set: rendered rooms whose geometry is the label of all tasks.
+"""The built-in data set: rendered rooms, whose labels of all tasks follow from their geometry.
 
-A scene is a list of surfaces, each a shape with what it is: object, class, body part, colour. One z-buffer finds the
-surface that owns each pixel; every label is then a table look-up.
+A scene is a list of surfaces. A surface is a shape with its object number, class, body part and colour. One z-buffer
+finds the visible surface of each pixel; every label is then a table look-up.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
 from train.tasks.edge import edges_from_label_map
 
 SPLITS = ("train", "val")
-CAMERA = 5.0  # z of the plane that depth is measured from, beyond the nearest thing of any scene
+CAMERA = 5.0  # z of the plane that depth is measured from; every object lies behind it
 
 
 def rasterize(scene: Scene, size: int) -> ZBuffer:
-    """The owner of a pixel is an index of ``scene.surfaces``."""
+    """The z-buffer of a scene; the owner of a pixel is an index into ``scene.surfaces``."""
     buffer = ZBuffer(size)
     for index, surface in enumerate(scene.surfaces):
         buffer.paint(surface.shape, index)
@@ -39,7 +39,7 @@ def label_parts(scene: Scene, buffer: ZBuffer) -> np.ndarray:
 
 
 def label_sal(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """The object, figure or solid, that shows the most pixels."""
+    """The object (figure or solid) with the most visible pixels."""
     objects = scene.table("object")
     shown = np.bincount(objects, np.bincount(buffer.owner.ravel(), minlength=len(objects)))
     salient = FIRST_OBJECT + shown[FIRST_OBJECT:].argmax()
@@ -47,19 +47,19 @@ def label_sal(scene: Scene, buffer: ZBuffer) -> np.ndarray:
 
 
 def label_normals(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """Of all surfaces, wall and floor included: camera space has x to the right, labels have it to the left."""
+    """Normals of all surfaces, wall and floor included. Camera space has +x right, labels have +x left."""
     return (buffer.normal * [[[-1]], [[1]], [[1]]]).astype(np.float32)
 
 
 def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """The field's rule on a label map in which each solid, each part of each figure, wall and floor have a label."""
+    """Edges, by the field's rule, of a map that labels each solid, each part of each figure, the wall and the floor."""
     # Powers of five: four neighbours cannot sum to four times the centre unless all are equal to it.
     _, group = np.unique(len(PART_NAMES) * scene.table("object") + scene.table("part"), return_inverse=True)
     return edges_from_label_map((5**group)[buffer.owner])
 
 
 def label_depth(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """Metres from a plane in front of all things; camera space has z towards the viewer and the metre as its unit."""
+    """Metres behind the plane z = CAMERA; camera space has z towards the viewer and is in metres."""
     return (CAMERA - buffer.depth).astype(np.float32)
 
 
@@ -92,11 +92,11 @@ def _room_texture(scene: Scene, buffer: ZBuffer) -> np.ndarray:
 
 
 class Scenes:
-    """``length`` scenes of ``split`` ("train" or "val"), rendered at size x size when they are asked for.
+    """``length`` scenes of ``split`` ("train" or "val"), rendered at size x size on access.
 
     A scene is a function of (seed, split, index) alone; ``size`` only sets how finely it is sampled. The epoch is
-    ignored: augmentation would add nothing that a greater length does not. A data set as :mod:`train.datasets.base`
-    defines it.
+    ignored, since a larger ``length`` does what augmentation would. A data set as :mod:`train.datasets.base` defines
+    it.
     """
 
     name = "scenes"
@@ -128,7 +128,7 @@ class Scenes:
         return self.size, self.size
 
     def boundary_maps(self) -> dict[str, Callable[[], np.ndarray]]:
-        """None: odsF is defined on PASCAL-Context's LabelMaps."""
+        """Empty: odsF is defined on PASCAL-Context's LabelMaps."""
         return {}
 
     def __len__(self) -> int:

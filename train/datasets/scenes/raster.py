@@ -1,8 +1,8 @@
 """Solids on a pixel grid: the nearest surface point of every pixel and its unit normal, in closed form.
 
 Camera space is x right, y up, z towards the viewer. The picture spans [-1, 1] x [-1, 1] and its rays are parallel
-to z, so what a solid shows is a height field over the picture: ``hit(x, y)`` returns the depth z, float64 (h, w)
-with -inf where the ray misses, and the unit normal, float64 and broadcastable to (3, h, w).
+to z, so the visible side of a solid is a height field over the picture. ``hit(x, y)`` returns the depth z, float64
+(h, w) with -inf where the ray misses, and the unit normal, float64 and broadcastable to (3, h, w).
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Shape(Protocol):
 
 
 def upright_frame(pitch: float, yaw: float) -> np.ndarray:
-    """(3, 3): rows are the right, up and front axes, in camera space, of a thing that is turned by ``yaw`` about
-    the vertical and seen by a camera that looks down by ``pitch`` (radians)."""
+    """(3, 3): rows are the right, up and front axes, in camera space, of an object turned by ``yaw`` about the vertical
+    and seen by a camera that looks down by ``pitch`` (radians)."""
     right = (cos(yaw), sin(yaw) * sin(pitch), -sin(yaw) * cos(pitch))
     up = (0.0, cos(pitch), sin(pitch))
     front = (sin(yaw), -cos(yaw) * sin(pitch), cos(yaw) * cos(pitch))
@@ -55,7 +55,7 @@ class ZBuffer:
         return rows, slice(int((left + 1) / 2 * size), int((right + 1) / 2 * size) + 1)
 
     def paint(self, shape: Shape, owner: int) -> None:
-        """Keeps, pixel by pixel, whichever is nearer: the shape or what is there."""
+        """Keeps, at each pixel, the nearer of the shape and the surface painted before."""
         rows, cols = self._window(shape)
         depth, normal = shape.hit(self.x[:, cols], self.y[rows])
         nearer = depth > self.depth[rows, cols]
@@ -80,7 +80,7 @@ class Plane:
 
 
 def triangular_axes(axes: np.ndarray) -> np.ndarray:
-    """The ellipsoid {axes @ q : |q| <= 1} described by the one lower-triangular matrix that yields the same set."""
+    """The lower-triangular matrix L for which {L @ q : |q| <= 1} is the ellipsoid {axes @ q : |q| <= 1}."""
     return np.linalg.cholesky(axes @ axes.T)
 
 
@@ -88,8 +88,8 @@ def triangular_axes(axes: np.ndarray) -> np.ndarray:
 class Pill:
     """An ellipsoid swept along the segment start - end: a capsule, or an ellipsoid where the two are one point.
 
-    ``axes`` is lower triangular (r * identity for a ball). Then p = start + axes @ q moves z only by the third
-    coordinate of q: in q the rays still run along the third axis, and what they meet is a capsule of radius 1.
+    ``axes`` is lower triangular (r * identity for a ball). In p = start + axes @ q the third coordinate of q
+    then changes z alone. So in q the rays still run along the third axis, and the solid is a capsule of radius 1.
     """
 
     start: np.ndarray
@@ -114,7 +114,7 @@ class Pill:
         dv = (dy - b * du) / c
         rise = (dz - d * du - e * dv) / f
 
-        # Of the unit balls along the segment, t in [0, 1] has the highest point over (u, v): height is concave in t.
+        # The ball at t in [0, 1] along the segment is the one that is highest over (u, v); height is concave in t.
         length = hypot(du, dv) or 1e-12
         s = (u * du + v * dv) / length
         across2 = 1 - (u * u + v * v - s * s)
@@ -160,7 +160,7 @@ class Upright:
         return np.where(front >= reduce(np.maximum, backs), self.centre[2] + front, -inf), normal
 
     def _intervals(self, origin: list[np.ndarray]) -> list[Interval]:
-        """Of the rays origin + z * frame[:, 2], in own coordinates about the centre."""
+        """One per constraint, for the rays origin + z * frame[:, 2] in the solid's coordinates about its centre."""
         raise NotImplementedError
 
     def _slab(self, origin: list[np.ndarray], axis: int) -> Interval:
