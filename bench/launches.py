@@ -12,30 +12,32 @@ from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
 from kernels.matmul import matmul, matmul_routed
 from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
-from kernels.packed import Packed
+from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Tensor | SplitRouters]
 # Ranks of 64 for the published pools, then 128 and 256: every entry of kernels/tables.json.
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1", "16/3/1/8", "64/12/4/2", "16/3/1/16", "64/12/4/4", "128/8/4/2")
 LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
-    "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["routers"], t["h"], segments, pool),
+    "route_shrink": lambda t, segments, pool: route_shrink(t["x"], t["a"], t["split"], t["h"], segments, pool),
     "expand": lambda t, segments, pool: expand(t["x"], t["h"], t["b"], segments, pool),
     "expand_backward": lambda t, segments, pool: expand_backward(
-        t["x"], t["h"], t["z"], t["a"], t["routers"], segments, pool
+        t["x"], t["h"], t["dz"], t["a"], t["routers"], segments, pool
     ),
     "gate_backward": lambda t, segments, pool: gate_backward(t["x"], t["b"], t["h"], t["z"], t["dp"], segments, pool),
     "gate_backward_inplace": lambda t, segments, pool: gate_backward_inplace(
         t["buffer"][:, t["wide"].shape[1] :], t["h"].shape[1], t["h"], t["z"], t["dp"], segments, pool
     ),
-    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["z"], t["peak"], segments, pool),
+    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["dz"], t["peak"], segments, pool),
     "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], segments, pool),
+    "reduce": lambda t, segments, pool: reduce(t["db"], t["da"], t["drouters"]),
     "matmul": lambda t, segments, pool: matmul(t["wide"], t["up"].t(), t["bias"], segments, pool),
     "matmul_routed": lambda t, segments, pool: matmul_routed(
-        t["wide"], t["down"], t["z"], t["routers"], segments, pool
+        t["wide"], t["down"], t["dz"], t["routers"], segments, pool
     ),
     "matmul_gelu": lambda t, segments, pool: matmul_gelu(
         t["x"], t["down"], t["bias_down"], t["buffer"][:, : t["wide"].shape[1]], pool
@@ -75,9 +77,15 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
         "dp": (tasks, pool.columns),
         "routers": (tasks, pool.columns, width),
         "peak": (),
+        "db": (tasks, width, ranks),
+        "da": (tasks, ranks, width),
+        "drouters": (tasks, 1, pool.columns, width),
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
-    return made | {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+    made |= {name: torch.randn(shape, device=like.device) for name, shape in full.items()}
+    split = like.dtype == torch.bfloat16
+    made["dz"] = torch.cat([made["z"]] * 2, 1).to(like.dtype) if split else made["z"]
+    return made | {"split": SplitRouters.of(made["routers"], like.dtype)}
 
 
 class AdaptedFFN:
@@ -92,7 +100,7 @@ class AdaptedFFN:
         self.packed.fill(t["a"], t["b"], t["routers"])
 
     def forward(self) -> None:
-        _, _, _, h, z, u = ffn_forward(self.t["x"], self.packed, self.t["routers"], *self.setting)
+        _, _, _, h, z, u = ffn_forward(self.t["x"], self.packed, *self.setting)
         self.saved = self.t["x"], u, h, z
 
     def backward(self) -> None:

@@ -117,9 +117,9 @@ class LoRAMoE(nn.Module):
         packed = self.packing.for_pass(self.linears, self.adapters)
         tokens = x.to(packed.up.dtype).flatten(0, -2)
         segments = self.routing.segments(len(tokens), x.device)
-        lora = self.lora_A, self.lora_B
+        lora, gating, deterministic = (self.lora_A, self.lora_B), self.config.gating, self.routing.deterministic
         with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, self.config.gating), segments
+            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, gating, deterministic), segments
 
     def extra_repr(self) -> str:
         return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"

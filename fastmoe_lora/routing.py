@@ -49,11 +49,12 @@ class RoutingStatistics:
 class Routing:
     """State shared by the LoRAMoE layers of one model: how a batch divides among the tasks, and what routers chose.
 
-    The layers read it, so that the blocks of the ViT pass tokens only.
+    The layers read it, so that the blocks of the ViT pass tokens only. ``deterministic`` makes the bits of a token in
+    the forward pass of our kernels independent of the batch around it (:func:`kernels.lora_moe_packed`).
     """
 
-    def __init__(self, tasks: int, kernel: str = "auto") -> None:
-        self.tasks, self.kernel = tasks, kernel
+    def __init__(self, tasks: int, kernel: str = "auto", deterministic: bool = False) -> None:
+        self.tasks, self.kernel, self.deterministic = tasks, kernel, deterministic
         self.statistics: RoutingStatistics | None = None
         self._images: tuple[int, ...] = ()
         self._mean_probs: dict[int, Tensor] = {}

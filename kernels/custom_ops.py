@@ -1,7 +1,7 @@
 """PyTorch custom operators over the kernels, with their fake versions and their autograd.
 
     lora_moe            forward     route_shrink, expand
-                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, expand
+                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, reduce, expand
                         saved       x, H (T, R) in x's type and z (T, C) fp32
     lora_moe_packed     forward     route_shrink, gelu, two GEMMs
     of an FFN           backward    a GEMM, gelu, gate_backward, the same weight_grads, a GEMM
@@ -25,8 +25,9 @@ from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gate_backward import gate_backward
 from kernels.gating import Gating
 from kernels.linear import linear_backward, linear_forward
-from kernels.packed import Packed
+from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.tiles import ffn_algorithm
@@ -44,9 +45,9 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _setting(
     a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: str | int
-) -> tuple[Tensor, TaskSegments, Pool]:
-    """(routers in fp32, segments, pool): what every launch is given."""
-    return _as(routers, torch.float32), TaskSegments(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
+) -> tuple[TaskSegments, Pool]:
+    """What every launch is given."""
+    return TaskSegments(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
 
 
 def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, gating: Gating) -> tuple[Tensor, ...]:
@@ -85,10 +86,10 @@ def lora_moe_op(
     shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z)."""
-    exact, segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
+    segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, base = _rows(x), _rows(base)
-    gated = x.new_empty(len(x), pool.ranks)
-    h, z, g, p = route_shrink(x, _as(a, x.dtype), exact, gated, segments, pool)
+    gated, split = x.new_empty(len(x), pool.ranks), SplitRouters.of(routers, x.dtype)
+    h, z, g, p = route_shrink(x, _as(a, x.dtype), split, gated, segments, pool)
     return expand(base, gated, _as(b, x.dtype), segments, pool), g, p, h, z
 
 
@@ -114,12 +115,12 @@ def lora_moe_backward_op(
     shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    exact, segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
+    segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
     dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
-    db = weight_grad_b(dy, gated, segments, pool)
-    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
-    dx = expand_backward(None, dh, dz, _as(a, x.dtype), exact, segments, pool)
+    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
+    da, db, drouters = reduce(*parts)
+    dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), segments, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
@@ -173,6 +174,8 @@ def lora_moe_packed_op(
     down: Tensor,
     bias_up: Tensor,
     bias_down: Tensor,
+    parts: Tensor,
+    scales: Tensor,
     offsets: Tensor,
     counts: Sequence[int],
     gating: str,
@@ -181,7 +184,8 @@ def lora_moe_packed_op(
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
-    setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
+    setting = _setting(a, routers, offsets, counts, gating, k, shared)
+    packed = Packed.of(up, down, bias_up, bias_down, parts, scales)
     x = _rows(x)
     if packed.hidden:
         return ffn_forward(x, packed, *setting, algorithm or ffn_algorithm(x))
@@ -189,7 +193,7 @@ def lora_moe_packed_op(
 
 
 @lora_moe_packed_op.register_fake
-def _(x, a, b, routers, up, down, bias_up, bias_down, offsets, counts, gating, k, shared, algorithm):
+def _(x, a, b, routers, up, down, bias_up, bias_down, parts, scales, offsets, counts, gating, k, shared, algorithm):
     return *_fake(x, len(up), a, routers, Gating(gating, k, shared)), x.new_empty(len(x), len(bias_down))
 
 
@@ -208,6 +212,8 @@ def lora_moe_packed_backward_op(
     down: Tensor,
     bias_up: Tensor,
     bias_down: Tensor,
+    parts: Tensor,
+    scales: Tensor,
     offsets: Tensor,
     counts: Sequence[int],
     gating: str,
@@ -216,12 +222,14 @@ def lora_moe_packed_backward_op(
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    setting, packed = _setting(a, routers, offsets, counts, gating, k, shared), Packed(up, down, bias_up, bias_down)
-    gradients, x = (_rows(dy), dp.contiguous()), _rows(x)
+    setting = _setting(a, routers, offsets, counts, gating, k, shared)
+    packed = Packed.of(up, down, bias_up, bias_down, parts, scales)
+    gradients, x, exact = (_rows(dy), dp.contiguous()), _rows(x), _as(routers, torch.float32)
     if packed.hidden:
-        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, *setting, algorithm or ffn_algorithm(x))
+        setting = *setting, algorithm or ffn_algorithm(x)
+        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, exact, *setting)
     else:
-        dx, da, db, drouters = linear_backward(gradients, (x, h, z), packed, *setting)
+        dx, da, db, drouters = linear_backward(gradients, (x, h, z), packed, exact, *setting)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
@@ -231,10 +239,10 @@ def _(dy, dp, x, u, h, z, a, b, routers, *rest):
 
 
 def _save_packed(ctx, inputs, output):
-    x, a, b, routers, *packed, offsets = inputs[:9]
+    x, a, b, routers, *packed, offsets = inputs[:11]
     _, g, _, h, z, u = output
     # Not saved tensors: another pass may pack the same values once more before this one's backward.
-    ctx.packed, ctx.static = packed, inputs[9:]
+    ctx.packed, ctx.static = packed, inputs[11:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, u, h, z, a, b, routers, offsets)
     ctx.mark_non_differentiable(g, h, z, u)
@@ -244,7 +252,7 @@ def _packed_backward(ctx, dy, dg, dp, dh, dz, du):
     x, _, _, z, _, b, routers, offsets = saved = ctx.saved_tensors
     given = _given(dy, dp, x, z, len(b), len(routers))
     gradients = lora_moe_packed_backward_op(*given, *saved[:-1], *ctx.packed, offsets, *ctx.static)
-    return *gradients, *[None] * 10
+    return *gradients, *[None] * 12
 
 
 lora_moe_packed_op.register_autograd(_packed_backward, setup_context=_save_packed)
@@ -258,13 +266,17 @@ def lora_moe_packed(
     segments: TaskSegments,
     gating: Gating,
     algorithm: str = "",
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, in fp32, fp16 or bf16.
 
     ``packed`` holds the frozen weights and the newest values of ``lora`` and ``routers``, in x's type. ``algorithm`` is
-    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens.
+    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens, with
+    ``deterministic`` the same for every number.
     """
     _check(x)
+    if packed.hidden and deterministic and not algorithm:
+        algorithm = ffn_algorithm(x, deterministic)
     static = segments.counts, gating.name, gating.k, gating.shared, algorithm
     y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, segments.offsets, *static)
     return y, g, p

@@ -74,13 +74,21 @@ def lora_moe(
 
 
 def lora_moe_packed(
-    x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
+    x: Tensor,
+    packed: Packed,
+    lora: tuple[Tensor, Tensor],
+    routers: Tensor,
+    segments: TaskSegments,
+    gating: Gating,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operation fused with the frozen FFN or linear layer in ``packed``, by the Triton kernels: y, g and P of
     :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`.
 
-    ``packed`` holds the newest values of ``lora`` and ``routers``, in x's type.
+    ``packed`` holds the newest values of ``lora`` and ``routers``, in x's type. With ``deterministic``, algorithm and
+    tiles depend on the pool, the widths and the device alone, so that in our kernels a token's bits do not depend on
+    the other tokens of the batch. cuBLAS may still choose its kernel by the number of tokens.
     """
     from kernels import custom_ops
 
-    return custom_ops.lora_moe_packed(x, packed, lora, routers, segments, gating)
+    return custom_ops.lora_moe_packed(x, packed, lora, routers, segments, gating, deterministic=deterministic)

@@ -53,14 +53,14 @@ def expand_kernel(
 
 @triton.jit
 def expand_backward_kernel(
-    base, dh, dz, a, routers, dx, offsets, base_stride, dh_stride, d,
+    base, dh, dz, a, routers, dx, offsets, base_stride, dh_stride, dz_stride, d,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     hidden = tl.load(dh + rows * dh_stride + expert, inside & (expert < N * RANK), 0.0)
-    logits = tl.load(dz + rows * C + column, inside & (column < C), 0.0).to(hidden.dtype)
+    logits = tl.load(dz + rows * dz_stride + column, inside & (column < C), 0.0).to(hidden.dtype)
     row, rank = tl.arange(0, NP)[:, None], tl.arange(0, NP * RANK)[:, None]
     router = routers + tl.program_id(1) * C * d + row * d
     for start in range(0, d, BN):
@@ -92,15 +92,15 @@ def expand_backward(
 ) -> Tensor:
     """dx (T, d).
 
-    base (T, d), dh (T, R) and a (R, d) have one type, the first two any row strides; dz (T, C) and routers (tasks, C,
-    d) are fp32.
+    base (T, d), dh (T, R) and a (R, d) have one type, the first two any row strides; dz as gate_backward returns it and
+    routers (tasks, C, d) are fp32.
     """
     given = base is not None
     base = base if given else dh
     dx = dh.new_empty(len(dh), a.shape[1])
     sizes = tile("expand", dh, pool)
     expand_backward_kernel[segments.grid(sizes["BM"])](
-        base, dh, dz, a, routers, dx, segments.offsets, base.stride(0), dh.stride(0), a.shape[1],
+        base, dh, dz, a, routers, dx, segments.offsets, base.stride(0), dh.stride(0), dz.stride(0), a.shape[1],
         **pool.constants(), BASE=given, **sizes,
     )  # fmt: skip
     return dx

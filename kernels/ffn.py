@@ -30,6 +30,7 @@ from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
@@ -52,14 +53,14 @@ def ffn_reference(
 
 
 def ffn_forward(
-    x: Tensor, packed: Packed, routers: Tensor, segments: TaskSegments, pool: Pool, algorithm: str
+    x: Tensor, packed: Packed, segments: TaskSegments, pool: Pool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y (T, D), g, P, H, z, u (T, F)) from x (T, d), in the type of ``packed``, and routers (tasks, C, d) fp32."""
+    """(y (T, D), g, P, H, z, u (T, F)) from x (T, d), in the type of ``packed``."""
     hidden, up = packed.hidden, packed.up
     inner = x.new_empty(len(x), up.shape[1])
     a = packed.down[hidden : hidden + pool.ranks]
     with span("route"):
-        h, z, g, p = route_shrink(x, a, routers, inner[:, hidden:], segments, pool)
+        h, z, g, p = route_shrink(x, a, packed.routers, inner[:, hidden:], segments, pool)
     with span("ffn"):
         if algorithm == "fused":
             u = matmul_gelu(x, packed.down[:hidden], packed.bias_down, inner[:, :hidden], pool)
@@ -100,8 +101,8 @@ def ffn_backward(
         dh, dz, gated, peak = gate_backward(dy, up[:, hidden:], h, z, dp, segments, pool)
     else:
         dh, dz, gated, peak = gate_backward_inplace(grad[:, hidden:], packed.padded_ranks, h, z, dp, segments, pool)
-    db = weight_grad_b(dy, gated, segments, pool)
-    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
+    da, db, drouters = reduce(*parts)
     if algorithm == "matmul":
         dx = matmul_routed(grad, down[:width], dz, routers, segments, pool)
     elif algorithm == "expand":

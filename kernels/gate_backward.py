@@ -6,8 +6,8 @@
           g dg - p sum(g dg)                 topk, naive-shared: over the routers' columns, p their softmax
         + p (c - sum p c), c = dP / tokens of the task                      from the mutual-information loss
 
-Grid (block, task), BM tokens each. The gates are recomputed from z, which costs no more than reading them. H' is
-written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
+Grid (block, task), BM tokens each. The gates are recomputed from z, which carries the selection (jit_helpers.mark). H'
+is written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
 GIVEN: dH' comes from a wider GEMM and is overwritten by dH. SPREAD: dz is also stored in per-task blocks, C columns per
 task and zero elsewhere, so that dz W_task joins the next GEMM.
 Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.gating import Gating
-from kernels.jit_helpers import gates, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
+from kernels.jit_helpers import gates, marks, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
 from kernels.pool import Pool
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def gate_backward_reference(
     dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, gating: Gating
-) -> Outputs:
-    """(dH, dz, H', the largest magnitude in dz), which is 0 without tokens."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dH, dz (T, C), H')."""
     g, p = reference.gates(z, gating), z.softmax(-1)
     rank = h.shape[1] // g.shape[1]
     dgated = dy @ b
@@ -43,7 +43,7 @@ def gate_backward_reference(
         dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
     c = torch.cat([row.expand(n, -1) / n for n, row in zip(segments.counts, dp, strict=True)])
     dz = dz + _softmax_backward(p, c)
-    return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype), dz.abs().amax()
+    return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype)
 
 
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
@@ -52,9 +52,9 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def gate_backward_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D, k,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
-    GIVEN: tl.constexpr, SPREAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
+    GIVEN: tl.constexpr, SPREAD: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
@@ -70,7 +70,7 @@ def gate_backward_kernel(
             dgated = tl.dot(grad, up, dgated, input_precision="ieee")
 
     logits = tl.load(z + rows * C + column, inside & (column < C), 0.0)
-    gate, _ = gates(logits, k, N, SHARED, GATING)
+    gate, _ = gates(logits, marks(logits), N, SHARED, GATING)
     place, here = rows * (N * RANK) + expert, inside & (expert < N * RANK)
     passed_on = (dgated * per_rank(gate, RANK)).to(dh.dtype.element_ty)
     tl.store(dh + rows * dh_stride + expert, passed_on, inside & (expert < padded_ranks))
@@ -87,7 +87,13 @@ def gate_backward_kernel(
         dlogits = through - gate * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
     else:
         dlogits = through - p * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
-    tl.store(dz + rows * C + column, dlogits, inside & (column < C))
+    if dz.dtype.element_ty == tl.bfloat16:
+        high = dlogits.to(tl.bfloat16)
+        tl.store(dz + rows * (2 * C) + column, high, inside & (column < C))
+        low = (dlogits - high.to(tl.float32)).to(tl.bfloat16)
+        tl.store(dz + rows * (2 * C) + C + column, low, inside & (column < C))
+    else:
+        tl.store(dz + rows * C + column, dlogits, inside & (column < C))
     if SPREAD:
         spread, first = dh + rows * dh_stride + padded_ranks, tl.program_id(1) * C
         for start in range(0, width, NP):
@@ -95,14 +101,18 @@ def gate_backward_kernel(
             elsewhere = (other < width) & ((other < first) | (other >= first + C))
             tl.store(spread + other, tl.zeros((BM, NP), dh.dtype.element_ty), inside & elsewhere)
         tl.store(spread + first + column, dlogits.to(dh.dtype.element_ty), inside & (column < C))
-    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))
+    if PEAK:
+        block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(peaks + block, tl.max(tl.where(inside, tl.abs(dlogits), 0.0)))
 
 
 def gate_backward(
     dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, pool: Pool
 ) -> Outputs:
-    """(dH (T, R), dz (T, C), H' (T, R), the largest magnitude in dz).
+    """(dH (T, R), dz, H' (T, R), peak).
+
+    dz is fp32 (T, C); in bf16 it is [high | low] (T, 2 C), whose sum is dz to 2^-17. peak () is the largest magnitude
+    in dz for fp16, else None.
 
     dy (T, D) and b (D, R) are in h's type with any row strides; z (T, C) and dp (tasks, C) are fp32.
     """
@@ -127,18 +137,21 @@ def _launch(
     target: tuple[Tensor, int],
     segments: TaskSegments,
     pool: Pool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dz, H', peak). ``product`` is (dY, B), or None if ``target``, (buffer of dH, its padded ranks), holds dH'."""
     (h, z, dp), (dh, padded_ranks) = known, target
     dy, b = product or (dh, dh)
-    dz, gated = torch.empty_like(z), torch.empty_like(h)
+    # In bf16 dz is two such numbers, high and low; fp16 cannot express small ones, so the largest is found for a scale.
+    split, find_peak = h.dtype == torch.bfloat16, h.dtype == torch.float16
+    dz = h.new_empty(len(z), 2 * z.shape[1]) if split else torch.empty_like(z)
+    gated = torch.empty_like(h)
     sizes = tile("gate_backward" if product else "gate_backward_inplace", h, pool)
     blocks, tasks = segments.grid(sizes["BM"])
-    peaks = z.new_empty(tasks, blocks) if blocks else z.new_zeros(1)
+    peaks = (z.new_empty if blocks else z.new_zeros)(tasks, max(blocks, 1)) if find_peak else z
     gate_backward_kernel[blocks, tasks](
         dy, b, h, z, dp, segments.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0),
-        padded_ranks, dh.shape[1] - padded_ranks, len(b), pool.gating.k,
+        padded_ranks, dh.shape[1] - padded_ranks, len(b),
         **pool.constants(), **pool.gate_constants(),
-        GIVEN=product is None, SPREAD=dh.shape[1] > padded_ranks, **sizes,
+        GIVEN=product is None, SPREAD=dh.shape[1] > padded_ranks, PEAK=find_peak, **sizes,
     )  # fmt: skip
-    return dz, gated, peaks.amax()
+    return dz, gated, peaks.amax() if find_peak else None

@@ -8,19 +8,47 @@ import triton.language as tl
 
 
 @triton.jit
+def sort_keys(z):
+    """int32 numbers that are ordered like the fp32 z, NaN above all; to be inverted by the same exclusive or."""
+    bits = tl.where(z != z, 0x7FFFFFFF, z.to(tl.int32, bitcast=True))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def select(z, sparse, k):
     """True at the k largest of the first ``sparse`` columns of z (BM, NP); of equal logits the lowest index wins.
 
-    NaN counts as the largest, as in torch.sort: it is selected, so that the token's gates become NaN.
+    NaN counts as the largest, as in torch.sort: it is selected, so that the token's gates become NaN. Each round is one
+    reduction over 64-bit keys: the logit above, the column below, so that no two are equal.
     """
     columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
-    key = tl.where(z != z, float("inf"), z)
-    remaining = columns < sparse
-    for _ in range(k):
-        largest = tl.max(tl.where(remaining, key, float("-inf")), 1)[:, None]
-        first = tl.min(tl.where(remaining & (key == largest), columns, z.shape[1]), 1)[:, None]
-        remaining = remaining & (columns != first)
-    return (columns < sparse) & (remaining == 0)
+    keys = sort_keys(tl.where(z == 0, 0.0, z))  # -0 equals 0
+    order = (keys.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
+    order = tl.where(columns < sparse, order, -9223372036854775807)
+    left = order  # a column that was taken becomes the lowest number
+    kth = tl.max(left, 1)[:, None]
+    for _ in range(1, k):
+        left = tl.where(left == kth, -9223372036854775807, left)
+        kth = tl.max(left, 1)[:, None]
+    return order >= kth
+
+
+@triton.jit
+def mark(z, selected):
+    """z with the selection in the lowest bit of its sort keys, so that the backward pass need not select again.
+
+    A logit moves by at most one unit in the last place and the order stays. Infinities stay as they are.
+    """
+    keys = (sort_keys(tl.where(z == 0, 0.0, z)) & -2) | selected.to(tl.int32)
+    marked = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(z) == float("inf"), z, marked)
+
+
+@triton.jit
+def marks(z):
+    """The selection in the logits of :func:`mark`. Infinite ones count as selected; the gate of -inf is 0 anyway."""
+    bits = z.to(tl.int32, bitcast=True)
+    return (((bits ^ (bits >> 31)) & 1) != 0) | (z == float("inf"))
 
 
 @triton.jit
@@ -38,10 +66,9 @@ def softmax_backward(p, dp):
 
 
 @triton.jit
-def gates(z, k, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
-    """(g, p), both (BM, NP): the gates and the softmax over all router columns."""
+def gates(z, m, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
+    """(g, p), both (BM, NP): the gates under the selection m and the softmax over all router columns."""
     columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
-    m = select(z, N - SHARED, k)
     if GATING == "naive-shared":  # a shared expert has no logit; its gate is 1
         p = softmax(z, columns < N - SHARED)
         g = tl.where(columns < N - SHARED, p * m.to(tl.float32), (columns < N).to(tl.float32))

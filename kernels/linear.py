@@ -21,6 +21,7 @@ from kernels.gating import Gating
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import weight_grad_a, weight_grad_b
@@ -34,12 +35,14 @@ def linear_reference(
 
 
 def linear_forward(
-    x: Tensor, packed: Packed, routers: Tensor, segments: TaskSegments, pool: Pool
+    x: Tensor, packed: Packed, segments: TaskSegments, pool: Pool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y (T, D), g, P, H, z); x (T, d) in the type of ``packed``, routers (tasks, C, d) fp32."""
+    """(y (T, D), g, P, H, z); x (T, d) in the type of ``packed``."""
     inner = x.new_empty(len(x), packed.up.shape[1])
     with span("route"):
-        h, z, g, p = route_shrink(x, packed.down[: pool.ranks], routers, inner[:, packed.inner :], segments, pool)
+        h, z, g, p = route_shrink(
+            x, packed.down[: pool.ranks], packed.routers, inner[:, packed.inner :], segments, pool
+        )
     with span("ffn"):
         inner[:, : packed.inner] = x
         y = F.linear(inner, packed.up, packed.bias_up)
@@ -58,7 +61,7 @@ def linear_backward(
     (dy, dp), (x, h, z) = gradients, saved
     grad = torch.mm(dy, packed.up)
     dh, dz, gated, peak = gate_backward_inplace(grad[:, packed.inner :], packed.padded_ranks, h, z, dp, segments, pool)
-    db = weight_grad_b(dy, gated, segments, pool)
-    da, drouters = weight_grad_a(x, dh, dz, peak, segments, pool)
+    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
+    da, db, drouters = reduce(*parts)
     dx = expand_backward(grad[:, : packed.inner], dh, dz, packed.down[: pool.ranks], routers, segments, pool)
     return dx, da, db, drouters

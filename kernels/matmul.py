@@ -32,7 +32,7 @@ def matmul_routed_reference(x: Tensor, weight: Tensor, dz: Tensor, routers: Tens
 
 @triton.jit
 def matmul_kernel(
-    x, weight, bias, dz, routers, y, offsets, x_stride, weight_inner, weight_outer, K, WIDTH, C,
+    x, weight, bias, dz, routers, y, offsets, x_stride, weight_inner, weight_outer, dz_stride, K, WIDTH, C,
     BIAS: tl.constexpr, ROUTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr = 8,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def matmul_kernel(
     if ROUTED:
         for start in range(0, C, 16):
             column, row = start + tl.arange(0, 16)[None, :], start + tl.arange(0, 16)[:, None]
-            logits = tl.load(dz + rows * C + column, inside & (column < C), 0.0).to(x.dtype.element_ty)
+            logits = tl.load(dz + rows * dz_stride + column, inside & (column < C), 0.0).to(x.dtype.element_ty)
             router = routers + (tl.program_id(1) * C + row) * WIDTH + outer
             total = dot_exact(logits, tl.load(router, (row < C) & (outer < WIDTH), 0.0), total)
     if BIAS:
@@ -66,7 +66,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, segments: TaskSegment
 
 
 def matmul_routed(x: Tensor, weight: Tensor, dz: Tensor, routers: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
-    """x weight + dz W_task (T, width); dz (T, C) and routers (tasks, C, width) are fp32."""
+    """x weight + dz W_task (T, width); dz as gate_backward returns it, routers (tasks, C, width) fp32."""
     return _launch(x, weight, None, (dz, routers), segments, pool)
 
 
@@ -84,6 +84,6 @@ def _launch(
     blocks, tasks = segments.grid(sizes["BM"])
     matmul_kernel[(blocks * triton.cdiv(y.shape[1], sizes["BN"]), tasks)](
         x, weight, x if bias is None else bias, dz, routers, y, segments.offsets, x.stride(0), *weight.stride(),
-        *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
+        dz.stride(0), *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
     )  # fmt: skip
     return y

@@ -4,9 +4,10 @@
     g = gates(z)     (T, N) fp32         P = mean over the task's tokens of softmax(z)   (tasks, C) fp32
     H' = H * per_rank(g)     (T, R)
 
-Grid (block, task), BM tokens each. Routers are fp32 even if the tokens have half precision. P is summed within a block
-by the kernel, then over the blocks by torch, in a fixed order. H' may be columns of a wider buffer, which the next GEMM
-reads.
+Grid (block, task), BM tokens each. Beside half-precision tokens the fp32 routers are two matrices of that type, high
+and low parts with an accumulator each, split where weights are packed. P is summed within a block by the kernel, then
+over the blocks by torch, in a fixed order. H' may be columns of a wider buffer, which the next GEMM reads. z carries
+the selection in the lowest bits of its sort keys (jit_helpers.mark), for the backward pass.
 Bytes: T d es read, T (2R es + 4C + 4N) written. FLOPs: 2 T d (R + 2C).
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.gating import Gating
-from kernels.jit_helpers import dot_exact, gates, per_rank, task_length, task_rows
+from kernels.jit_helpers import gates, mark, per_rank, select, task_length, task_rows
+from kernels.packed import SplitRouters
 from kernels.pool import Pool
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
@@ -35,27 +37,51 @@ def route_shrink_reference(
     return h, z, g, reference.mean_probs(z, segments), gated
 
 
+def marked_reference(z: Tensor, gating: Gating) -> Tensor:
+    """z (T, C) fp32 with the selection in the lowest bit of its sort keys, 1 at the k selected experts.
+
+    A sort key is the number's bits, all but the sign inverted if it is negative. Infinities stay as they are.
+    """
+    columns = z.shape[1] if gating.name == "naive-shared" else z.shape[1] - gating.shared
+    selected = torch.zeros_like(z, dtype=torch.int32)
+    selected[:, :columns] = reference.top_k_mask(z[:, :columns], gating.k)
+    bits = z.masked_fill(z == 0, 0).view(torch.int32).masked_fill(z.isnan(), 0x7FFFFFFF)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) & -2 | selected
+    marked = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32)
+    return torch.where(z.isinf(), z, marked)
+
+
 @triton.jit
 def route_shrink_kernel(
-    x, a, routers, offsets, h, z, g, means, gated, x_stride, gated_stride, width, d, k,
+    x, a, routers, scales, offsets, h, z, g, means, gated, x_stride, gated_stride, width, d, k,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     rows, inside = task_rows(offsets, tl.program_id(0), BM)
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
-    router = routers + tl.program_id(1) * C * d + column * d
+    split: tl.constexpr = x.dtype.element_ty != tl.float32
+    router = routers + tl.program_id(1) * (2 if split else 1) * C * d + column * d
     hidden = tl.zeros((BM, NP * RANK), tl.float32)
     logits = tl.zeros((BM, NP), tl.float32)
+    rest = tl.zeros((BM, NP), tl.float32)
     for start in range(0, d, BK):
         inner = start + tl.arange(0, BK)
         across, down = inner[None, :], inner[:, None]
         tokens = tl.load(x + rows * x_stride + across, inside & (across < d), 0.0)
         weights = tl.load(a + expert * d + down, (expert < N * RANK) & (down < d), 0.0)
         hidden = tl.dot(tokens, weights, hidden, input_precision="ieee")
-        logits = dot_exact(tokens, tl.load(router + down, (column < C) & (down < d), 0.0), logits, True)
-    gate, p = gates(logits, k, N, SHARED, GATING)
+        high = tl.load(router + down, (column < C) & (down < d), 0.0)
+        logits = tl.dot(tokens, high, logits, input_precision="ieee")
+        if split:
+            low = tl.load(router + C * d + down, (column < C) & (down < d), 0.0)
+            rest = tl.dot(tokens, low, rest)
+    # Stored before the selection, which then has the registers that fp32 would take.
     hidden = hidden.to(h.dtype.element_ty)
     tl.store(h + rows * (N * RANK) + expert, hidden, inside & (expert < N * RANK))
+    logits = (logits + rest) * tl.load(scales + tl.program_id(1))
+    selected = select(logits, N - SHARED, k)
+    logits = mark(logits, selected)
+    gate, p = gates(logits, selected, N, SHARED, GATING)
     gated_tile = (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype)
     tl.store(gated + rows * gated_stride + expert, gated_tile, inside & (expert < width))
     tl.store(z + rows * C + column, logits, inside & (column < C))
@@ -65,11 +91,13 @@ def route_shrink_kernel(
     tl.store(means + block * C + column, total / task_length(offsets), column < C)
 
 
-def route_shrink(x: Tensor, a: Tensor, routers: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool) -> Outputs:
+def route_shrink(
+    x: Tensor, a: Tensor, routers: SplitRouters, gated: Tensor, segments: TaskSegments, pool: Pool
+) -> Outputs:
     """(H (T, R) in x's type, z (T, C), g (T, N), P (tasks, C)); H' is written into ``gated``.
 
-    x (T, d) and ``gated`` (T, at least R) have any row stride; columns of ``gated`` beyond R become 0. ``a`` (R, d) is
-    in x's type, routers (tasks, C, d) are fp32.
+    x (T, d) and ``gated`` (T, at least R) have any row stride; columns of ``gated`` beyond R become 0. ``a`` (R, d) and
+    ``routers`` are in x's type.
     """
     tokens, d = x.shape
     h = x.new_empty(tokens, pool.ranks)
@@ -79,8 +107,8 @@ def route_shrink(x: Tensor, a: Tensor, routers: Tensor, gated: Tensor, segments:
     grid = segments.grid(sizes["BM"])
     means = x.new_empty(len(segments.counts), grid[0], pool.columns, dtype=torch.float32)
     route_shrink_kernel[grid](
-        x, a, routers, segments.offsets, h, z, g, means, gated, x.stride(0), gated.stride(0), gated.shape[1], d,
-        pool.gating.k,
+        x, a, routers.parts, routers.scales, segments.offsets, h, z, g, means, gated,
+        x.stride(0), gated.stride(0), gated.shape[1], d, pool.gating.k,
         **pool.constants(), **pool.gate_constants(), **sizes,
     )  # fmt: skip
     return h, z, g, means.sum(1)

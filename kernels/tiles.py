@@ -1,7 +1,8 @@
 """Tuned tile sizes and FFN algorithm per architecture.
 
 ``tables.json`` is fixed, so that rounding never depends on a search at run time. ``python -m bench.tune`` measures a
-new row for the GPU at hand. An architecture without a row uses the default and warns once.
+new row for the GPU at hand. An architecture without a row uses the default and warns once. The rows of sm_90 and gfx942
+come from what the compilers report and a model of latency, not from a clock.
 
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
 without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942 (bench/results/aot.json). Half-precision
@@ -80,6 +81,9 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
     return dict(zip(NAMES[kernel], sizes, strict=True)) | options
 
 
-def ffn_algorithm(x: Tensor) -> str:
-    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device."""
-    return _row("ffn", x.device)["large" if len(x) >= LARGE else "small"]
+def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
+    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
+
+    ``deterministic`` takes the one for large batches whatever the number of tokens.
+    """
+    return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]

@@ -6,7 +6,8 @@
 
 Grid (columns, chunk, task). A program keeps BW rows of the result in registers and sums over a chunk of one task's
 tokens. The wide matrix is read once and the narrow one once per column tile, so tiles are as wide as registers allow.
-Chunks depend on shapes only, and torch adds their fp32 sums in a fixed order: no atomics, the same bits in every run.
+Chunks depend on shapes only, and :mod:`kernels.reduce` adds their fp32 sums in a fixed order: no atomics, the same bits
+in every run.
 Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA. FLOPs: 2 T D R; 2 T d (R + 2C).
 """
 
@@ -34,22 +35,24 @@ def weight_grad_a_reference(x: Tensor, dh: Tensor, dz: Tensor, segments: TaskSeg
 
 @triton.jit
 def weight_grad_kernel(
-    wide, narrow, logits, peak, offsets, product, router_product, wide_stride, narrow_stride, W, chunk,
+    wide, narrow, dz, peak, offsets, product, router_product, wide_stride, narrow_stride, W, chunk,
     stride_w, stride_r,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, ROUTERS: tl.constexpr,
     BW: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """product = wide^T narrow over this program's chunk; with ROUTERS also router_product = logits^T wide.
+    """product = wide^T narrow over this program's chunk; with ROUTERS also router_product = dz^T wide.
 
-    The logits' gradients are divided by a power of two near ``peak``, the largest of them, so that fp16 keeps values of
-    1e-8.
+    dz is [high | low] in bf16, else fp32. Beside fp16 it is divided by a power of two near its largest magnitude,
+    ``peak``, so that values of 1e-8 are kept.
     """
     column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     outer = tl.program_id(0) * BW + tl.arange(0, BW)
     task = tl.program_id(2)
     first = tl.load(offsets + task) + tl.program_id(1) * chunk
     end = tl.minimum(first + chunk, tl.load(offsets + task + 1))
-    scale = power_of_two(tl.load(peak)) if ROUTERS else 1.0
+    scale = 1.0
+    if ROUTERS and wide.dtype.element_ty == tl.float16:
+        scale = power_of_two(tl.load(peak))
     total = tl.zeros((BW, NP * RANK), tl.float32)
     router_total = tl.zeros((BW, NP), tl.float32)
     for start in range(first, end, BT):
@@ -59,8 +62,14 @@ def weight_grad_kernel(
         across = tl.load(wide + rows * wide_stride + outer[None, :], inside & (outer[None, :] < W), 0.0)
         ranks = tl.load(narrow + rows * narrow_stride + expert, inside & (expert < N * RANK), 0.0)
         if ROUTERS:
-            dz = tl.load(logits + rows * C + column, inside & (column < C), 0.0) * (1.0 / scale)
-            router_total = dot_exact(tl.trans(across), dz, router_total)
+            if dz.dtype.element_ty == tl.bfloat16:
+                high = tl.load(dz + rows * (2 * C) + column, inside & (column < C), 0.0)
+                low = tl.load(dz + rows * (2 * C) + C + column, inside & (column < C), 0.0)
+                router_total = tl.dot(tl.trans(across), high, router_total)
+                router_total = tl.dot(tl.trans(across), low, router_total)
+            else:
+                exact = tl.load(dz + rows * C + column, inside & (column < C), 0.0) * (1.0 / scale)
+                router_total = dot_exact(tl.trans(across), exact, router_total)
         total = tl.dot(tl.trans(across), ranks, total, input_precision="ieee")
     part = (task * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     inside = outer[:, None] < W
@@ -88,7 +97,7 @@ PROGRAMS = 132  # one per multiprocessor of an H100: a program fills its registe
 
 
 def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
-    """dB (D, R) fp32 from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
+    """Partial sums (chunks, D, R) fp32 of dB, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
     sizes = tile("weight_grad_b", gated, pool)
     width, ranks = dy.shape[1], gated.shape[1]
     tiles = triton.cdiv(width, sizes["BW"])
@@ -99,15 +108,15 @@ def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool)
         width, chunk, ranks, 1,
         **pool.constants(), ROUTERS=False, **sizes,
     )  # fmt: skip
-    return product.sum(0)
+    return product
 
 
 def weight_grad_a(
-    x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor, segments: TaskSegments, pool: Pool
+    x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor | None, segments: TaskSegments, pool: Pool
 ) -> tuple[Tensor, Tensor]:
-    """(dA (R, d), dW (tasks, C, d)) fp32.
+    """Partial sums (chunks, R, d) of dA and (tasks, chunks per task, C, d) of dW, fp32.
 
-    x (T, d) and dh (T, R) have any row strides, dz (T, C) is fp32, ``peak`` () is the largest magnitude in dz.
+    x (T, d) and dh (T, R) have any row strides; dz and ``peak`` are those of :mod:`kernels.gate_backward`.
     """
     sizes = tile("weight_grad_a", dh, pool)
     width, ranks = x.shape[1], dh.shape[1]
@@ -116,8 +125,8 @@ def weight_grad_a(
     product = dh.new_empty(tasks * chunks, ranks, width, dtype=torch.float32)
     routers = dh.new_empty(tasks, chunks, pool.columns, width, dtype=torch.float32)
     weight_grad_kernel[(tiles, chunks, tasks)](
-        x, dh, dz, peak, segments.offsets, product, routers, x.stride(0), dh.stride(0),
+        x, dh, dz, dz if peak is None else peak, segments.offsets, product, routers, x.stride(0), dh.stride(0),
         width, chunk, 1, width,
         **pool.constants(), ROUTERS=True, **sizes,
     )  # fmt: skip
-    return product.sum(0), routers.sum(1)
+    return product, routers

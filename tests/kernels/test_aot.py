@@ -14,7 +14,7 @@ import triton
 
 from bench import aot
 from bench.launches import LAUNCHES, POOLS, parse_pool
-from kernels import gelu, tiles
+from kernels import gelu, reduce, tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -22,7 +22,7 @@ RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older on
 
 # More than 272 columns of ranks and gates leave gate_backward 32 rows: with the 64 that wgmma needs it would spill.
 NARROW = {("gate_backward", "64/12/4/4"), ("gate_backward", "128/8/4/2")}
-NO_PRODUCT = ("gate_backward_inplace", "gelu", "gelu_backward")  # nothing there for tensor cores
+NO_PRODUCT = ("reduce", "gate_backward_inplace", "gelu", "gelu_backward")  # nothing there for tensor cores
 SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul", "matmul_gelu_backward": "matmul_gelu"}
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
@@ -84,6 +84,9 @@ def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeyp
     for row in (row for row in committed if row["target"] == target):
         if row["kernel"] in ("gelu", "gelu_backward"):
             assert row["tile"] == f"{gelu.BM}x{gelu.BN}", row
+            continue
+        if row["kernel"] == "reduce":
+            assert row["tile"] == str(reduce.BN), row
             continue
         kernel, pool = SAME_TILE.get(row["kernel"], row["kernel"]), parse_pool(row["pool"])
         x = torch.empty(0, dtype=aot.DTYPES[row["dtype"]])

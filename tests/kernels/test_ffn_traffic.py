@@ -24,6 +24,7 @@ POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (16, 3, 1, 16)]  # the pa
 pools = pytest.mark.parametrize("shape", POOLS, ids=lambda shape: "/".join(map(str, shape)))
 
 SHRINK, GELU, GATE, WEIGHT_GRAD = "route_shrink_kernel", "gelu_kernel", "gate_backward_kernel", "weight_grad_kernel"
+REDUCE = "reduce_kernel"
 MATMUL, EXPAND, EXPAND_BACKWARD = "matmul_kernel", "expand_kernel", "expand_backward_kernel"
 MATMUL_GELU = "matmul_gelu_kernel"
 
@@ -70,11 +71,11 @@ def of_kernels(traffic: Traffic, *names: str) -> float:
     [*[("ase", shape) for shape in POOLS],
      ("topk", (16, 4, 0, 4)), ("topk-renorm", (16, 4, 0, 4)), ("naive-shared", (16, 3, 1, 4))],
 )  # fmt: skip
-def test_two_launches_forward_and_four_backward_where_pytorch_makes_the_products(gating, shape):
+def test_two_launches_forward_and_five_backward_where_pytorch_makes_the_products(gating, shape):
     """Of these GELU's, one each, replace PyTorch's own."""
     forward, backward = measure(shape, gating=gating)
     assert forward.launches == Counter([SHRINK, GELU])
-    assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD])
+    assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
     assert forward.atomics == backward.atomics == 0
 
 
@@ -83,14 +84,14 @@ def test_matmul_and_expand_launch_one_more_each_way():
     for algorithm, up, down in (("matmul", MATMUL, MATMUL), ("expand", EXPAND, EXPAND_BACKWARD)):
         forward, backward = measure(POOLS[0], algorithm)
         assert forward.launches == Counter([SHRINK, GELU, up])
-        assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, down])
+        assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE, down])
         assert forward.atomics == backward.atomics == 0
 
 
 def test_fused_launches_a_product_in_the_place_of_gelu():
     forward, backward = measure(POOLS[0], "fused")
     assert forward.launches == Counter([SHRINK, MATMUL_GELU])
-    assert backward.launches == Counter([MATMUL_GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD])
+    assert backward.launches == Counter([MATMUL_GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
     assert forward.atomics == backward.atomics == 0
 
 
@@ -153,7 +154,7 @@ def test_no_byte_is_moved_twice_in_a_launch_but_rank_space_once_per_column_tile_
     for half in measure(shape):
         for key, issued in half.issued.items():
             kernel, name, _ = key
-            times = half.grids[kernel][0] if kernel.startswith("weight_grad") and name in ("narrow", "logits") else 1
+            times = half.grids[kernel][0] if kernel.startswith("weight_grad") and name in ("narrow", "dz") else 1
             assert issued == times * half.distinct[key], f"{key}\n{half}"
 
 

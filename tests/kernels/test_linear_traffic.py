@@ -51,11 +51,11 @@ def of_pytorch(traffic: Traffic) -> Counter:
 
 
 @pools
-def test_one_launch_forward_and_four_backward(shape):
+def test_one_launch_forward_and_five_backward(shape):
     forward, backward = measure(shape)
     assert forward.launches == Counter(["route_shrink_kernel"])
     assert backward.launches == Counter(
-        ["gate_backward_kernel", "weight_grad_kernel", "weight_grad_kernel", "expand_backward_kernel"]
+        ["gate_backward_kernel", "weight_grad_kernel", "weight_grad_kernel", "reduce_kernel", "expand_backward_kernel"]
     )
     assert forward.atomics == backward.atomics == 0
 

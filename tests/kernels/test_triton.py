@@ -673,7 +673,7 @@ class TestWholeModel:
             atol = 1e-5 * right.abs().max().item()
             torch.testing.assert_close(gradients[parameter_name], right, rtol=1e-5, atol=atol, msg=parameter_name)
 
-    def test_a_layer_launches_two_kernels_forward_and_four_backward(self, device, launches):
+    def test_a_layer_launches_two_kernels_forward_and_five_backward(self, device, launches):
         run = self.run("ase", "triton", device)
         next(run)
         assert launches == 2 * ["route_shrink_kernel", "expand_kernel"]
@@ -683,6 +683,7 @@ class TestWholeModel:
             "gate_backward_kernel",
             "weight_grad_kernel",
             "weight_grad_kernel",
+            "reduce_kernel",
             "expand_backward_kernel",
         ]
 

@@ -19,8 +19,10 @@ from kernels.expand import expand, expand_backward, expand_backward_reference, e
 from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_backward_reference  # noqa: E402
 from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
+from kernels.packed import SplitRouters  # noqa: E402
 from kernels.pool import Pool  # noqa: E402
-from kernels.route_shrink import route_shrink, route_shrink_reference  # noqa: E402
+from kernels.reduce import reduce, reduce_reference  # noqa: E402
+from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -73,6 +75,19 @@ def assert_as_good_as(reference_function, inputs, outputs):
         assert error <= max(FP32_ERROR * right.norm().item(), TIMES_PYTORCH * allowed), place
 
 
+def split(dz, dtype):
+    """dz as gate_backward returns it beside tokens of ``dtype``."""
+    if dtype != torch.bfloat16:
+        return dz
+    high = dz.to(dtype)
+    return torch.cat([high, (dz - high).to(dtype)], 1)
+
+
+def summed(dz, dtype):
+    """The inverse of split."""
+    return dz.float().unflatten(1, (2, -1)).sum(1) if dtype == torch.bfloat16 else dz
+
+
 class Inputs:
     """Random inputs of every kernel for one case, in ``dtype`` on ``device``; what is fp32 in the kernels is fp32."""
 
@@ -85,12 +100,14 @@ class Inputs:
         self.a, self.b = self.half(experts * rank, d, scale=d**-0.5), self.half(self.width, experts * rank)
         self.routers = self.full(tasks, columns, d, scale=d**-0.5)
         self.h, self.dh = (self.half(self.tokens, experts * rank) for _ in range(2))
-        self.z, self.dz = (self.full(self.tokens, columns) for _ in range(2))
+        self.z = marked_reference(self.full(self.tokens, columns), self.gating)
+        self.dz = self.full(self.tokens, columns)
         self.g = self.full(self.tokens, experts).abs()
         self.dp = self.full(tasks, columns, scale=self.tokens)
         self.weight, self.bias = self.half(d, self.width, scale=d**-0.5), self.half(self.width)
         self.to_width = self.full(tasks, columns, self.width, scale=columns**-0.5)
         self.pool = Pool.of(self.a, self.routers, self.gating)
+        self.split = SplitRouters.of(self.routers, dtype)
 
     def full(self, *shape, scale=1.0):
         return (scale * torch.randn(shape, generator=self.rng)).to(self.device)
@@ -110,7 +127,7 @@ class TestKernels:
     def test_route_shrink(self, inputs):
         i = inputs
         gated = torch.empty_like(i.h)
-        h, z, g, means = route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool)
+        h, z, g, means = route_shrink(i.x, i.a, i.split, gated, i.segments, i.pool)
         # Apart, since where two logits are as close as rounding fp64 may select otherwise: H and z from the inputs, g
         # and P from the logits that the kernel returned.
         given = i.x, i.a, i.routers, i.segments, i.gating
@@ -119,6 +136,7 @@ class TestKernels:
             lambda z: (reference.gates(z, i.gating), reference.mean_probs(z, i.segments)), (z,), (g, means)
         )
         assert torch.equal(g > 0, reference.gates(z, i.gating) > 0)
+        assert torch.equal(z, marked_reference(z, i.gating)), "the selection stands in the logits"
         assert torch.equal(gated, (h * g.repeat_interleave(i.pool.rank, dim=1)).to(i.dtype))
         assert (h.dtype, z.dtype, g.dtype, means.dtype) == (i.dtype, *[torch.float32] * 3)
 
@@ -130,28 +148,50 @@ class TestKernels:
     def test_expand_backward(self, inputs, given):
         i = inputs
         base = i.x if given else None
-        dx = expand_backward(base, i.dh, i.dz, i.a, i.routers, i.segments, i.pool)
+        dx = expand_backward(base, i.dh, split(i.dz, i.dtype), i.a, i.routers, i.segments, i.pool)
         assert_as_good_as(expand_backward_reference, (base, i.dh, i.dz, i.a, i.routers, i.segments), dx)
 
     def test_gate_backward(self, inputs):
         i = inputs
-        outputs = gate_backward(i.dy, i.b, i.h, i.z, i.dp, i.segments, i.pool)
-        assert_as_good_as(gate_backward_reference, (i.dy, i.b, i.h, i.z, i.dp, i.segments, i.gating), outputs)
-        assert [output.dtype for output in outputs] == [i.dtype, torch.float32, i.dtype, torch.float32]
+        dh, dz, gated, peak = gate_backward(i.dy, i.b, i.h, i.z, i.dp, i.segments, i.pool)
+        assert dz.dtype == (i.dtype if i.dtype == torch.bfloat16 else torch.float32)
+        exact = summed(dz, i.dtype)
+        given = i.dy, i.b, i.h, i.z, i.dp, i.segments, i.gating
+        assert_as_good_as(gate_backward_reference, given, (dh, exact, gated))
+        assert torch.equal(peak, exact.abs().amax()) if i.dtype == torch.float16 else peak is None
+        assert dh.dtype == gated.dtype == i.dtype
 
     def test_weight_grad_b(self, inputs):
         i = inputs
-        db = weight_grad_b(i.dy, i.h, i.segments, i.pool)
+        db = weight_grad_b(i.dy, i.h, i.segments, i.pool).sum(0)
         assert_as_good_as(weight_grad_b_reference, (i.dy, i.h), db)
         assert db.dtype == torch.float32
 
     def test_weight_grad_a(self, inputs):
         i = inputs
-        da, drouters = weight_grad_a(i.x, i.dh, i.dz, i.dz.abs().amax(), i.segments, i.pool)
+        da, drouters = weight_grad_a(i.x, i.dh, split(i.dz, i.dtype), i.dz.abs().amax(), i.segments, i.pool)
+        da, drouters = da.sum(0), drouters.sum(1)
         assert_as_good_as(weight_grad_a_reference, (i.x, i.dh, i.dz, i.segments), (da, drouters))
         assert da.dtype == drouters.dtype == torch.float32
         absent = [task for task, count in enumerate(i.segments.counts) if count == 0]
         assert drouters[absent].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunks", "shape"), [(1, 1, (16, 8, 3)), (3, 5, (64, 40, 70)), (5, 2, (16, 72, 130))]
+)
+def test_reduce(tasks, chunks, shape, device):
+    """The partial sums of the three gradients, one after the other: the bits of a loop."""
+    ranks, d, width = shape
+    rng = torch.Generator().manual_seed(0)
+    shapes = (tasks * chunks, width, ranks), (tasks * chunks, ranks, d), (tasks, chunks, 16, d)
+    parts = [torch.randn(shape, generator=rng).to(device) for shape in shapes]
+    loops = [sum(matrix.unbind(axis)) for matrix, axis in zip(parts, (0, 0, 1), strict=True)]
+    sums = reduce(*parts)
+    for actual, place in zip(sums, (1, 0, 2), strict=True):
+        assert torch.equal(actual, loops[place])
+    for actual, expected in zip(sums, reduce_reference(*parts), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 class Between:
@@ -177,7 +217,7 @@ class TestKernelsOfTheFFN:
     def test_route_shrink_pads_with_zeros(self, inputs):
         i, ranks = inputs, inputs.pool.ranks
         alone, wide = torch.empty_like(i.h), Between(i.tokens, multiple_of_8(ranks), i.dtype, i.device)
-        outputs = (route_shrink(i.x, i.a, i.routers, gated, i.segments, i.pool) for gated in (alone, wide.target))
+        outputs = (route_shrink(i.x, i.a, i.split, gated, i.segments, i.pool) for gated in (alone, wide.target))
         assert all(torch.equal(left, right) for left, right in zip(*outputs, strict=True))
         assert torch.equal(wide.target[:, :ranks], alone) and wide.target[:, ranks:].eq(0).all()
         assert wide.left_alone()
@@ -192,13 +232,13 @@ class TestKernelsOfTheFFN:
         assert dh.data_ptr() == buffer.target.data_ptr(), "dH takes the place of dH'"
         # dH' I is dH', exactly.
         given = i.dh, torch.eye(ranks, dtype=i.dtype, device=i.device), i.h, i.z, i.dp, i.segments, i.gating
-        assert_as_good_as(gate_backward_reference, given, (dh.contiguous(), dz, gated, peak))
+        assert_as_good_as(gate_backward_reference, given, (dh.contiguous(), summed(dz, i.dtype), gated))
         assert buffer.target[:, ranks:padded].eq(0).all() and buffer.left_alone()
         spread = torch.zeros_like(buffer.target[:, padded:])
         first = 0
         for task, count in enumerate(i.segments.counts if room else ()):
             run = slice(first, first := first + count)
-            spread[run, task * columns : (task + 1) * columns] = dz[run]
+            spread[run, task * columns : (task + 1) * columns] = dz[run, :columns]
         assert torch.equal(buffer.target[:, padded:], spread)
 
     def test_gelu(self, inputs):
@@ -229,7 +269,7 @@ class TestKernelsOfTheFFN:
 
     def test_matmul_routed(self, inputs):
         i = inputs
-        y = matmul_routed(i.x, i.weight, i.dz, i.to_width, i.segments, i.pool)
+        y = matmul_routed(i.x, i.weight, split(i.dz, i.dtype), i.to_width, i.segments, i.pool)
         assert_as_good_as(matmul_routed_reference, (i.x, i.weight, i.dz, i.to_width, i.segments), y)
 
 
@@ -239,27 +279,28 @@ class TestLayouts:
     def test_rows_may_lie_apart(self, inputs):
         """The kernels take row strides, no copy is made."""
         i = inputs
+        dz = split(i.dz, i.dtype)
 
         def apart(matrix):
             padded = torch.cat([torch.full_like(matrix, 1e4), matrix, torch.full_like(matrix, 1e4)], 1)
             return padded[:, matrix.shape[1] : 2 * matrix.shape[1]]
 
         calls = (
-            (lambda x: route_shrink(x, i.a, i.routers, torch.empty_like(i.h), i.segments, i.pool), i.x),
+            (lambda x: route_shrink(x, i.a, i.split, torch.empty_like(i.h), i.segments, i.pool), i.x),
             (lambda base: expand(base, i.h, i.b, i.segments, i.pool), i.base),
             (lambda gated: expand(i.base, gated, i.b, i.segments, i.pool), i.h),
             (lambda b: expand(i.base, i.h, b, i.segments, i.pool), i.b),
             (lambda b: gate_backward(i.dy, b, i.h, i.z, i.dp, i.segments, i.pool), i.b),
-            (lambda dh: expand_backward(None, dh, i.dz, i.a, i.routers, i.segments, i.pool), i.dh),
-            (lambda dh: weight_grad_a(i.x, dh, i.dz, i.dz.abs().amax(), i.segments, i.pool), i.dh),
+            (lambda dh: expand_backward(None, dh, dz, i.a, i.routers, i.segments, i.pool), i.dh),
+            (lambda dh: weight_grad_a(i.x, dh, dz, i.dz.abs().amax(), i.segments, i.pool), i.dh),
             (lambda dy: gate_backward(dy, i.b, i.h, i.z, i.dp, i.segments, i.pool), i.dy),
             (lambda dy: weight_grad_b(dy, i.h, i.segments, i.pool), i.dy),
-            (lambda x: weight_grad_a(x, i.dh, i.dz, i.dz.abs().amax(), i.segments, i.pool), i.x),
-            (lambda base: expand_backward(base, i.dh, i.dz, i.a, i.routers, i.segments, i.pool), i.x),
+            (lambda x: weight_grad_a(x, i.dh, dz, i.dz.abs().amax(), i.segments, i.pool), i.x),
+            (lambda base: expand_backward(base, i.dh, dz, i.a, i.routers, i.segments, i.pool), i.x),
             (lambda x: matmul(x, i.weight, i.bias, i.segments, i.pool), i.x),
             (lambda weight: matmul(i.x, weight, i.bias, i.segments, i.pool), i.weight),
-            (lambda x: matmul_routed(x, i.weight, i.dz, i.to_width, i.segments, i.pool), i.x),
+            (lambda x: matmul_routed(x, i.weight, dz, i.to_width, i.segments, i.pool), i.x),
         )
         for call, matrix in calls:
             for left, right in zip(listed(call(apart(matrix))), listed(call(matrix)), strict=True):
-                assert torch.equal(left, right)
+                assert left is right is None or torch.equal(left, right)
