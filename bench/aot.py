@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +29,8 @@ from triton.runtime.jit import JITFunction
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
+from train.files.atomic import write_text
+from train.output.tables import format_table
 
 # name: (target, bytes of shared memory that a block can have)
 TARGETS = {
@@ -75,9 +78,9 @@ class Deviceless:
 class Launch:
     """Triton's compiled kernel, and the grid and the arguments, constants and options among them, of its launch."""
 
-    binary: object
+    binary: Any
     grid: tuple[int, ...]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -88,7 +91,8 @@ class Launch:
 @contextlib.contextmanager
 def recording(target: str) -> Iterator[list[Launch]]:
     """Every launch in here is compiled for ``target`` and appended to the list, and does not run."""
-    launches, run = [], JITFunction.run
+    launches: list[Launch] = []
+    run, architecture = JITFunction.run, tiles.architecture
 
     def record(self, *args, grid, warmup, **options):
         self.device_caches.clear()  # a kernel that does not depend on the pool was compiled before, and has no log
@@ -97,8 +101,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
         return binary
 
     driver.set_active(Deviceless(target))
-    JITFunction.run, architecture = record, tiles.architecture
-    tiles.architecture = lambda device: target
+    JITFunction.run, tiles.architecture = record, lambda device: target  # type: ignore[assignment]  # for a while
     try:
         yield launches
     finally:
@@ -125,8 +128,8 @@ def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
         registers, spills = _ptxas(log.getvalue())
     else:
         text = binary.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # scalars spill to vectors, not to memory
+        registers = int(find(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = int(find(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # scalars spill to vectors, not to memory
     values = (
         kernel,
         pool,
@@ -145,16 +148,17 @@ def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def find(pattern: str, text: str) -> re.Match[str]:
+    """The first match in what a compiler wrote; ValueError where there is none."""
+    if found := re.search(pattern, text):
+        return found
+    raise ValueError(f"the compiler wrote nothing like {pattern!r}")
+
+
 def _ptxas(log: str) -> tuple[int, int]:
     """(registers, bytes of stack or of spills, whichever is more) as ptxas reports them."""
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    return int(re.search(r"Used (\d+) registers", log)[1]), max(map(int, stack.groups()))
-
-
-def aligned(rows: list[dict]) -> str:
-    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    stack = find(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return int(find(r"Used (\d+) registers", log)[1]), max(map(int, stack.groups()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,9 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
     knobs.compilation.always_compile = True  # a cached kernel has no log
     knobs.nvidia.dump_ptxas_log = True
     rows = [measure(*combination) for combination in combinations]
+    cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
+    print(format_table(cells, text_columns=len(COLUMNS)))  # first, so that a full disk does not lose it
     lines = ",\n".join(map(json.dumps, rows))  # one row to a line
-    chosen.out.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    print(aligned(rows))
+    write_text(chosen.out, f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
     return 0
 
 

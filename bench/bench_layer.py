@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import algorithms, layers, measure
 from bench.floor import floor_seconds, work
@@ -32,7 +33,7 @@ def problem(width: int, tokens: int, config: str, kernel: str) -> layers.Problem
 
 
 @cache
-def compiled_frozen(width: int, tokens: int, kernel: str):
+def compiled_frozen(width: int, tokens: int, kernel: str) -> Forward:
     """One for all pools, whose frozen FFN is the same."""
     return torch.compile(problem(width, tokens, CONFIGS[0], kernel).frozen)
 
@@ -66,7 +67,9 @@ STEPS = {"forward": forward_step, "forward+backward": training_step}
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("width", "tokens"), SHAPES)
 @pytest.mark.parametrize("subject", SUBJECTS)
-def bench_ffn(benchmark, kernel, subject, width, tokens, config, direction) -> None:
+def bench_ffn(
+    benchmark: BenchmarkFixture, kernel: str, subject: str, width: int, tokens: int, config: str, direction: str
+) -> None:
     peer, p = SUBJECTS[subject], problem(width, tokens, config, kernel)
     benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
     benchmark.extra_info |= {
@@ -123,7 +126,7 @@ def fastest_frozen(times: dict[str, dict[str, float]]) -> float:
     return min(times[name]["median"] for name in ("frozen", "frozen_compiled"))
 
 
-def correctness(p: layers.Problem, peer: Peer, forward) -> dict:
+def correctness(p: layers.Problem, peer: Peer, forward: Forward) -> dict:
     """The errors to fp64, and whether a second run gives the same bits."""
     first, second = p.results(forward), p.results(forward)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +31,7 @@ CUBLAS: dict[str, Callable[[Tensors], Tensor]] = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter's time says nothing about a product")
 @pytest.mark.parametrize("tokens", [7_880, 40_960])
 @pytest.mark.parametrize("launch", CUBLAS)
-def bench_product(benchmark, launch: str, tokens: int) -> None:
+def bench_product(benchmark: BenchmarkFixture, launch: str, tokens: int) -> None:
     pool, counts = parse_pool(POOL), (tokens // TASKS,) * TASKS
     t = make_tensors(pool, counts, WIDTH, torch.empty(0, dtype=torch.bfloat16, device=DEVICE))
     segments = TaskSegments.of(counts, DEVICE)

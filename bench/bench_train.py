@@ -5,13 +5,15 @@ loader is timed apart, on rendered scenes of the same size with one worker.
 """
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import measure
-from bench.peers.base import rows_of
+from bench.peers.base import Forward, rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
@@ -43,14 +45,14 @@ def settings_of(subject: str, kernel: str, out: str) -> Settings:
 def run_loops(model: torch.nn.Module) -> None:
     """Every adapted layer as a loop over its experts, with the statistics that the loss needs."""
     for layer in [module for module in model.modules() if isinstance(module, LoRAMoE)]:
-        layer.forward = looped(layer)
+        layer.forward = looped(layer)  # type: ignore[method-assign, assignment]  # this layer alone becomes a loop
 
 
-def looped(layer: LoRAMoE):
+def looped(layer: LoRAMoE) -> Forward:
     experts = loop(layer)
 
     def forward(x: Tensor) -> Tensor:
-        tokens = x.to(layer.base.fc1.weight.dtype).flatten(0, -2)
+        tokens = x.to(layer.base.get_parameter("fc1.weight").dtype).flatten(0, -2)
         rows = rows_of(layer, tokens)
         z = reference.router_logits(tokens, layer.routers, rows)
         layer.routing.record(layer.layer, z, reference.mean_probs(z, rows), rows)
@@ -88,7 +90,7 @@ def loader_images_per_second(settings: Settings) -> float:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def bench_training_step(benchmark, kernel: str, subject: str, tmp_path) -> None:
+def bench_training_step(benchmark: BenchmarkFixture, kernel: str, subject: str, tmp_path: Path) -> None:
     settings = settings_of(subject, kernel, str(tmp_path))
     run = set_up(settings, fresh=True)
     freeze(run)

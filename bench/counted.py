@@ -9,9 +9,9 @@ first configuration.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -20,9 +20,10 @@ from triton.runtime.autotuner import Autotuner
 
 from bench.layers import Problem, Shape, check
 from bench.peers import PEERS
-from bench.peers.base import Peer
-from bench.report import aligned
+from bench.peers.base import Forward, Peer
 from bench.traffic import Traffic, counting
+from train.files.atomic import write_json
+from train.output.tables import format_table
 
 WIDTH, TOKENS = 768, (160, 480)
 CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
@@ -30,12 +31,12 @@ OURS = Peer("ours", lambda layer: layer)
 HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: forward", "backward", "/ ours"]
 
 
-def first_configuration(self: Autotuner, *args, **kwargs):
+def first_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
     """Autotuner.run without a clock."""
     return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
 
-def count(problem: Problem, forward) -> tuple[Traffic, Traffic]:
+def count(problem: Problem, forward: Forward) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one pass."""
     x = problem.x[0]
     with counting(len(x)) as ahead:
@@ -76,7 +77,7 @@ def table(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return aligned([HEAD, *lines], markdown=False)
+    return format_table([HEAD, *lines], text_columns=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}
-    chosen.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(rows))
+    print(table(rows))  # first, so that a full disk does not lose it
+    write_json(chosen.out, results)
     return 0
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ class Problem:
         vit.requires_grad_(False)
         routing = add_moe(vit, MoEConfig.parse(shape.config), TASKS, kernel=kernel)
         vit.to(shape.device)
-        self.layer: LoRAMoE = vit.blocks[0].mlp
+        layer = vit.blocks[0].mlp
+        assert isinstance(layer, LoRAMoE)
+        self.layer = layer
         self.frozen: nn.Module = self.layer.base
         nn.init.normal_(self.layer.lora_B, std=0.02)
         nn.init.normal_(self.layer.routers, std=shape.width**-0.5)
@@ -51,7 +54,7 @@ class Problem:
         copies = max(2, -(-2 * L2_BYTES // (shape.tokens * shape.width * shape.dtype.itemsize)))
         if shape.device.type == "cpu":
             copies = 2
-        make = {"dtype": shape.dtype, "device": shape.device}
+        make: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
         self.x = [torch.randn(shape.tokens, shape.width, requires_grad=True, **make) for _ in range(copies)]
         self.dy = [torch.randn(shape.tokens, shape.width, **make) for _ in range(copies)]
 
@@ -62,8 +65,8 @@ class Problem:
     @property
     def weights(self) -> list[Tensor]:
         """Every tensor of the layer that is there anyway."""
-        packed = self.layer.packing.packed.tensors if self.layer.fused else ()
-        return [*self.layer.parameters(), *packed]
+        packed = self.layer.packing.packed if self.layer.fused else None
+        return [*self.layer.parameters(), *(packed.tensors if packed else ())]
 
     def results(self, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """y and every gradient of the first input."""

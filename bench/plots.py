@@ -1,15 +1,19 @@
 """Pictures of the layer suite: roofline, bars against peers, cost against N at fixed N r, cost against T."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.typing import ColorType  # noqa: E402
 
-from bench.report import Row, layer_rows  # noqa: E402
+from bench.rows import Row, layer_rows  # noqa: E402
 
-OURS, OTHERS = "#c2410c", plt.get_cmap("tab10").colors
+OURS, OTHERS = "#c2410c", matplotlib.color_sequences["tab10"]
 DIRECTIONS = ("forward", "forward+backward")
 
 
@@ -28,7 +32,7 @@ def draw(stem: str, rows: list[Row], folder: Path) -> list[Path]:
     return made
 
 
-def colour(subject: str, subjects: list[str]):
+def colour(subject: str, subjects: list[str]) -> ColorType:
     return OURS if subject == "ours" else OTHERS[subjects.index(subject) % len(OTHERS)]
 
 
@@ -36,7 +40,7 @@ def subjects_of(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["subject"] for row in rows))
 
 
-def two_panels(title: str, rows: list[Row]):
+def two_panels(title: str, rows: list[Row]) -> tuple[Figure, dict[str, Axes]]:
     """(figure, its axes by direction), of the directions that the rows have."""
     directions = [name for name in DIRECTIONS if any(row["direction"] == name for row in rows)]
     figure, axes = plt.subplots(
@@ -50,7 +54,7 @@ def two_panels(title: str, rows: list[Row]):
     return figure, dict(zip(directions, axes[0], strict=True))
 
 
-def roofline(rows: list[Row]):
+def roofline(rows: list[Row]) -> Figure:
     """Operations per second over operations per byte, under the ceilings that were measured in the same run."""
     figure, panels = two_panels("Roofline of the adapted FFN", rows)
     subjects, tops = subjects_of(rows), rows[0]["ceilings"]
@@ -88,7 +92,7 @@ def largest(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["width"] == width and row["tokens"] == most]
 
 
-def peers(rows: list[Row]):
+def peers(rows: list[Row]) -> Figure:
     """Time over the frozen FFN's, subject by subject, for the paper's pool; the line is the floor."""
     chosen = [row for row in largest(rows) if row["config"] == "16/3/1/4"] or largest(rows)
     figure, panels = two_panels(
@@ -112,7 +116,7 @@ def peers(rows: list[Row]):
     return figure
 
 
-def experts(rows: list[Row]):
+def experts(rows: list[Row]) -> Figure:
     """Added time over N where N r stays the same: granularity should cost nothing."""
     chosen = [row for row in largest(rows) if row["config"].split("/")[2] != "0"]
     return curves(
@@ -120,14 +124,14 @@ def experts(rows: list[Row]):
     )
 
 
-def tokens(rows: list[Row]):
+def tokens(rows: list[Row]) -> Figure:
     """Added time over T for the paper's pool."""
     width = largest(rows)[0]["width"]
     chosen = [row for row in rows if row["width"] == width and row["config"] == "16/3/1/4"]
     return curves(chosen, f"Time added by the experts, 16/3/1/4, width {width}", "tokens T", lambda row: row["tokens"])
 
 
-def curves(rows: list[Row], title: str, label: str, place):
+def curves(rows: list[Row], title: str, label: str, place: Callable[[Row], int]) -> Figure:
     figure, panels = two_panels(title, rows)
     subjects = subjects_of(rows)
     for direction, axis in panels.items():

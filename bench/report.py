@@ -7,70 +7,11 @@ runs are never in one table.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-Row = dict
-BOUND = "lorafusion"  # computes less than the layer: shown, but not the peer to beat
-
-
-def read(path: Path) -> tuple[dict, list[Row]]:
-    """(machine and versions, the rows of all suites); ValueError for what is no such file."""
-    try:
-        data = json.loads(path.read_text())
-        rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]
-        facts = {
-            "date": data["datetime"][:10],
-            "commit": data["commit_info"].get("id", "unknown")[:10],
-            "cpu": data["machine_info"]["cpu"].get("brand_raw", "unknown"),
-            **data["machine_info"]["summary"],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of pytest-benchmark ({error}): bench/README.md tells how") from None
-    return facts, [row for row in rows if row.get("suite") in ("layer", "product", "train")]
-
-
-def aligned(cells: list[list[str]], markdown: bool) -> str:
-    """The first line is the head; the first two columns are text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    pad = [
-        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        for line in cells
-    ]
-    if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in pad)
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [pad[0], rule, *pad[1:]])
-
-
-def best_peer(rows: list[Row], row: Row) -> Row | None:
-    """The fastest peer of the same problem."""
-    same = ("width", "tokens", "config", "direction")
-    peers = [
-        other
-        for other in rows
-        if other["suite"] == "layer"
-        and not is_ours(other)
-        and other["subject"] != BOUND
-        and "ratio" in other
-        and all(other[name] == row[name] for name in same)
-    ]
-    return min(peers, key=lambda peer: peer["added_seconds"], default=None)
-
-
-def is_ours(row: Row) -> bool:
-    """With the table's algorithm, or with one that is named."""
-    return row["subject"].partition("-")[0] == "ours"
-
-
-def problems(rows: list[Row]) -> list[tuple]:
-    """(width, tokens, direction, config) in the order of the suite."""
-    return list(dict.fromkeys((r["width"], r["tokens"], r["direction"], r["config"]) for r in layer_rows(rows)))
-
-
-def layer_rows(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["suite"] == "layer"]
+from bench.rows import Row, best_peer, is_ours, layer_rows, read
+from train.output.tables import format_table
 
 
 def microseconds(seconds: float) -> str:
@@ -107,7 +48,7 @@ def layer_table(rows: list[Row], direction: str, markdown: bool) -> str:
     chosen = [row for row in layer_rows(rows) if row["direction"] == direction]
     timed = [layer_line(row, best_peer(rows, row)) for row in sorted(chosen, key=_order) if "ratio" in row]
     absent = dict.fromkeys(f"{row['subject']}: {row['absent']}" for row in chosen if row.get("absent"))
-    return "\n".join([aligned([HEAD, *timed], markdown), *(f"absent  {line}" for line in absent)])
+    return "\n".join([format_table([HEAD, *timed], markdown, text_columns=2), *(f"absent  {line}" for line in absent)])
 
 
 def _order(row: Row) -> tuple:
@@ -155,7 +96,7 @@ def product_table(rows: list[Row], markdown: bool) -> str:
         for row in rows
         if row["suite"] == "product"
     ]
-    return aligned([PRODUCT_HEAD, *lines], markdown) if lines else ""
+    return format_table([PRODUCT_HEAD, *lines], markdown, text_columns=2) if lines else ""
 
 
 TRAIN_HEAD = ["model", "subject", "images/s", "/ plain LoRA", "peak MB", "heads", "loader images/s", "40 epochs"]
@@ -177,7 +118,7 @@ def train_table(rows: list[Row], markdown: bool) -> str:
         ]
         for row in chosen
     ]
-    return aligned([TRAIN_HEAD, *lines], markdown) if lines else ""
+    return format_table([TRAIN_HEAD, *lines], markdown, text_columns=2) if lines else ""
 
 
 def text(path: Path, markdown: bool) -> str:

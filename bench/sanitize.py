@@ -26,7 +26,7 @@ def run(gating: Gating, experts: int, rank: int, dtype: torch.dtype, device: tor
     routers = torch.randn(len(COUNTS), gating.router_columns(experts), d, device=device, requires_grad=True)
     y, _, p = lora_moe(x, base, (a, b), routers, TaskSegments.of(COUNTS, device), gating, kernel="triton")
     (y.float().square().mean() + p.square().sum()).backward()
-    if not all(leaf.grad.isfinite().all() for leaf in (x, base, a, b, routers)):
+    if not all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in (x, base, a, b, routers)):
         raise SystemExit(f"gradients of {gating} in {dtype} are not finite")
 
 

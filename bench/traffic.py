@@ -11,8 +11,10 @@ offsets and fp32 partial sums do not grow with T, or are as small as the weights
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ class _Recorder:
         self.arguments: list[Argument] | None = None  # of the launch in progress
         self.kernel = ""
 
-    def operator(self, func, args, result) -> None:
+    def operator(self, func: Any, args: Any, result: Any) -> None:
         """Inputs are read and outputs written, but a view moves nothing: its output lies in an input's storage."""
         inputs = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
@@ -110,7 +112,7 @@ class _Recorder:
                 self.add(str(func), "x".join(map(str, t.shape)), direction, t, moved, moved)
 
     @contextmanager
-    def launch(self, kernel: str, grid: tuple[int, ...], named: dict):
+    def launch(self, kernel: str, grid: tuple[int, ...], named: dict) -> Iterator[None]:
         self.traffic.launches[kernel] += 1
         launches = self.traffic.launches[kernel]
         self.kernel = kernel if launches == 1 else f"{kernel} #{launches}"
@@ -135,11 +137,12 @@ class _Recorder:
         else:
             self.traffic.others[key] += issued
 
-    def access(self, pointers, mask, direction: str) -> None:
+    def access(self, pointers: Any, mask: Any, direction: str) -> None:
         at, size = pointers.data[mask.data], pointers.get_element_ty().primitive_bitwidth // 8
         if not at.size:
             return
-        inside = [a for a in self.arguments if a.start <= at.min() and at.max() < a.start + len(a.seen[direction])]
+        arguments = self.arguments or ()
+        inside = [a for a in arguments if a.start <= at.min() and at.max() < a.start + len(a.seen[direction])]
         assert inside, f"{self.kernel} accesses memory that none of its arguments owns"
         argument = inside[0]
         for byte in range(size):
@@ -148,7 +151,7 @@ class _Recorder:
 
 
 @contextmanager
-def counting(tokens: int):
+def counting(tokens: int) -> Iterator[Traffic]:
     """Everything that Triton's interpreter and PyTorch do in here, as a :class:`Traffic`."""
     recorder, patch = _Recorder(tokens), pytest.MonkeyPatch()
     builder, run = interpreter.InterpreterBuilder, interpreter.InterpretedFunction.run

@@ -12,7 +12,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +26,7 @@ from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from kernels import tiles
 from kernels.ffn import ALGORITHMS
 from kernels.segments import TaskSegments
+from train.files.atomic import write_text
 
 TASKS, WIDTH = 5, 768
 TOKENS = {"small": 7_880, "large": 40_960}
@@ -49,7 +52,7 @@ class Spills(Exception):
     """A candidate that keeps registers in memory."""
 
 
-def fastest(present, candidates: list, time: Callable[[object], float]):
+def fastest(present: Any, candidates: list, time: Callable[[Any], float]) -> Any:
     """The candidate with the least ``time``; ``present`` where none is faster by more than rounding of clocks."""
     best, limit = present, GAIN * time(present)
     for candidate in candidates:
@@ -131,9 +134,7 @@ def tune_ffn(row: Table, device: torch.device) -> None:
     """The same for the algorithm of the FFN, by number of tokens."""
     present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
     for name, tokens in TOKENS.items():
-        present[name] = fastest(
-            present[name], list(ALGORITHMS), lambda algorithm, n=tokens: time_algorithm(algorithm, n, device)
-        )
+        present[name] = fastest(present[name], list(ALGORITHMS), partial(time_algorithm, tokens=tokens, device=device))
 
 
 def difference(before: Table, after: Table) -> list[str]:
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     row = tiles.TABLES.setdefault(name, {})
     for kernel in chosen.kernels:
         tune_ffn(row, device) if kernel == "ffn" else tune_kernel(kernel, row, device)
-    chosen.out.write_text(dump(tiles.TABLES))
+    write_text(chosen.out, dump(tiles.TABLES))
     print("\n".join(difference(before, row)) or f"nothing is faster than what {name} has")
     return 0
 

@@ -1,6 +1,7 @@
 """Adapting a ViT in place: LoRA-MoE at one site of every block, plain LoRA on its linear layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def _look_up(name: str, table: dict[str, str], what: str) -> str:
     return table[name]
 
 
-def _site_shape(site: nn.Module) -> tuple[int, int]:
+def _site_shape(site: Any) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer or of an FFN with fc1 and fc2."""
     if isinstance(site, nn.Linear):
         return site.in_features, site.out_features
@@ -28,17 +29,18 @@ def _site_shape(site: nn.Module) -> tuple[int, int]:
 
 def add_lora(vit: nn.Module, rank: int, targets: Sequence[str] = ("qkv", "proj")) -> None:
     """Put LoRA of ``rank`` on the named linear layers of every block."""
-    for block in vit.blocks:
+    for block in vit.get_submodule("blocks").children():
         for target in targets:
             path = _look_up(target, LORA_TARGETS, "LoRA target")
-            block.set_submodule(path, LoRALinear(block.get_submodule(path), rank))
+            linear: Any = block.get_submodule(path)
+            block.set_submodule(path, LoRALinear(linear, rank))
 
 
 def add_moe(vit: nn.Module, config: MoEConfig, tasks: int, site: str = "ffn", kernel: str = "auto") -> Routing:
     """Put a LoRA-MoE around ``site`` of every block: ``ffn`` (the whole FFN), ``fc1`` or ``fc2``."""
     path = _look_up(site, SITES, "site")
     routing = Routing(tasks, kernel)
-    for layer, block in enumerate(vit.blocks):
+    for layer, block in enumerate(vit.get_submodule("blocks").children()):
         base = block.get_submodule(path)
         block.set_submodule(path, LoRAMoE(base, _site_shape(base), config, routing, layer))
     return routing

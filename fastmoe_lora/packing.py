@@ -11,6 +11,7 @@ so they are copied once per pass; the frozen weights are copied only when they c
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,16 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     if not {"fc1", "act", "fc2"} <= {name for name, _ in module.named_children()}:
         return ()
     inert = [child for name, child in module.named_children() if name not in ("fc1", "act", "fc2")]
-    plain = (
-        type(module.fc1) is type(module.fc2) is nn.Linear
-        and isinstance(module.act, nn.GELU)
-        and module.act.approximate == "none"
+    fc1, act, fc2 = module.fc1, module.act, module.fc2
+    if (
+        type(fc1) is nn.Linear
+        and type(fc2) is nn.Linear
+        and isinstance(act, nn.GELU)
+        and act.approximate == "none"
         and all(isinstance(child, nn.Identity) or isinstance(child, nn.Dropout) and child.p == 0 for child in inert)
-    )
-    return (module.fc1, module.fc2) if plain else ()
+    ):
+        return fc1, fc2
+    return ()
 
 
 class PackedLayer:
@@ -57,21 +61,24 @@ class PackedLayer:
             if self.packed is None:
                 raise ValueError("weights are not packed: call Packing(model).pack() before a compiled pass")
             return self.packed
-        if self._ahead != _state(linears, adapters):
-            self._pack(linears, adapters)
+        packed = self.packed
+        if packed is None or self._ahead != _state(linears, adapters):
+            packed = self._pack(linears, adapters)
         self._ahead = ()
-        return self.packed
+        return packed
 
-    def _pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> None:
+    def _pack(self, linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> Packed:
         frozen = _state(linears, adapters)[0]
         # Tensors made in inference mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            if frozen != self._frozen:
+            packed = self.packed
+            if packed is None or frozen != self._frozen:
                 shape = linears[0].in_features, *(linear.out_features for linear in linears)
-                self.packed = Packed.empty(shape, adapters, dtype=frozen[0])
-                self.packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
-            self.packed.fill(*adapters)
+                packed = self.packed = Packed.empty(shape, adapters, dtype=frozen[0])
+                packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
+            packed.fill(*adapters)
         self._frozen = frozen
+        return packed
 
     def __deepcopy__(self, memo: dict) -> "PackedLayer":
         """An empty one: the state describes the tensors of the original, not those of the copy."""
@@ -82,7 +89,7 @@ class Packing:
     """The packed weights of every adapted layer of ``model``, for passes that do not repack them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for layer in model.modules() if isinstance(getattr(layer, "packing", None), PackedLayer)]
+        self.layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "packing", None), PackedLayer)]
 
     def pack(self) -> None:
         """Copy all adapters, and the frozen weights that changed, for the next pass.

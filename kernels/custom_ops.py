@@ -14,6 +14,7 @@ Weights are saved too; the output of an expert never is. Backward does not write
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setting(
-    a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: str | int
+    a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: Any
 ) -> tuple[TaskSegments, Pool]:
     """What every launch is given."""
     return TaskSegments(tuple(counts), offsets), Pool.of(a, routers, Gating(*gating))
@@ -52,13 +53,13 @@ def _setting(
 
 def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, gating: Gating) -> tuple[Tensor, ...]:
     """Empty (y, g, P, H, z), y with ``width`` columns."""
-    pool, full = Pool.of(a, routers, gating), {"dtype": torch.float32}
+    pool, full = Pool.of(a, routers, gating), torch.float32
     return (
         x.new_empty(len(x), width),
-        x.new_empty(len(x), pool.experts, **full),
-        x.new_empty(len(routers), pool.columns, **full),
+        x.new_empty(len(x), pool.experts, dtype=full),
+        x.new_empty(len(routers), pool.columns, dtype=full),
         x.new_empty(len(x), len(a)),
-        x.new_empty(len(x), pool.columns, **full),
+        x.new_empty(len(x), pool.columns, dtype=full),
     )
 
 

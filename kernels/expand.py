@@ -96,7 +96,7 @@ def expand_backward(
     routers (tasks, C, d) are fp32.
     """
     given = base is not None
-    base = base if given else dh
+    base = dh if base is None else base
     dx = dh.new_empty(len(dh), a.shape[1])
     sizes = tile("expand", dh, pool)
     expand_backward_kernel[segments.grid(sizes["BM"])](

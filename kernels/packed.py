@@ -1,6 +1,7 @@
 """Frozen weights and adapters packed side by side, so that LoRA is a few more columns of the frozen GEMM."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class Packed:
         ``adapters`` is (A, B, routers), or (A, B) for a linear layer with plain LoRA.
         """
         (d, *between, width), a = shape, adapters[0]
-        hidden, ranks, make = sum(between), aligned(len(a)), {"dtype": dtype, "device": a.device}
+        make: dict[str, Any] = {"dtype": dtype, "device": a.device}
+        hidden, ranks = sum(between), aligned(len(a))
         columns = aligned(adapters[2].shape[0] * adapters[2].shape[1]) if hidden else 0
         up, down = torch.zeros(width, shape[-2] + ranks, **make), torch.zeros(hidden + ranks + columns, d, **make)
         split = SplitRouters.empty(adapters[2].shape if len(adapters) > 2 else (0, 0, d), dtype, a.device)

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
         raise
 
 
-READERS = {
+READERS: dict[str, tuple[str, Callable[[Path], dict]]] = {
     ".safetensors": ("safetensors", load_file),
     ".npz": ("NumPy", _read_npz),
     **dict.fromkeys((".pth", ".pt", ".bin"), ("PyTorch", _read_pickle)),

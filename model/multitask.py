@@ -26,6 +26,9 @@ class MultiTaskViT(nn.Module):
         self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """The input normalisation the weights were trained with, in units of [0, 1]; part of the state dict."""
         self.register_buffer("image_mean", self.task_embed.new_tensor(mean).view(1, 3, 1, 1))

@@ -1,10 +1,43 @@
-"""What tests of every part share: processes of their own, and real data that are not part of the repository."""
+"""What tests of every part share: markers of cost, processes of their own, and real data from beside the repository."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+# The marker of a file's tests by its place under tests/: the first pattern that fits, "" for the unit tier. A test that
+# costs more than its file says is marked where it stands.
+COSTS = {
+    "kernels/test_aot.py": "aot",
+    "kernels/test_gpu.py": "gpu",
+    "kernels/test_dispatch.py": "",
+    "kernels/test_nvtx.py": "",
+    "kernels/test_reference.py": "",
+    "kernels/*": "interpret",
+    "fastmoe_lora/test_compile.py": "slow",
+    "fastmoe_lora/test_fused.py": "interpret",
+    "model/test_kernel_parity.py": "interpret",
+    "bench/test_counted.py": "interpret",
+    "bench/test_gpu_script.py": "integration",
+    "bench/test_tune.py": "integration",
+    "train/run/*": "integration",
+    "train/test_*": "integration",
+    "test_readme.py": "integration",
+    "test_wheel.py": "integration",
+}
+
+
+def cost(path: Path) -> str:
+    place = path.relative_to(TESTS).as_posix()
+    return next((marker for pattern, marker in COSTS.items() if fnmatch(place, pattern)), "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(TESTS) and (marker := cost(item.path)):
+            item.add_marker(marker)
 
 
 def _existing(path: Path) -> Path:

@@ -12,7 +12,7 @@ from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
 from train.evaluate import main as evaluate
-from train.output.tables import table
+from train.output.scores import score_table
 from train.predict import main as predict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +25,7 @@ COMMANDS = [
     if command.strip()
 ]
 # These two installations, and this test command, are what .ci/run runs; so is the benchmark.
-IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest", "pytest bench/ --benchmark-only"}
+IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest -n auto", "pytest bench/ --benchmark-only"}
 
 
 def test_every_command_is_tried_somewhere():
@@ -33,13 +33,27 @@ def test_every_command_is_tried_somewhere():
         assert command in IN_CI or "python -m train" in command, command
     script = (ROOT / ".ci" / "run").read_text()
     assert "pip install --quiet -e .\n" in script
-    assert "pip install --quiet -e '.[test]'" in script and "\npytest\n" in script and "pytest bench/" in script
+    assert "pip install --quiet -e '.[test]'" in script and "\npytest -n auto\n" in script and "pytest bench/" in script
+
+
+@pytest.fixture(scope="module")
+def few_photos(pascal_mini, tmp_path_factory):
+    """The real tree with a tenth of its images in each split: :func:`test_checking_commands_run` reads all of them."""
+    root = tmp_path_factory.mktemp("few") / "PASCAL_MT"
+    shutil.copytree(pascal_mini / "ImageSets", root / "ImageSets")
+    for folder in pascal_mini.iterdir():
+        if folder.name != "ImageSets":
+            (root / folder.name).symlink_to(folder)
+    for split in (root / "ImageSets" / "Context").iterdir():
+        split.write_text("".join(split.read_text().splitlines(keepends=True)[::10]))
+    return root
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train " in c])
+@pytest.mark.slow
 def test_training_commands_run(command, tmp_path, request):
     argv = shlex.split(command.removeprefix("TRITON_INTERPRET=1 "))[3:]
-    for placeholder, fixture in (("PASCAL_MT", "pascal_mini"), ("WEIGHTS.safetensors", "vit_tiny_weights")):
+    for placeholder, fixture in (("PASCAL_MT", "few_photos"), ("WEIGHTS.safetensors", "vit_tiny_weights")):
         if placeholder in argv:
             argv[argv.index(placeholder)] = str(request.getfixturevalue(fixture))
     quick = ["--steps", "5", "--set", "scenes=64", "--set", "val_scenes=8"]
@@ -57,27 +71,28 @@ def test_checking_commands_run(command, tmp_path, pascal_mini):
 
 
 @pytest.fixture(scope="module")
-def runs(pascal_mini, tmp_path_factory):
+def runs(few_photos, tmp_path_factory):
     """A folder with the RUN, RUN-2 and PHOTOS of the commands, and a few ids."""
     folder = tmp_path_factory.mktemp("readme")
     small = ["--image-size", "64", "--model", "vit_micro", "--head", "light", "--set", "lora_rank=0", "--steps", "1"]
-    data = ["--data", str(pascal_mini), "--partial-labels", "--protocol", "mini"]
+    data = ["--data", str(few_photos), "--partial-labels", "--protocol", "mini"]
     assert main([*data, *small, "--out", str(folder / "RUN")]) == 0
     shutil.copytree(folder / "RUN", folder / "RUN-2", symlinks=True)
-    ids = [(pascal_mini / "ImageSets/Context/val.txt").read_text().split()[i] for i in (0, 200, 400)]
+    ids = [(few_photos / "ImageSets/Context/val.txt").read_text().split()[i] for i in (0, 20, 40)]
     (folder / "ids").write_text("\n".join(ids))
     (folder / "PHOTOS").mkdir()
     for image_id in ids:
-        shutil.copy(pascal_mini / f"JPEGImages/{image_id}.jpg", folder / "PHOTOS")
+        shutil.copy(few_photos / f"JPEGImages/{image_id}.jpg", folder / "PHOTOS")
     return folder
 
 
-def test_commands_about_checkpoints_run(runs, pascal_mini, monkeypatch):
+@pytest.mark.slow
+def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
     """In their order: what one writes the next may read."""
     monkeypatch.chdir(runs)
     tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare}
     quick = {"train.evaluate": ["--ids", "ids", "--partial-labels", "--workers", "0"]}
-    commands = [shlex.split(command.replace("PASCAL_MT", str(pascal_mini))) for command in COMMANDS]
+    commands = [shlex.split(command.replace("PASCAL_MT", str(few_photos))) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
     assert len(commands) == 4
     for words in commands:
@@ -92,7 +107,7 @@ def test_python_examples_run():
 def test_the_table_is_the_committed_result():
     results = json.loads((ROOT / "bench" / "results" / "scenes.json").read_text())
     baselines = {name: results[f"metrics_{name}"] for name in ("untrained", "constant")}
-    assert table({**baselines, "trained": results["metrics"]}) in README
+    assert score_table({**baselines, "trained": results["metrics"]}) in README
 
 
 def test_pictures_and_links_exist():

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from kernels import UserError
-from train.cli import Parser, guarded
+from train.cli import Parser, add_cache, guarded
 from train.datasets.cache import open_cache
 from train.datasets.pascal.dataset import PascalMT, group_by_tasks
+from train.datasets.pascal.handedness import describe_handedness
 from train.datasets.pascal.inspection import Finding, inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
-from train.output.tables import align, make_folder
+from train.files.atomic import make_folder, write_text
+from train.output.tables import format_table
 from train.protocols.base import finish_labels
 from train.tasks import DEFAULT_TASKS, TASKS, VOID, parse_tasks
 
@@ -53,19 +54,14 @@ class Split:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.check",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.check", DESCRIPTION)
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder around it")
     parser.add_argument(
         "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="of %(default)s (default: all five)"
     )
     parser.add_argument("--partial-labels", action="store_true", help="a missing label file is no fault")
     parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (%(default)s)")
-    parser.add_argument("--cache", metavar="DIR", default="", help="keep edges and parts there, for training too")
+    add_cache(parser)
     parser.add_argument("--out", metavar="DIR", default="runs/check", help="(%(default)s)")
     return parser
 
@@ -85,8 +81,8 @@ def describe(splits: Sequence[Split], tasks: Sequence[str]) -> str:
         sides = ["/".join(f"{np.quantile(side, q):.0f}" for q in (0, 0.5, 1)) for side in sizes.T[::-1]] or ["-", "-"]
         counts = len(split.images), OFFICIAL_IMAGES[split.name], faulty
         rows.append([split.name, *map(str, counts), *sides])
-    tables = [align(rows) + "\n(width and height: smallest/median/largest)"]
-    return "\n\n".join([*tables, *(align(_task_rows(task, splits)) for task in tasks)])
+    tables = [format_table(rows) + "\n(width and height: smallest/median/largest)"]
+    return "\n\n".join([*tables, *(format_table(_task_rows(task, splits)) for task in tasks)])
 
 
 def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
@@ -145,9 +141,13 @@ def run(options: Any) -> int:
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
     faults = [fault for split in splits for fault in split.faults]
-    (out / "faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
+    write_text(out / "faults.txt", "".join(f"{fault}\n" for fault in faults))
     draw(out / "sheet.png", splits, reader)
-    print(f"\n{describe(splits, tasks)}\n\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
+    print(f"\n{describe(splits, tasks)}")
+    if "normals" in tasks:
+        found = [finding.asymmetry for split in splits for finding in split.findings if finding.asymmetry]
+        print(f"\n{describe_handedness(found)}")
+    print(f"\n{describe_faults(faults)}\n\n{out}/: sheet.png, faults.txt")
     return 1 if faults else 0
 
 

@@ -11,6 +11,7 @@ from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import Settings, recipe_names
 from train.protocols import PROTOCOLS
+from train.tasks import DEFAULT_TASKS, TASKS
 
 DESCRIPTION = """\
 Train a multi-task ViT with a LoRA mixture-of-experts and show what it learned.
@@ -20,19 +21,31 @@ tree. OUT receives results.json, last (the newest checkpoint), predictions.png a
 
 
 class Parser(argparse.ArgumentParser):
+    """Of ``python -m PROG``: flags are written out, the description keeps its lines."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(
+            prog=f"python -m {prog}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
     def error(self, message: str) -> NoReturn:
         """One line, not the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m train",
-        description=DESCRIPTION,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
+    """The flag of every command that reads labels."""
+    parser.add_argument(
+        "--cache", metavar="DIR", default=default, help="keep labels that take long to derive there, outside the data"
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("train", DESCRIPTION, argument_default=argparse.SUPPRESS)
     _add_data(parser.add_argument_group("tasks and data"))
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))
@@ -41,9 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", metavar="A,B", help="of seg, parts, sal, normals, edge (default: all five)")
+    group.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: {','.join(DEFAULT_TASKS)})")
     group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree; left out: rendered scenes")
     group.add_argument("--partial-labels", action="store_true", help="a missing label file means: void for that task")
+    add_cache(group, argparse.SUPPRESS)
     group.add_argument("--skip-bad", action="store_true", help="leave out images with a damaged or missing file")
     group.add_argument(
         "--protocol", choices=PROTOCOLS, help="what images and labels go through, which published numbers rest on (ase)"

@@ -1,7 +1,7 @@
 """``python -m train.compare RUN RUN ...``: the scores of runs in one table, and their predictions side by side."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +9,22 @@ from pathlib import Path
 import torch
 
 from kernels import UserError
-from train.cli import Parser, guarded
+from train.cli import Parser, add_cache, guarded
 from train.config.settings import Settings
 from train.datasets.base import open_dataset
 from train.datasets.batches import collate
 from train.datasets.pascal.dataset import Access
 from train.evaluation.baselines import with_baseline
 from train.evaluation.results import Results, read_results, require_comparable
-from train.output.tables import align, make_folder, number
+from train.files.atomic import make_folder, write_text
+from train.output.tables import format_table, number
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks import HEADLINES
+from train.tasks import shown_headlines
 
 PICTURES = 8  # rows of the picture
+
+Models = Mapping[str, tuple[Settings, torch.nn.Module]]
 
 DESCRIPTION = """\
 Print the scores of runs in one table and draw their predictions side by side. A RUN is the folder of python -m train or
@@ -30,14 +33,10 @@ OUT receives table.txt, table.md and predictions.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.compare",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.compare", DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("--baseline", metavar="FILE|NAME", help="Delta_m against a published row, a JSON file or a run")
+    add_cache(parser)
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--out", metavar="DIR", default="runs/compare", help="(%(default)s)")
     return parser
@@ -55,11 +54,11 @@ def short_names(given: Sequence[str]) -> list[str]:
 
 def rows_of(runs: Mapping[str, Results]) -> list[list[str]]:
     """Headings and one row per run, a column per score that any of them has, Delta_m last."""
-    shown = [h for h in HEADLINES if any(_score(results, *h[:2]) is not None for results in runs.values())]
-    heads = [f"{task} {key} {'^' if higher else 'v'}" for task, key, higher, _ in shown]
+    shown = shown_headlines([results["metrics"] for results in runs.values()])
+    heads = [f"{task} {h.key} {'^' if h.higher_is_better else 'v'}" for task, h in shown]
     rows = [["run", *heads]]
     for name, results in runs.items():
-        rows.append([name, *(number(_score(results, task, key), unit) for task, key, _, unit in shown)])
+        rows.append([name, *(number(_score(results, task, h.key), h.unit) for task, h in shown)])
     if any("delta_m" in results for results in runs.values()):
         for row, cell in zip(rows, ["Delta_m % ^", *(_delta(results) for results in runs.values())], strict=True):
             row.append(cell)
@@ -75,10 +74,10 @@ def _delta(results: Results) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The table in Markdown, with arrows for which way is better."""
     signs = {"^": "↑", "v": "↓"}
     heads = [" ".join(signs.get(word, word) for word in head.split(" ")) for head in rows[0]]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return format_table([heads, *rows[1:]], markdown=True)
 
 
 def caption(runs: Mapping[str, Results]) -> str:
@@ -105,7 +104,7 @@ def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module]
 
 
 @torch.inference_mode()
-def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Settings, torch.nn.Module]]) -> None:
+def draw(path: Path, runs: Mapping[str, Results], models: Models, cache: str) -> None:
     """A few validation images, their labels and what each model says. All runs are of the same protocol and images."""
     from train.output import pictures
 
@@ -118,7 +117,7 @@ def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Set
         tasks=tasks,
         size=given["image_size"],
         protocol_name=results["protocol"].partition("@")[0],
-        access=Access(partial_labels=True),
+        access=Access(partial_labels=True, cache=cache),
     )
     dataset = open_dataset(source, over["split"])
     indices = pictures.spread(dataset.groups, PICTURES)
@@ -127,28 +126,30 @@ def draw(path: Path, runs: Mapping[str, Results], models: Mapping[str, tuple[Set
     pictures.save_predictions(path, batch, predictions, dataset.classes)
 
 
-def run(given: Sequence[str], baseline: str | None, as_markdown: bool, out: Path) -> None:
+def run(options: Namespace) -> None:
+    given, baseline, out = options.runs, options.baseline, Path(options.out)
     runs = dict(zip(short_names(given), map(read_results, given), strict=True))
     require_comparable(runs)
     runs = {name: with_baseline(results, baseline) if baseline else results for name, results in runs.items()}
     make_folder(out)
     rows, below = rows_of(runs), caption(runs)
-    tables = {"table.txt": f"{align(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
+    tables = {"table.txt": f"{format_table(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
     for name, text in tables.items():
-        (out / name).write_text(text)
-    print(tables["table.md" if as_markdown else "table.txt"])
+        write_text(out / name, text)
+    print(tables["table.md" if options.markdown else "table.txt"])
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
-    if lacking := [name for name, model in models.items() if model is None]:
+    loaded = {name: model for name, model in models.items() if model is not None}
+    if lacking := [name for name in models if name not in loaded]:
         print(f"{out}/: table.txt, table.md; no picture, as there is no checkpoint of {', '.join(lacking)}")
         return
-    draw(out / "predictions.png", runs, models)
+    draw(out / "predictions.png", runs, loaded, options.cache)
     print(f"{out}/: table.txt, table.md, predictions.png")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options.runs, options.baseline, options.markdown, Path(options.out)))
+    return guarded(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,21 @@
 import os
 import shlex
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kernels import UserError
 from model import MultiTaskViT
-from train.cli import Parser, guarded
-from train.config.settings import Settings
+from train.cli import Parser, add_cache, guarded
+from train.config.settings import Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.datasets.batches import sample_loader
 from train.datasets.pascal.tree import find_tree, read_split
 from train.evaluation.baselines import describe_delta, with_baseline
-from train.evaluation.predictions import Folder, predicted_tasks, read_note, require_predictions, shorten
+from train.evaluation.predictions import NOTE, keeping, predicted_tasks, read_note, require_predictions, shorten
 from train.evaluation.results import Results, describe_set
 from train.evaluation.score import (
     Predicted,
@@ -28,13 +27,15 @@ from train.evaluation.score import (
     predictions_of_model,
     score_predictions,
 )
+from train.files.atomic import make_folder, write_json
 from train.files.reading import reading, require_file
 from train.metrics.odsf import VARIANTS
-from train.output.tables import make_folder, table, versions, write_json
-from train.protocols import PROTOCOLS
+from train.output.scores import score_table
+from train.output.versions import versions
+from train.protocols import PROTOCOLS, Rendered
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks import build_metrics
+from train.tasks import build_metrics, parse_tasks
 
 DESCRIPTION = """\
 Score a checkpoint, or with --predictions the files of any program, on PASCAL-Context as a protocol has it.
@@ -56,15 +57,11 @@ class Subject:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.evaluate",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.evaluate", DESCRIPTION)
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
     add("--predictions", metavar="DIR", help="score these files, not a checkpoint")
+    add("--tasks", metavar="A,B", help="score these tasks alone (all that were predicted)")
     add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder around it")
     add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are treated (the run's)")
     add("--split", metavar="NAME", default="val", help="a list of ImageSets/Context (%(default)s)")
@@ -80,6 +77,7 @@ def build_parser() -> Parser:
     add("--baseline", metavar="FILE|NAME", help="print Delta_m against a published row, a JSON file or a run")
     add("--partial-labels", action="store_true", help="a missing label file means: void for that task")
     add("--skip-bad", action="store_true", help="leave out images with a damaged or missing label")
+    add_cache(parser)
     add("--workers", type=int, metavar="N", default=os.cpu_count(), help="processes for odsF (%(default)s)")
     add("--out", metavar="DIR", help="(runs/evaluate/NAME-PROTOCOL)")
     return parser
@@ -94,8 +92,9 @@ def subject_of(options: Namespace) -> Subject:
 def _from_checkpoint(options: Namespace) -> Subject:
     folder = checkpoint.find(Path(options.checkpoint))
     settings, model, state = load_checkpoint(folder)
-    changes = {"data": options.data or settings.data, "protocol": options.protocol or settings.protocol}
-    if changes["data"] and not settings.data and "seg" in model.tasks:
+    tasks = ",".join(chosen_tasks(options.tasks, model.tasks, str(folder)))
+    changes = {"data": options.data or settings.data, "protocol": options.protocol or settings.protocol, "tasks": tasks}
+    if changes["data"] and not settings.data and "seg" in parse_tasks(tasks):
         raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL has not: leave --data away")
     if options.protocol and not changes["data"]:
         raise UserError("--protocol says how photos are treated, rendered scenes have none: give --data")
@@ -110,22 +109,39 @@ def _from_checkpoint(options: Namespace) -> Subject:
 
 def _from_files(options: Namespace) -> Subject:
     folder, note = Path(options.predictions), read_note(Path(options.predictions))
-    protocol = options.protocol or note.get("protocol")
-    if not options.data:
+    settings = Settings(tasks=",".join(chosen_tasks(options.tasks, predicted_tasks(folder), str(folder))))
+    if options.data:
+        changes = {"data": options.data} | _protocol_of_files(options.protocol or note.get("protocol", ""), note)
+    elif note.get("protocol") == Rendered.name:
+        names = ("image_size", "scenes", "val_scenes", "seed")
+        changes = layer({name: note[name] for name in names if name in note}, str(folder / NOTE)) | {"data": ""}
+    else:
         raise UserError("--predictions are scored with the labels of a tree: give --data")
-    if protocol not in PROTOCOLS:
-        raise UserError(f"say how these predictions meet their labels: --protocol {', '.join(PROTOCOLS)}")
-    size = note.get("size", 0) if note.get("protocol") == protocol else 0
-    changes = {"data": options.data, "protocol": protocol, "image_size": size or PROTOCOLS[protocol].own_size}
-    settings = Settings(tasks=",".join(predicted_tasks(folder)))
     return Subject(folder.resolve().name, {"predictions": str(folder)}, with_flags(settings, options, changes))
+
+
+def _protocol_of_files(name: str, note: dict[str, Any]) -> dict[str, Any]:
+    """The protocol by which files meet labels, at the size that their ``note`` has for it, or at its own."""
+    if name not in PROTOCOLS:
+        raise UserError(f"say how these predictions meet their labels: --protocol {', '.join(PROTOCOLS)}")
+    size = note.get("image_size") if note.get("protocol") == name else None
+    return {"protocol": name, "image_size": size or PROTOCOLS[name].own_size}
+
+
+def chosen_tasks(given: str | None, there: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The tasks to score: those ``given``, of those that are ``there``, or all of them."""
+    chosen = parse_tasks(given) if given else there
+    if lacking := [task for task in chosen if task not in there]:
+        raise UserError(f"{where} has no predictions of {', '.join(lacking)}: choose --tasks among {', '.join(there)}")
+    return chosen
 
 
 def with_flags(settings: Settings, options: Namespace, changes: dict[str, Any]) -> Settings:
     partial, skip = options.partial_labels, options.skip_bad
     if settings.data == changes["data"]:  # the tree that the run was trained on is read as it was then
         partial, skip = partial or settings.partial_labels, skip or settings.skip_bad
-    return replace(settings, partial_labels=partial, skip_bad=skip, workers=options.workers, **changes)
+    reading = {"partial_labels": partial, "skip_bad": skip, "cache": options.cache or settings.cache}
+    return replace(settings, workers=options.workers, **reading, **changes)
 
 
 def build_set(settings: Settings, options: Namespace) -> DataSet:
@@ -165,24 +181,30 @@ def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
         with_baseline(results, options.baseline)  # a mistake is told now, not after hours
     predicted = predictions_of(subject, options, dataset)
     out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"))
-    keep = Folder(Path(options.save_predictions)) if options.save_predictions else None
     print(announce(results), flush=True)
 
     metrics = build_metrics(settings.task_names, dataset.classes)
-    scoring = Scoring(predicted, dataset.ids, metrics, boundaries, keep.write if keep else None)
-    with keep or nullcontext():
+    kept = Path(options.save_predictions) if options.save_predictions else None
+    with keeping(kept, describe_files(settings, dataset, options.split) | subject.about) as save:
+        scoring = Scoring(predicted, dataset.ids, metrics, boundaries, save)
         results["metrics"] = score_predictions(scoring, options.odsf_variant, options.workers)
-    if keep:
-        treated = {"protocol": dataset.protocol.name, "size": settings.image_size, "split": options.split}
-        keep.close(treated | subject.about)
     return with_baseline(results, options.baseline) if options.baseline else results, out
+
+
+def describe_files(settings: Settings, dataset: DataSet, split: str) -> dict[str, Any]:
+    """What has to be known of a folder of predictions to score it later."""
+    note = {"protocol": dataset.protocol.name, "image_size": settings.image_size, "split": split}
+    if settings.source.rendered:
+        note |= {"scenes": settings.scenes, "val_scenes": settings.val_scenes, "seed": settings.seed}
+    return note
 
 
 def predictions_of(subject: Subject, options: Namespace, dataset: DataSet) -> Iterator[Predicted]:
     """The predictions; UserError where a file of them is missing."""
     samples = sample_loader(dataset, subject.settings.batch_size, min(options.workers, 1))
     if subject.model:
-        return predictions_of_model(subject.model, samples, dataset.protocol, every=bool(options.save_predictions))
+        every = bool(options.save_predictions)
+        return predictions_of_model(subject.model, subject.settings.task_names, samples, dataset.protocol, every)
     folder = Path(options.predictions)
     for task in subject.settings.task_names:
         require_predictions(folder, task, dataset.with_label(task), options.split)
@@ -228,7 +250,7 @@ def announce(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The table, what odsF was taken over, and Delta_m."""
-    lines = [table({"score": results["metrics"]})]
+    lines = [score_table({"score": results["metrics"]})]
     if odsf := results["odsF"]:
         scores = results["metrics"]["edge"]
         values = ", ".join(f"{key} {scores[key]:.2f}" for key in ("odsF", "oisF", "AP", "threshold") if scores[key])

@@ -1,10 +1,10 @@
 """``python -m train.predict CHECKPOINT IMAGE ... --out DIR``: predicts all tasks for any photos, and draws them."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from kernels import UserError
 from model import MultiTaskViT
 from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
+from train.files.atomic import make_folder, replacing
 from train.files.reading import reading, require_file
-from train.output.tables import make_folder
 from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.tasks import TASKS, Picture
+from train.tasks import TASKS
 
 SHEET = 24  # photos on the contact sheet
 
@@ -34,12 +34,7 @@ w), before it was brought to the photo's size) and sheet.png."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.predict",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.predict", DESCRIPTION)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, its 'last' or a folder step-N")
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
     parser.add_argument("--out", metavar="DIR", default="runs/predict", help="(%(default)s)")
@@ -87,8 +82,8 @@ def open_head(path: Path) -> None:
 
 def read_any_photo(path: Path) -> NDArray[np.uint8]:
     """RGB (H, W, 3), the right way up: grey and 16 bits become colours of 8, what is transparent becomes white."""
-    with reading(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    with reading(path), Image.open(path) as stored:
+        image = ImageOps.exif_transpose(stored)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -105,17 +100,18 @@ def predict(model: MultiTaskViT, photo: NDArray[np.uint8], protocol: Protocol) -
     return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 
-def write(out: Path, name: str, photo: Picture, outputs: dict[str, NDArray[np.float32]]) -> dict[str, Picture]:
+def write(
+    out: Path, name: str, photo: NDArray[np.uint8], outputs: dict[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.uint8]]:
     """All files of one photo; returns its overlays."""
     predicted = {task: TASKS[task].at_photo(output, photo.shape[:2]) for task, output in outputs.items()}
     overlays = {task: TASKS[task].overlay(photo, picture) for task, picture in predicted.items()}
     write_pictures(out, name, predicted)
     write_pictures(out / "overlays", name, overlays)
     make_folder(out / "raw")
-    partial = out / "raw" / f".{name}.partial"
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **{task: output.astype(np.float16) for task, output in outputs.items()})
-    partial.replace(out / "raw" / f"{name}.npz")
+    with replacing(out / "raw" / f"{name}.npz", sync=False) as partial, partial.open("wb") as file:
+        raw: dict[str, Any] = {task: output.astype(np.float16) for task, output in outputs.items()}
+        np.savez_compressed(file, **raw)
     return overlays
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class QuackGrouped(torch.autograd.Function):
     """QuACK's products of variable length have no autograd of their own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         from quack.gemm_interface import gemm
 
         starts = F.pad(ends, (1, 0))
@@ -44,7 +45,7 @@ class QuackGrouped(torch.autograd.Function):
         return gemm(x, weights, cu_seqlens_m=starts)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         from quack.gemm_interface import gemm
 
         x, weights, starts = ctx.saved_tensors

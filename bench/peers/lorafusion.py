@@ -13,16 +13,16 @@ from fastmoe_lora import LoRAMoE
 def _weights(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, d) and B (4d, R), the layer's own B four times over."""
     b = layer.lora_B.to(x.dtype)
-    return layer.lora_A.to(x.dtype), b.repeat(layer.base.fc1.out_features // len(b), 1)
+    return layer.lora_A.to(x.dtype), b.repeat(len(layer.base.get_parameter("fc1.weight")) // len(b), 1)
 
 
 def lorafusion(layer: LoRAMoE) -> Forward:
     def forward(x: Tensor) -> Tensor:
         from lorafusion.ops.lora_v1 import FusedLinearLoRA
 
-        fc1 = layer.base.fc1
-        hidden = FusedLinearLoRA.apply(x, fc1.weight, *_weights(layer, x), 1.0, 0.0, 0, fc1.bias)
-        return layer.base.fc2(F.gelu(hidden))
+        weight, bias = layer.base.get_parameter("fc1.weight"), layer.base.get_parameter("fc1.bias")
+        hidden = FusedLinearLoRA.apply(x, weight, *_weights(layer, x), 1.0, 0.0, 0, bias)
+        return layer.base.get_submodule("fc2")(F.gelu(hidden))
 
     return forward
 
@@ -32,7 +32,8 @@ def lora_beside_fc1(layer: LoRAMoE) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         a, b = _weights(layer, x)
-        return layer.base.fc2(F.gelu(layer.base.fc1(x) + (x @ a.T) @ b.T))
+        fc1, fc2 = layer.base.get_submodule("fc1"), layer.base.get_submodule("fc2")
+        return fc2(F.gelu(fc1(x) + (x @ a.T) @ b.T))
 
     return forward
 

@@ -7,6 +7,7 @@ launch has a gap before it. The host's time and the packing of weights are not m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def adapted(pool: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> P
 
 def frozen(dtype: str, tokens: int) -> Passes:
     """Two products and a GELU each way; frozen weights have no gradients."""
-    make = {"dtype": DTYPES[dtype], "device": "meta"}
+    make: dict[str, Any] = {"dtype": DTYPES[dtype], "device": "meta"}
     x, u = torch.empty(tokens, WIDTH, **make), torch.empty(tokens, 4 * WIDTH, **make)
     down, up = torch.empty(4 * WIDTH, WIDTH, **make), torch.empty(WIDTH, 4 * WIDTH, **make)
 
@@ -142,20 +143,23 @@ def microseconds(steps: list[Step], gpu: str, speed: str = "mid", gelu_at_dram: 
     """Of all steps and the gaps between them; with ``gelu_at_dram`` passes of GELU alone are bound by DRAM."""
     total = 0.0
     for step in steps:
-        is_gelu = isinstance(step, TorchGelu) or (isinstance(step, Cost) and step.streams and "gelu" in step.name)
         total += CONSTANTS.gap
-        total += step.stream_dram(gpu) if gelu_at_dram and is_gelu else step.microseconds(gpu, speed)
+        is_gelu = isinstance(step, TorchGelu) or (isinstance(step, Cost) and step.streams and "gelu" in step.name)
+        if gelu_at_dram and is_gelu and isinstance(step, TorchGelu | Cost):
+            total += step.stream_dram(gpu)
+        else:
+            total += step.microseconds(gpu, speed)
     return total
 
 
-def ratio(own: list[Step], base: list[Step], gpu: str, **options) -> float:
+def ratio(own: list[Step], base: list[Step], gpu: str, **options: Any) -> float:
     return microseconds(own, gpu, **options) / microseconds(base, gpu, **options)
 
 
 def ratios(own: Passes, base: Passes, gpu: str, tokens: int) -> dict[str, dict]:
     """For ``forward`` and for ``both`` passes: the ratio, its range over cuBLAS's rates, its uncertainty by judgement,
     the ratio with both GELUs at the DRAM bound, and the microseconds of every step, gaps apart."""
-    found = {}
+    found: dict[str, dict] = {}
     pairs = {"forward": (own.forward, base.forward), "both": (own.forward + own.backward, base.forward + base.backward)}
     for name, pair in pairs.items():
         by_speed = [ratio(*pair, gpu, speed=speed) for speed in CONSTANTS.cublas]

@@ -6,7 +6,7 @@ has few programs at once, their latencies are not hidden and may bind instead.
 """
 
 import warnings
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 
@@ -118,7 +118,7 @@ class Cost:
 
     def binding(self, gpu: str) -> str:
         units = self.units(gpu)
-        return "product" if self.is_product else max(units, key=units.get)
+        return "product" if self.is_product else max(units, key=lambda unit: units[unit])
 
 
 def power_sum(power: float, *values: float) -> float:
@@ -137,8 +137,8 @@ def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
     """Trips of each loop of the machine code, found by the line of its ``for`` statement in the source. What cannot
     be matched is named in a warning."""
     left: dict[object, list[ttir.Loop]] = {}
-    for loop in source.loops:
-        left.setdefault(loop.line, []).append(loop)
+    for statement in source.loops:
+        left.setdefault(statement.line, []).append(statement)
     found = []
     for loop in code.loops:
         inside = [i.name for i in code.instructions if loop.first <= i.address <= loop.last]
@@ -149,16 +149,16 @@ def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
             found.append(1)
             if not waits:
                 warnings.warn(f"the loop of {loop.line} was split by the compiler: a part counts once", stacklevel=2)
-    for loop in (loop for loops in left.values() for loop in loops):
-        if not source.is_constant(loop):  # one that is may have been unrolled
-            warnings.warn(f"the loop of {loop.line} is not in the machine code: it counts once", stacklevel=2)
+    for statement in (statement for statements in left.values() for statement in statements):
+        if not source.is_constant(statement):  # one that is may have been unrolled
+            warnings.warn(f"the loop of {statement.line} is not in the machine code: it counts once", stacklevel=2)
     return found
 
 
 def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
     """Per warp: all instructions (``issue``), those of each unit, wavefronts, clocks of the tensor cores. Predicated
     instructions count in full."""
-    total: Counter = Counter()
+    total: dict[str, float] = defaultdict(float)
     for i in code.instructions:
         rounds = 1
         for loop, n in zip(code.loops, trips, strict=True):
@@ -195,6 +195,6 @@ def cost(launch: Launch) -> Cost:
         *source.traffic(),
         source.flops(),
         source.product(),
-        tuple((":".join(map(str, loop.line)), n) for loop, n in zip(code.loops, trips, strict=True)),
+        tuple((":".join(map(str, loop.line or ())), n) for loop, n in zip(code.loops, trips, strict=True)),
         source.imbalance,
     )

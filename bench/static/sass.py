@@ -6,8 +6,11 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import triton
+
+from bench.aot import find
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -88,7 +91,7 @@ class Instruction:
         clock, and operands from shared memory at 128 bytes a clock."""
         if self.name != "HGMMA":
             return 0
-        m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups())
+        m, n, k = map(int, find(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups())
         size = 4 if "TF32" in self.opcode else 2
         a_in_registers = re.search(r"HGMMA\S*\s+R\d+,\s*R\d+,", self.text)
         operands = (0 if a_in_registers else m * k * size) + n * k * size
@@ -116,7 +119,7 @@ class Code:
         """By address, the outer before the inner."""
         found: dict[int, Loop] = {}
         for i in self.instructions:
-            start = self.labels.get(i.target) if i.name == "BRA" else None
+            start = self.labels.get(i.target) if i.name == "BRA" and i.target else None
             if start is not None and start < i.address:
                 found[start] = Loop(start, i.address, i.line)  # the last branch back to a label ends its loop
         return sorted(found.values(), key=lambda loop: (loop.first, -loop.last))
@@ -124,7 +127,8 @@ class Code:
 
 def parse(text: str) -> Code:
     """The only kernel in what ``nvdisasm -c -g -hex`` printed."""
-    code, waiting, line, words = Code(), [], None, []
+    code, waiting, line = Code(), [], None
+    words: list[list[Any]] = []
     for row in text.splitlines():
         if source := re.match(r'\s*//## File "(?:.*/)?([^"]+)", line (\d+)', row):
             line = source[1], int(source[2])
@@ -150,7 +154,7 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
         file.flush()
         text = _output("nvdisasm", "-c", "-g", "-hex", file.name)
         usage = _output("cuobjdump", "-res-usage", file.name)
-    return text, int(re.search(r"REG:(\d+)", usage)[1])
+    return text, int(find(r"REG:(\d+)", usage)[1])
 
 
 def _output(tool: str, *arguments: str) -> str:

@@ -5,10 +5,10 @@ import json
 import triton
 
 from bench.aot import Launch
-from bench.report import aligned
 from bench.static.constants import CONSTANTS, RATES
 from bench.static.ffn import Passes, ratios
 from bench.static.model import TARGET, Cost
+from train.output.tables import format_table
 
 GPUS = tuple(CONSTANTS.dram)
 UNITS = ("issue", "fma", "fp16", "alu", "xu", "lsu", "uniform", "shared", "tensor", "L2", "latency")
@@ -66,7 +66,7 @@ def counts(rows: list[Row], markdown: bool) -> str:
         ]
         for row in rows
     ]
-    return aligned([head, *lines], markdown)
+    return format_table([head, *lines], markdown, text_columns=2)
 
 
 def times(rows: list[Row], markdown: bool) -> str:
@@ -81,7 +81,7 @@ def times(rows: list[Row], markdown: bool) -> str:
         ]
         for row in rows
     ]
-    return aligned([["kernel", "pool, type, tokens", *UNITS, *last], *lines], markdown)
+    return format_table([["kernel", "pool, type, tokens", *UNITS, *last], *lines], markdown, text_columns=2)
 
 
 def predictions(rows: list[Row], markdown: bool) -> str:
@@ -95,7 +95,7 @@ def predictions(rows: list[Row], markdown: bool) -> str:
             line.append(f"{found['ratio']:.2f} +- {found['uncertainty']:.2f}")
             line += [f"{found['low']:.3f}..{found['high']:.3f}", f"{found['gelu_at_dram']:.2f}"]
         lines.append(line)
-    return aligned([head, *lines], markdown)
+    return format_table([head, *lines], markdown, text_columns=2)
 
 
 def text(results: Row, markdown: bool) -> str:

@@ -4,14 +4,16 @@ Loop bounds are computed from the launch's arguments for program (0, 0, 0), whic
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 
-from bench.aot import Launch
+from bench.aot import Launch, find
 
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "addi": lambda a, b: a + b,
     "subi": lambda a, b: a - b,
     "muli": lambda a, b: a * b,
@@ -76,11 +78,11 @@ class Code:
     def _compute(self, operation: Operation) -> int:
         name = operation.name.partition(".")[2]
         if name == "constant":
-            return int(re.search(r"constant (-?\d+)", operation.text)[1])
+            return int(find(r"constant (-?\d+)", operation.text)[1])
         if name == "get_program_id":
             return 0
         if name == "get_num_programs":
-            axis = "xyz".index(re.search(r"get_num_programs ([xyz])", operation.text)[1])
+            axis = "xyz".index(find(r"get_num_programs ([xyz])", operation.text)[1])
             return (*self.launch.grid, 1, 1)[axis]
         if name == "load":
             tensor, place = self.address(operation.operands[0])
@@ -155,7 +157,7 @@ class Code:
         inner = 0
         for operation in self.operations:
             if operation.name == "tt.dot":
-                step = int(re.search(r"tensor<\d+x(\d+)x", operation.text)[1])
+                step = int(find(r"tensor<\d+x(\d+)x", operation.text)[1])
                 inner = max(inner, step * self.rounds(operation.around[-1:]))
         rows = max(
             (tensor.shape[0] for tensor in self.launch.arguments.values() if len(_shape(tensor)) == 2), default=1
@@ -195,7 +197,7 @@ def _shape(argument: object) -> tuple[int, ...]:
     return tuple(getattr(argument, "shape", ()))
 
 
-def _tensor_bytes(argument: object) -> int:
+def _tensor_bytes(argument: Any) -> int:
     tensor = getattr(argument, "base", argument)  # what a tensor descriptor describes
     return tensor.numel() * tensor.element_size()
 
@@ -215,7 +217,8 @@ class _Parser:
     that nothing else has; ``names`` maps those of the text, for each block that is open."""
 
     def __init__(self, code: Code) -> None:
-        self.code, self.locations = code, {}
+        self.code = code
+        self.locations: dict[str, str] = {}
         self.blocks: list[Loop | None] = []
         self.names: list[dict[str, str]] = [{}]
 

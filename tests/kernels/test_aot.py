@@ -42,6 +42,7 @@ def assert_promises(row, spills=True):
     ("pool", "dtypes", "targets"),
     [("16/3/1/4", "bf16,fp32", "sm_80,sm_89,sm_90,gfx942"), ("16/3/1/16,128/8/4/2", "bf16", "sm_90")],
 )
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes, targets, tmp_path):
     out = tmp_path / "aot.json"
     chosen = ["--pools", pool, "--dtypes", dtypes, "--targets", targets]

@@ -178,3 +178,12 @@ def padded_run(pascal_tree, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "padded"
     options = ["--steps", "1", "--tasks", "seg,sal,normals,edge", "--image-size", "128"]
     return train_tiny(pascal_tree, out, "--protocol", "invpt", *options)
+
+
+@pytest.fixture(scope="session")
+def tiny_scenes_run(tmp_path_factory):
+    """A run of two steps on four rendered scenes, tasks seg and sal."""
+    out = tmp_path_factory.mktemp("runs") / "scenes"
+    sizes = ["--set", "scenes=4", "--set", "val_scenes=3", "--batch-size", "2"]
+    assert main(["--tasks", "seg,sal", "--steps", "2", *sizes, "--workers", "0", "--out", str(out)]) == 0
+    return out

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.check import align, build_parser, main, share
+from train.check import build_parser, main, share
 from train.datasets.pascal.voc import VOC_CLASSES
+from train.output.tables import format_table
 
 HURT = "2008_000000"  # of the fabricated tree, see conftest.py
 
@@ -86,7 +87,7 @@ def test_only_the_tasks_that_are_asked_for_are_looked_at(pascal_copy, tmp_path, 
     ("options", "message"),
     [
         (["--data", "/no/such/folder"], "error: /no/such/folder is not a folder"),
-        (["--data", "DATA", "--tasks", "depth"], "error: unknown task 'depth'"),
+        (["--data", "DATA", "--tasks", "flow"], "error: unknown task 'flow'"),
         (["--data", "DATA", "--workers", "-1"], "error: workers is -1"),
         (["--data", "DATA", "--cache", "DATA"], "lies inside the data set"),
         (["--data", "DATA", "--out", "FILE/out"], "error: cannot make the folder"),
@@ -118,7 +119,7 @@ def test_shares_never_round_to_nothing():
 
 
 def test_columns_are_aligned():
-    assert align([["a", "one"], ["long", "2"]]) == "a     one\nlong    2"
+    assert format_table([["a", "one"], ["long", "2"]]) == "a     one\nlong    2"
 
 
 def test_pascal_mini_is_whole(pascal_mini, tmp_path):

@@ -27,7 +27,7 @@ def small_weights(tmp_path):
     ("argv", "message"),
     [
         (["--data", "/no/such/folder"], "/no/such/folder"),
-        (["--tasks", "seg,depth"], "unknown task 'depth'"),
+        (["--tasks", "seg,flow"], "unknown task 'flow'"),
         (["--pretrained", "/no/such/file"], "no such weights file: /no/such/file"),
         (["--moe", "16/16/1/4"], "N - S = 15"),
         (["--moe", "16/3/1/4", "--gating", "topk"], "use 'ase'"),
@@ -107,10 +107,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
 
 
 def test_a_module_run_as_a_user_does_exits_2(tmp_path):
-    command = [sys.executable, "-m", "train", "--tasks", "depth"]
+    command = [sys.executable, "-m", "train", "--tasks", "flow"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown task 'depth'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown task 'flow'") and done.stderr.count("\n") == 1
 
 
 def test_help_groups_the_flags_and_names_the_recipes():

@@ -10,7 +10,7 @@ from PIL import Image
 from train.compare import main
 from train.evaluate import main as evaluate
 from train.evaluation.baselines import published_rows
-from train.output.tables import table
+from train.output.scores import score_table
 
 ROWS = published_rows()
 
@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, tiny_run, tmp_path, c
 
 
 def test_a_score_that_one_column_lacks_is_not_available():
-    text = table({"a": {"seg": {"mIoU": 50.0}}, "b": {"edge": {"loss": 0.1, "odsF": None}}})
+    text = score_table({"a": {"seg": {"mIoU": 50.0}}, "b": {"edge": {"loss": 0.1, "odsF": None}}})
     rows = [line.split() for line in text.splitlines()]
     assert rows[1] == ["seg", "mIoU", "%", "^", "50.00", "n/a"] and rows[2] == ["edge", "loss", "v", "n/a", "0.1000"]
     assert len(rows) == 4

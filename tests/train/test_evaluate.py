@@ -22,7 +22,7 @@ from train.metrics.odsf import quantise
 from train.metrics.thinning import thin
 from train.protocols import AlignedPrediction, build_protocol
 from train.run.build import load_checkpoint
-from train.tasks import DEFAULT_TASKS, HEADLINES, PART_NAMES, TASKS, VOID, build_metrics
+from train.tasks import DEFAULT_TASKS, PART_NAMES, TASKS, VOID, build_metrics
 from train.tasks.edge import edges_from_label_map
 
 FOLDERS = {name: task.folder for name, task in TASKS.items() if name in DEFAULT_TASKS}
@@ -85,7 +85,8 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
     assert labelled["seg"]["images"] == 4
     assert results["odsF"] == {"mode": "fast", "variant": "seism", "thresholds": 101, "images": 4}
     assert set(results["metrics"]["edge"]) == {"loss", "odsF", "oisF", "AP", "threshold"}
-    assert all(isinstance(results["metrics"][task][key], float) for task, key, *_ in HEADLINES)
+    keys = [(task, headline.key) for task in DEFAULT_TASKS for headline in TASKS[task].headlines]
+    assert all(isinstance(results["metrics"][task][key], float) for task, key in keys)
 
 
 def test_saved_predictions_read_back_give_the_same_numbers_under_mtinet(saved, pascal_tree, tmp_path):
@@ -100,7 +101,7 @@ def test_under_the_others_they_agree_within_a_twentieth(run, protocol, request, 
     scored = evaluate(tmp_path, folder, "--protocol", protocol, "--save-predictions", kept)
     again = evaluate(tmp_path, "--predictions", kept, "--data", pascal_tree)
     assert again["protocol"] == scored["protocol"] == f"{protocol}@{128 if protocol == 'invpt' else 64}"
-    for task, name, _, _ in (headline for headline in HEADLINES if headline[0] in scored["metrics"]):
+    for task, name in ((t, headline.key) for t in scored["metrics"] for headline in TASKS[t].headlines):
         assert again["metrics"][task][name] == pytest.approx(scored["metrics"][task][name], abs=0.05), (task, name)
     assert again["metrics"]["edge"]["odsF"] == scored["metrics"]["edge"]["odsF"]  # a PNG in memory too
 
@@ -368,6 +369,41 @@ def test_a_run_is_a_baseline_of_another(tiny_run, tmp_path, capsys):
     assert results["metrics"] == first["metrics"] and results["delta_m"] == 0
     assert results["baseline"]["protocol"] == "mtinet@64"
     assert "Delta_m   +0.00 % against" in capsys.readouterr().out
+
+
+def test_some_of_the_tasks_are_scored_on_a_tree_that_has_no_labels_of_the_others(tmp_path, tiny_run, pascal_copy):
+    whole = evaluate(tmp_path, tiny_run, "--odsf", "off")
+    for folder in ("human_parts", "normals_distill", "pascal-context"):
+        shutil.rmtree(pascal_copy / folder)
+    kept = tmp_path / "two"
+    options = ("--tasks", "semseg,sal", "--data", pascal_copy, "--save-predictions", kept)
+    some = evaluate(tmp_path, tiny_run, *options)
+    assert some["metrics"] == {task: whole["metrics"][task] for task in ("seg", "sal")}
+    assert sorted(path.name for path in kept.iterdir() if path.is_dir()) == ["sal", "semseg"]
+    again = evaluate(tmp_path, "--predictions", kept, "--data", pascal_copy, "--tasks", "sal")
+    assert again["metrics"] == {"sal": some["metrics"]["sal"]}
+
+
+def test_a_task_that_was_not_predicted_cannot_be_scored(tiny_scenes_run, capsys):
+    assert main([str(tiny_scenes_run), "--tasks", "seg,normals", "--out", "unused"]) == 2
+    assert "has no predictions of normals: choose --tasks among seg, sal" in capsys.readouterr().err
+
+
+def test_predictions_of_scenes_are_scored_on_the_scenes_that_their_folder_names(tmp_path, tiny_scenes_run):
+    kept = tmp_path / "kept"
+    scored = evaluate(tmp_path, tiny_scenes_run, "--save-predictions", kept)
+    again = evaluate(tmp_path, "--predictions", kept)
+    assert again["evaluation"] == scored["evaluation"] and again["protocol"] == "scenes"
+    assert again["metrics"]["seg"] == scored["metrics"]["seg"]
+    assert again["metrics"]["sal"]["maxF"] == pytest.approx(scored["metrics"]["sal"]["maxF"], abs=1)  # of 8 bits
+
+
+def test_a_cache_is_filled_and_used(tmp_path, tiny_run):
+    first = evaluate(tmp_path, tiny_run, "--cache", tmp_path / "cache", "--odsf", "off")
+    entries = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert entries
+    assert evaluate(tmp_path, tiny_run, "--cache", tmp_path / "cache", "--odsf", "off")["metrics"] == first["metrics"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == entries
 
 
 def test_fast_takes_a_hundred_images_evenly_spread():

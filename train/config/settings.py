@@ -3,8 +3,9 @@
 Later layers win: the defaults below (the paper's setting), a recipe, the checkpoint that is resumed, the flags.
 """
 
-import dataclasses
 import difflib
+import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -22,7 +23,7 @@ from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
 PRECISIONS = ("fp32", "bf16")
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "model": VITS,
     "head": HEADS,
     "site": SITES,
@@ -155,7 +156,7 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
 
     A layer that says how long to train in epochs overrules steps of the layers below, and the reverse.
     """
-    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    fields = typing.get_type_hints(Settings)
     converted = {}
     for name, value in values.items():
         if name not in fields:
@@ -217,7 +218,7 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
         values["recipe"] = recipe
     if not values.get("image_size"):
         values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
-    for name in FIXED_ON_RESUME if checkpoint else ():
-        if values[name] != checkpoint[name]:
+    for name in FIXED_ON_RESUME:
+        if checkpoint and values[name] != checkpoint[name]:
             raise UserError(f"{name} was {checkpoint[name]!r} and cannot become {values[name]!r} when a run is resumed")
     return Settings(**values)

@@ -23,7 +23,6 @@ class DataSet(typing.Protocol):
     """
 
     name: str
-    origin: str  # where its files lie and in which layout, "" where there are none
     protocol: Protocol
     classes: Classes
     skipped: tuple[str, ...]  # one line for each image that was left out for a fault
@@ -34,6 +33,11 @@ class DataSet(typing.Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Key) -> Sample: ...
+
+    @property
+    def origin(self) -> str:
+        """Where its files lie and in which layout, "" where there are none."""
+        ...
 
     @property
     def ids(self) -> tuple[str, ...]:

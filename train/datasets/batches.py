@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
@@ -61,7 +61,8 @@ class BatchSampler(Sampler[list[Key]]):
 
     def _stream(self, group: int) -> Callable[[int], Key]:
         """The group's stream by position; it remembers the permutation it is in."""
-        members, current, order = self.groups[group], -1, None
+        members = self.groups[group]
+        current, order = -1, members
 
         def entry(position: int) -> Key:
             nonlocal current, order
@@ -91,11 +92,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
-        move = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
+        non_blocking = torch.device(device).type == "cuda"
         return Batch(
-            self.images.to(**move),
-            {task: label.to(**move) for task, label in self.labels.items()},
-            {task: index.to(**move) for task, index in self.index.items()},
+            self.images.to(device, non_blocking=non_blocking),
+            {task: label.to(device, non_blocking=non_blocking) for task, label in self.labels.items()},
+            {task: index.to(device, non_blocking=non_blocking) for task, index in self.index.items()},
         )
 
 
@@ -121,7 +122,7 @@ class Loader:
     def __init__(
         self, dataset: DataSet, batches: Iterable[list[Key]], workers: int, gather: Callable[[list[Sample]], Any]
     ) -> None:
-        self._loader = DataLoader(
+        self._loader: DataLoader[Sample | UserError] = DataLoader(
             _Reporting(dataset),
             batch_sampler=batches,
             collate_fn=partial(_gather_or_report, gather=gather),
@@ -140,7 +141,7 @@ class Loader:
             yield batch
 
 
-class _Reporting:
+class _Reporting(Dataset[Sample | UserError]):
     """Returns a user's mistake instead of raising it, since torch would append a traceback to its message."""
 
     def __init__(self, dataset: DataSet) -> None:
@@ -157,7 +158,8 @@ class _Reporting:
 
 
 def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[Sample]], Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or gather(samples)
+    faults = [sample for sample in samples if isinstance(sample, UserError)]
+    return faults[0] if faults else gather([sample for sample in samples if not isinstance(sample, UserError)])
 
 
 def train_loader(

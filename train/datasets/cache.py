@@ -5,8 +5,7 @@ number of processes may share the folder.
 """
 
 import hashlib
-import os
-import uuid
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels.errors import UserError
+from train.files.atomic import replacing
 from train.files.reading import reading, require_file
 
 Label = NDArray[np.uint8]
@@ -38,7 +38,8 @@ class Cache:
         label = _read(entry)
         if label is None:
             label = derive(source)
-            _write(entry, label)
+            with replacing(entry, sync=False) as partial:  # an entry that a power cut damages is derived again
+                Image.fromarray(label).save(partial, "PNG")
         return label
 
 
@@ -51,11 +52,10 @@ def open_cache(folder: str, root: Path) -> Cache:
         raise UserError(f"cache {folder} lies inside the data set {root}, which is only read: choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        trial = path / f".{uuid.uuid4().hex}.partial"
-        trial.touch()
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise UserError(f"cannot write to cache {folder} ({error.strerror}): choose another with cache=DIR") from None
+        raise UserError(f"cannot write to cache {folder} ({error.strerror}): choose another --cache") from None
     return Cache(path)
 
 
@@ -68,15 +68,3 @@ def _read(entry: Path) -> Label | None:
             return np.asarray(image) if image.mode == "L" else None
     except Exception:  # whatever a decoder makes of a damaged file
         return None
-
-
-def _write(entry: Path, label: Label) -> None:
-    """Whole or not at all."""
-    partial = entry.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            Image.fromarray(label).save(file, "PNG")
-        os.replace(partial, entry)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {entry} ({error.strerror}): make room, or choose another cache=DIR") from None

@@ -15,8 +15,9 @@ Each task's codec is its own: :class:`train.tasks.Task`.
 
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from kernels.errors import UserError
+from train.files.atomic import replacing, replacing_folder
 from train.files.images import read_image
 from train.files.reading import reading
-from train.output.tables import write_json
 from train.tasks import TASKS, Picture, Shape
 
 NOTE = "predictions.json"  # under which protocol, and from what, a folder was written
@@ -45,9 +46,8 @@ def write_pictures(folder: Path, image_id: str, pictures: Mapping[str, Picture])
         image = Image.fromarray(picture)
         if palette is not None and picture.ndim == 2:
             image.putpalette(palette.tobytes())
-        partial = path.with_name(f".{path.name}.partial")
-        image.save(partial, format="PNG")
-        partial.replace(path)
+        with replacing(path, sync=False) as partial:
+            image.save(partial, format="PNG")
 
 
 def read_picture(folder: Path, task: str, image_id: str, classes: Sequence[str]) -> Picture:
@@ -67,39 +67,25 @@ def require_shape(path: Path, picture: Picture, shape: Shape, size: int) -> None
         )
 
 
-class Folder:
-    """A folder of predictions that appears, whole, when it is closed; UserError where there is something already.
+@contextmanager
+def keeping(path: Path | None, note: dict[str, Any]) -> Iterator[Callable[[str, Mapping[str, Picture]], None] | None]:
+    """Yields ``save(image_id, pictures)``, or None without a ``path``.
 
-    An error in its ``with`` block leaves nothing.
+    The folder ``path`` appears, whole and with ``note``, when the block ends; an error in the block leaves nothing.
+    UserError where there is something already.
     """
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an empty folder: choose another --save-predictions")
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.partial}: {error.strerror}; choose another one") from None
-
-    def __enter__(self) -> "Folder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind:
-            shutil.rmtree(self.partial)
-
-    def write(self, image_id: str, pictures: Mapping[str, Picture]) -> None:
-        write_pictures(self.partial, image_id, pictures)
-
-    def close(self, note: dict[str, Any]) -> None:
-        write_json(self.partial / NOTE, note)
-        self.partial.replace(self.path)
+    if path is None:
+        yield None
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder: choose another --save-predictions")
+    with replacing_folder(path) as unfinished:
+        yield partial(write_pictures, unfinished)
+        (unfinished / NOTE).write_text(json.dumps(note, indent=1) + "\n")
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What :meth:`Folder.close` noted; {} for the predictions of another program."""
+    """What :func:`keeping` noted; {} for the predictions of another program."""
     path = folder / NOTE
     if not path.exists():
         return {}

@@ -66,10 +66,13 @@ def require_comparable(results: Mapping[str, Results]) -> None:
 def _aspects(first: Results, other: Results) -> Iterator[tuple[str, str, str]]:
     """(what, in the first, in the other) of all that has to agree."""
     over, theirs = first["evaluation"], other["evaluation"]
+    images_text = "{images} images ({ids})"
     yield "protocol", first["protocol"], other["protocol"]
     yield "labels at", over["compared_at"], theirs["compared_at"]
     for task, images in over["labelled"].items():
         if task in theirs["labelled"]:
-            yield f"{task} of", *("{images} images ({ids})".format_map(i) for i in (images, theirs["labelled"][task]))
+            other_images = theirs["labelled"][task]
+            yield f"{task} of", images_text.format_map(images), images_text.format_map(other_images)
     if first.get("odsF") and other.get("odsF"):
-        yield "odsF", *("{mode} {variant}".format_map(results["odsF"]) for results in (first, other))
+        odsf_text = "{mode} {variant}"
+        yield "odsF", odsf_text.format_map(first["odsF"]), odsf_text.format_map(other["odsF"])

@@ -27,11 +27,11 @@ FAST = 100  # images of a fast odsF
 
 
 def predictions_of_model(
-    model: MultiTaskViT, batches: Iterable[list[Sample]], protocol: Protocol, every: bool
+    model: MultiTaskViT, tasks: Sequence[str], batches: Iterable[list[Sample]], protocol: Protocol, every: bool
 ) -> Iterator[Predicted]:
-    """The model's predictions of the tasks that an image is labelled for or, with ``every``, of all."""
+    """The model's predictions of those ``tasks`` that an image is labelled for or, with ``every``, of all ``tasks``."""
     for samples in batches:
-        wanted = {t: [i for i, sample in enumerate(samples) if every or t in sample] for t in model.tasks}
+        wanted = {t: [i for i, sample in enumerate(samples) if every or t in sample] for t in tasks}
         wanted = {task: positions for task, positions in wanted.items() if positions}
         postprocessed = _predict(model, np.stack([sample["image"] for sample in samples]), wanted)
         for i, sample in enumerate(samples):

@@ -1,7 +1,7 @@
 """Scores while training: a model over collated batches, whose labels have the size of the input."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from tqdm import tqdm
@@ -54,5 +54,5 @@ def scores_of(metrics: dict[str, Metric]) -> Metrics:
     return {task: finite(metric.compute()) for task, metric in metrics.items()}
 
 
-def finite(scores: dict[str, float | None]) -> dict[str, float | None]:
+def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None or math.isnan(value) else value for name, value in scores.items()}

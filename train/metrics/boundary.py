@@ -42,9 +42,9 @@ def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
     near = dy**2 + dx**2 <= radius**2
 
-    number = np.full(np.add(true.shape, 2 * reach), -1, np.int32)  # of each true pixel, in a frame of none
+    height, width = (side + 2 * reach for side in true.shape)
+    number = np.full((height, width), -1, np.int32)  # of each true pixel, in a frame of none
     number[reach : reach + true.shape[0], reach : reach + true.shape[1]][true] = np.arange(np.count_nonzero(true))
-    width = number.shape[1]
     y, x = np.nonzero(predicted)
     place = (y + reach) * width + x + reach
     partner = number.ravel()[place[:, None] + (dy * width + dx)[near]]
@@ -53,7 +53,7 @@ def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
     starts = np.concatenate([[0], linked.sum(1).cumsum()])
     partners = partner[linked]
     graph = csr_array((np.ones(len(partners), bool), partners, starts), (len(place), np.count_nonzero(true)))
-    return np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0)
+    return int(np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0))
 
 
 def suppress_non_maxima(edges: Map, reach: int, margin: float = 1.01, frame: int = 5) -> Map:

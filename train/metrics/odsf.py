@@ -7,10 +7,7 @@ within 0.0075 of the diagonal. What is counted are integers, so any division of 
 Published numbers differ in how the prediction becomes a mask: that is the variant.
 """
 
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import length_hint
 from typing import NamedTuple
@@ -22,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.errors import UserError
+from train.files.processes import process_map
 from train.metrics.base import Additive
 from train.metrics.boundary import Map, Mask, boundaries, count_matches, smooth, suppress_non_maxima
 from train.metrics.thinning import thin
@@ -92,7 +90,7 @@ def count_image(prediction: Prediction, label_map: NDArray[np.integer], variant:
 def _count_mask(mask: Mask, true: Mask, radius: float) -> tuple[int, int, int, int]:
     predicted = thin(mask)
     matched = count_matches(predicted, true, radius)
-    return matched, np.count_nonzero(true), matched, np.count_nonzero(predicted)
+    return matched, int(np.count_nonzero(true)), matched, int(np.count_nonzero(predicted))
 
 
 class BoundaryScore(Additive):
@@ -163,24 +161,11 @@ def score_boundaries(jobs: Iterable[Load], variant: str, workers: int, title: st
     """
     score = BoundaryScore(variant)
     count = partial(_count_job, variant=variant)
-    results = _map_in_pool(count, jobs, workers) if workers else map(count, jobs)
-    for counts in tqdm(results, title, total=length_hint(jobs) or None, leave=False, disable=None):
-        score.add_image(counts)
+    with process_map(workers, "matches boundaries", preload=__name__) as run:
+        for counts in tqdm(run(count, jobs), title, total=length_hint(jobs) or None, leave=False, disable=None):
+            score.add_image(counts)
     return score
 
 
 def _count_job(load: Load, variant: str) -> Counts:
     return count_image(*load(), variant)
-
-
-def _map_in_pool(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """``map`` in processes, with two items of each on their way: as many as memory has to hold."""
-    # A forked process would inherit the locks of the threads of torch.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

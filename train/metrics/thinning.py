@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Words = NDArray[np.uint64]
 
+ONE, ALL_BUT_ONE = np.uint64(1), np.uint64(63)
 WORD = np.dtype("<u8")  # 64 pixels, the leftmost in the lowest bit
 
 
@@ -34,9 +35,9 @@ def thin(mask: Mask) -> Mask:
 
 def _ring(bits: Words, words: int) -> list[Words]:
     """The eight neighbours of every pixel: east, north-east and so on counter-clockwise."""
-    east, west = bits >> 1, bits << 1
-    east[:-1] |= bits[1:] << 63
-    west[1:] |= bits[:-1] >> 63
+    east, west = bits >> ONE, bits << ONE
+    east[:-1] |= bits[1:] << ALL_BUT_ONE
+    west[1:] |= bits[:-1] >> ALL_BUT_ONE
     above, inside, below = slice(None, -2 * words), slice(words, -words), slice(2 * words, None)
     return [east[inside], east[above], bits[above], west[above], west[inside], west[below], bits[below], east[below]]
 
@@ -52,7 +53,8 @@ def _removable(x1: Words, x2: Words, x3: Words, x4: Words, x5: Words, x6: Words,
 
 
 def _at_least_two(a: Words, b: Words, c: Words, d: Words) -> Words:
-    return a & b | c & d | (a | b) & (c | d)
+    pairs: Words = a & b | c & d
+    return pairs | (a | b) & (c | d)
 
 
 def _all(a: Words, b: Words, c: Words, d: Words) -> Words:

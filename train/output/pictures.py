@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from train.tasks.palette import PALETTE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
 BLANK = 242  # grey of a label that there is none of
@@ -23,7 +27,7 @@ CAPTION = 20  # height in it that is left for the id
 LEGEND_ENTRY = 1.0  # inches
 
 
-def spread(groups: Sequence[Sequence[int]], count: int) -> list[int]:
+def spread(groups: Sequence[NDArray[np.int64]], count: int) -> list[int]:
     """About ``count`` indices, equally many of each group, spread over it."""
     each = max(count // len(groups), 1)
     return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
@@ -89,7 +93,7 @@ def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, 
     plt.close(figure)
 
 
-def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
+def _draw_grid(axis: Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
     """Columns of equally large square pictures under their titles, as one image with white gaps; returns the pixels
     from one picture to the next."""
     side = columns[0][1][0].shape[0]
@@ -104,21 +108,14 @@ def _draw_grid(axis: plt.Axes, columns: list[tuple[str, list[np.ndarray]]]) -> i
     return side + gap
 
 
-def _draw_legends(figure: plt.Figure, tasks: Iterable[str], classes: Classes) -> None:
+def _draw_legends(figure: Figure, tasks: Iterable[str], classes: Classes) -> None:
     """Side by side below, each in as many columns as half the figure's width has room for."""
     columns = min(7, max(1, int(figure.get_figwidth() / 2 / LEGEND_ENTRY)))
     for task, corner in (("seg", "left"), ("parts", "right")):
         if task in tasks:
             entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
-            figure.legend(
-                handles=entries,
-                title=task,
-                loc=f"outside lower {corner}",
-                ncols=columns,
-                fontsize=7,
-                title_fontsize=8,
-                frameon=False,
-            )
+            place: dict[str, Any] = {"loc": f"outside lower {corner}", "ncols": columns}
+            figure.legend(handles=entries, title=task, fontsize=7, title_fontsize=8, frameon=False, **place)
 
 
 def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:

@@ -5,6 +5,7 @@ to 8 bits. Labels are untouched there.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -83,7 +84,7 @@ class StretchTo:
 class FamilyA(Protocol):
     name, own_size = "mtinet", 512
     published = "A"
-    notes = MTINET_NOTES
+    notes: ClassVar[tuple[str, ...]] = MTINET_NOTES
 
     @property
     def train(self) -> tuple[Step, ...]:

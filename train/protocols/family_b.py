@@ -86,7 +86,7 @@ class RandomCrop:
 
     def _is_varied(self, seg: NDArray[np.uint8]) -> bool:
         areas = np.bincount(seg.ravel(), minlength=256)[:VOID]
-        return np.count_nonzero(areas) > 1 and areas.max() / areas.sum() < self.max_share
+        return bool(np.count_nonzero(areas) > 1 and areas.max() / areas.sum() < self.max_share)
 
 
 def distort_colours(sample: Sample, rng: np.random.Generator) -> Sample:

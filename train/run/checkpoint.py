@@ -8,7 +8,6 @@ A killed run leaves the last good one.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,41 +15,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kernels import UserError
+from train.files.atomic import remove_partials, replacing, replacing_folder
 
 
 def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``out/step-N``, point ``out/last`` at it, then remove the older ones."""
-    folder, partial = out / f"step-{step}", out / f".step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(model.state_dict(), partial / "model.safetensors")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _point_last(out, folder)
+    """Write ``out/step-N``, point ``out/last`` at it, then remove the older ones and what a killed run left."""
+    folder = out / f"step-{step}"
+    with replacing_folder(folder) as partial, _failed_writes():
+        save_file(model.state_dict(), partial / "model.safetensors")
+        with (partial / "optimizer.pt").open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    with replacing(out / "last") as link:
+        link.symlink_to(folder.name)
     for old in out.glob("step-*"):
         if old != folder:
             shutil.rmtree(old)
+    for name in ("step-*", "last"):
+        remove_partials(out, name)
     return folder
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _point_last(out: Path, folder: Path) -> None:
-    link = out / ".last.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(out / "last")
+@contextmanager
+def _failed_writes() -> Iterator[None]:
+    """Raises the OSError of a write that failed, which safetensors and torch hide in errors of their own kinds."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """One training run from settings to results.json: read from top to bottom."""
 
 import math
+import operator
 import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from train.datasets.base import DataSet
 from train.datasets.batches import Batch, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
 from train.evaluation.validate import score_constant, validate
-from train.output.tables import make_folder, table, versions, write_json
+from train.files.atomic import make_folder, write_json, write_text
+from train.output.scores import score_table
+from train.output.versions import versions
 from train.run import build, checkpoint, schedule
 from train.tasks import TASKS, Metrics
 
@@ -58,7 +62,7 @@ def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
     if folder:
         flags = {"out": str(folder.parent), **flags}
     run = set_up(resolve_settings(flags, state and state["settings"]), fresh=folder is None)
-    if folder:
+    if folder and state:
         checkpoint.restore(folder, run.model, run.optimizer)
         run.step, run.baselines = state["step"], state["baselines"]
         if run.step >= run.total:
@@ -100,7 +104,7 @@ def set_up(settings: Settings, fresh: bool) -> Run:
     out = run_folder(settings, fresh)
     make_folder(out)
     if skipped := [fault for dataset in data for fault in dataset.skipped]:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
     run = Run(settings, out, device, data, model, build.build_optimizer(settings, model))
     print(announce(run), flush=True)
     return run
@@ -149,7 +153,7 @@ def training_step(run: Run, batch: Batch) -> Tensor:
         predictions = run.model(batch.images, batch.index)
     with span("losses"):
         losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
-        objective = sum(s.task_weights[task] * loss for task, loss in losses.items())
+        objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in losses.items()))
         if run.model.routing is not None:
             objective = objective + s.mi_weight * run.model.routing.mi_loss()
     run.optimizer.zero_grad()
@@ -251,7 +255,7 @@ def finish(run: Run, speed: float, losses: dict[str, float]) -> dict[str, Any]:
     results = results_of(run, speed, losses, metrics)
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
-    print(f"\n{table(columns)}\n{count_images(run)}\n")
+    print(f"\n{score_table(columns)}\n{count_images(run)}\n")
     print(f"{run.out}/: results.json, last, predictions.png, routing.png, tensorboard")
     return results
 
@@ -299,5 +303,5 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     run.model.eval()
     predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
-    if routing is not None:
+    if routing is not None and s.moe_config is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)

@@ -1,9 +1,12 @@
 """The dense prediction tasks, one object each. A new task is one file here and its line in :data:`TASKS`."""
 
+from collections.abc import Sequence
+
 from kernels.errors import UserError
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task
+from train.tasks.depth import DepthTask
 from train.tasks.edge import EdgeTask
 from train.tasks.normals import NormalsTask
 from train.tasks.parts import PART_NAMES, HumanParts
@@ -11,19 +14,33 @@ from train.tasks.sal import SaliencyTask
 from train.tasks.seg import Segmentation
 
 __all__ = [
-    "DEFAULT_TASKS", "GREY", "HEADLINES", "PART_NAMES", "TASKS", "VOID", "Classes", "Headline", "Metrics", "Picture",
-    "Shape", "Task", "build_constants", "build_metrics", "output_channels", "parse_tasks",
+    "DEFAULT_TASKS", "GREY", "PART_NAMES", "TASKS", "VOID", "Classes", "Headline", "Metrics", "Picture",
+    "Shape", "Task", "build_constants", "build_metrics", "output_channels", "parse_tasks", "shown_headlines",
 ]  # fmt: skip
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask())
+    task.name: task for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask(), DepthTask())
 }
 DEFAULT_TASKS = ("seg", "parts", "sal", "normals", "edge")  # PASCAL-Context's
 
-HEADLINES = tuple((task.name, *headline) for task in TASKS.values() for headline in task.headlines)
 
 Classes = dict[str, tuple[str, ...]]  # names of the classes of seg and parts in a data set
 Metrics = dict[str, dict[str, float | None]]  # {task: {score: value}}, None where nothing was labelled
+
+
+def shown_headlines(scores: Sequence[Metrics]) -> list[tuple[str, Headline]]:
+    """(task, headline) of what a table of these ``scores`` shows."""
+
+    def values(task: str, key: str) -> list[float | None]:
+        return [score.get(task, {}).get(key) for score in scores]
+
+    return [
+        (name, headline)
+        for name, task in TASKS.items()
+        for headline in task.headlines
+        if any(value is not None for value in values(name, headline.key))
+        and values(name, headline.key) != values(name, headline.variant_of)
+    ]
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:

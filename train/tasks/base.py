@@ -25,20 +25,21 @@ from train.metrics.constant import Constant
 VOID = 255  # a pixel of an integer label that counts for nothing
 GREY = np.array([160, 160, 160], dtype=np.uint8)  # the colour of void
 
-# Of a head's raw output (n, C, H, W) and the collated labels: a float32 scalar, the sum over valid pixels / max(#valid,
-# 1). A batch that is void everywhere costs 0 and has zero gradients. Nothing in it waits for the device.
-Loss = Callable[[Tensor, Tensor], Tensor]
 Label = NDArray
 Picture = NDArray[np.uint8] | NDArray[np.uint16]
 Shape = tuple[int, int]  # height, width
 
 
 class Headline(NamedTuple):
-    """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit."""
+    """A score that reports show: its key in ``Metric.compute()``, which way is better, and its unit.
+
+    One that is a ``variant_of`` another key is shown only where it differs from that.
+    """
 
     key: str
     higher_is_better: bool
     unit: str
+    variant_of: str = ""
 
 
 class Task(ABC):
@@ -47,7 +48,6 @@ class Task(ABC):
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     channels: ClassVar[int]  # of its head; tasks whose classes depend on the data set override head_channels()
-    loss: ClassVar[Loss]
     weight: ClassVar[float]  # of its loss in the sum over tasks
     metric_type: ClassVar[type[Metric]]
     constant_type: ClassVar[type[Constant]]
@@ -94,6 +94,12 @@ class Task(ABC):
         return self.values
 
     # Learning and scores
+
+    @staticmethod
+    @abstractmethod
+    def loss(prediction: Tensor, label: Tensor, /) -> Tensor:
+        """Of raw output (n, C, H, W) and collated labels: a float32 scalar, the sum over valid pixels / max(#valid, 1).
+        A batch that is void everywhere costs 0 and has zero gradients. Nothing in it waits for the device."""
 
     def metric(self, classes: Sequence[str]) -> Metric:
         """A fresh accumulator of the task's scores."""

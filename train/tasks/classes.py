@@ -80,7 +80,7 @@ class ConstantClass(LabelCounts):
 class ClassTask(Task):
     """Labels uint8 (H, W) of class ids, 255 void; a head gives logits (n, classes, H, W)."""
 
-    headlines = (Headline("mIoU", True, "%"),)
+    headlines = (Headline("mIoU", True, "%"), Headline("mIoU_field", True, "%", variant_of="mIoU"))
     delta_key = "mIoU"
     modes = ("L", "P")
     palette = PALETTE

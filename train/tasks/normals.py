@@ -152,7 +152,7 @@ class NormalsTask(Task):
     def resample(self, label: Label, move: Callable[[Label, int], Label]) -> Label:
         """Cubic, void where nearest interpolation finds void: beside void, cubic interpolation leaves specks of
         arbitrary direction, which would become unit vectors."""
-        valid = move(label.any(axis=-1).astype(np.uint8), cv2.INTER_NEAREST)
+        valid = move(np.any(label, axis=-1).astype(np.uint8), cv2.INTER_NEAREST)
         return move(label, cv2.INTER_CUBIC) * valid[..., None]
 
     def flip(self, label: Label) -> Label:
@@ -171,7 +171,7 @@ class NormalsTask(Task):
         return vectors / np.where(lengths > 0, lengths, 1)
 
     def label_values(self, label: Label) -> Label:
-        return label.any(axis=-1)
+        return np.any(label, axis=-1)
 
     def to_levels(self, postprocessed: Tensor) -> NDArray[np.float32]:
         """255 (n + 1) / 2, (H, W, 3)."""
@@ -182,11 +182,11 @@ class NormalsTask(Task):
 
     def paint_label(self, label: NDArray) -> NDArray[np.uint8]:
         picture = np.rint(127.5 * (label.transpose(1, 2, 0) + 1)).astype(np.uint8)
-        return np.where(label.any(axis=0)[..., None], picture, GREY)
+        return np.where(np.any(label, axis=0)[..., None], picture, GREY)
 
     def paint_prediction(self, prediction: Tensor) -> NDArray[np.uint8]:
         return self.paint_label(F.normalize(prediction, dim=0).numpy())
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """The normals alone: they cover the photo."""
-        return picture
+        return picture.astype(np.uint8, copy=False)

@@ -17,7 +17,7 @@ def test_without_data_the_scenes_recipe_applies():
 def test_with_data_the_papers_setting_applies():
     settings = resolve_settings({"data": "somewhere"})
     assert (settings.recipe, settings.model, settings.image_size, settings.head) == ("", "vit_base", 224, "up")
-    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50}
+    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50, "depth": 1}
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
     ("flags", "message"),
     [
         ({"recipe": "mimi"}, "no recipe 'mimi': give the path of a .yaml file or one of mini, paper, scenes"),
-        ({"tasks": "seg,depth"}, "unknown task 'depth'"),
+        ({"tasks": "seg,flow"}, "unknown task 'flow'"),
         ({"tasks": "seg,semseg"}, "task 'seg' is given twice"),
         ({"moe": "16/16/1/4"}, "the active sparse experts k must be between 1 and N - S = 15"),
         ({"moe": "16/4/0/4", "gating": "ase"}, "use 'topk'"),
         ({"moe": "16/3/1/4", "gating": "topk"}, "use 'ase'"),
         ({"moe": "16-3-1-4"}, "is not of the form N/k/S/r"),
         ({"loss_weights": "seg=much"}, "'seg=much' is not of the form task=number"),
-        ({"loss_weights": "depth=1"}, "unknown task 'depth'"),
+        ({"loss_weights": "flow=1"}, "unknown task 'flow'"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 0, "epochs": 0}, "say how long to train"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
@@ -118,7 +118,7 @@ def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):
 def test_loss_weights_that_are_not_named_keep_their_default():
     assert parse_loss_weights("semseg=2") == {"seg": 2.0}
     weights = resolve_settings({"loss_weights": "edge=1"}).task_weights
-    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1}
+    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1, "depth": 1}
 
 
 def test_a_resumed_run_keeps_its_settings_and_may_be_prolonged():

@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(pascal_tree, tmp_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.datasets.cache.os.replace", full)
+    monkeypatch.setattr("train.files.atomic.os.replace", full)
     with pytest.raises(UserError, match="No space left on device.: make room"):
         Cache(tmp_path).get(pascal_tree / EDGE, "edges 1", read_edges)
     assert not list(tmp_path.iterdir())

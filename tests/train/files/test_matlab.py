@@ -93,12 +93,12 @@ def test_no_byte_that_is_wrong_does_more_than_raise(compressed, tmp_path):
         content = bytearray(whole)
         content[rng.randrange(len(whole))] = rng.randrange(256)
         path.write_bytes(content[: rng.choice([len(whole), rng.randrange(len(whole))])])
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             load_variable(path, "anno")
         except Exception:
             raised += 1
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
     assert raised > 700
 
 

@@ -1,7 +1,8 @@
 """odsF, oisF and AP against hand arithmetic, plain loops and, where it is installed, pyEdgeEval."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -178,13 +179,13 @@ def test_any_number_of_workers_gives_the_same(own_processes):
         assert torch.equal(score_boundaries(iter(jobs), "seism", workers, title="").state, alone.state)
 
 
-def test_jobs_are_taken_as_workers_become_free(monkeypatch):
-    monkeypatch.setattr(odsf, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
-    jobs = iter(range(20))
-    results = odsf._map_in_pool(abs, jobs, workers=2)
-    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    assert next(jobs) == 8, "four are on their way when the first is waited for, and one more for each given"
-    assert list(results) == [5, 6, 7, *range(9, 20)]
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_one_line(own_processes):
+    with pytest.raises(UserError, match="^a process that matches boundaries was killed.*fewer --workers$"):
+        score_boundaries([killed], "seism", workers=1, title="")
 
 
 def test_a_prediction_of_another_size_is_refused():

@@ -53,9 +53,9 @@ def sample_of(shape, seed=0):
 
 
 def ball(shape, radius):
-    """Normals of a ball about the middle of the picture, y down; (0, 0, 0) around it."""
-    x = (np.arange(shape[1]) - shape[1] / 2) / radius
-    y = (np.arange(shape[0])[:, None] - shape[0] / 2) / radius
+    """Normals of a ball about the middle of the picture, +x left, +y up; (0, 0, 0) around it."""
+    x = (shape[1] / 2 - np.arange(shape[1])) / radius
+    y = (shape[0] / 2 - np.arange(shape[0])[:, None]) / radius
     z = np.sqrt(np.maximum(1 - x**2 - y**2, 0))
     return (np.stack(np.broadcast_arrays(x, y, z), -1) * (z > 0)[..., None]).astype(np.float32)
 
@@ -138,7 +138,10 @@ def test_a_ball_that_is_turned_looks_as_before(place, size):
 
 
 def test_a_positive_angle_turns_counter_clockwise():
-    """mtl 1.5: rotation within 20 degrees about the centre. What lies to the right moves up, as its normal does."""
+    """mtl 1.5: rotation within 20 degrees about the centre. What lies to the right moves up.
+
+    A normal to the left turns down, as a thing on the left would move.
+    """
     sample = {"image": np.zeros((81, 81, 3), np.uint8), "seg": np.zeros((81, 81), np.uint8)}
     sample["seg"][39:42, 60:63] = 1
     sample["normals"] = np.zeros((81, 81, 3), np.float32) + np.float32([1, 0, 0])

@@ -39,6 +39,7 @@ def results_of(kernel, folder):
     return json.loads((folder / kernel / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_steps_lose_the_same_under_both_kernels(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -50,6 +51,7 @@ def test_two_steps_lose_the_same_under_both_kernels(tmp_path, monkeypatch):
     assert len(triton["final_losses"]) == 5 and all(loss > 0 for loss in reference["final_losses"].values())
 
 
+@pytest.mark.slow
 def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_tiny_weights, tmp_path, monkeypatch):
     """The fused FFN, whose packed weights must be those of the newest step of the fused optimiser."""
     if not torch.cuda.is_available():

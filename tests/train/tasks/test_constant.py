@@ -136,8 +136,9 @@ def test_labels_added_later_count():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_without_labels_there_still_is_a_constant(task):
-    label = torch.zeros(2, 3, 4, 5) if task == "normals" else torch.full((2, 4, 5), VOID, dtype=torch.uint8)
+    label = torch.full((2, 4, 5), VOID, dtype=torch.uint8)
+    label = {"normals": torch.zeros(2, 3, 4, 5), "depth": torch.zeros(2, 4, 5)}.get(task, label)
     prediction = fitted(task, label).prediction(label)
-    channels = {"seg": 4, "parts": 3, "sal": 2, "normals": 3, "edge": 1}
+    channels = {"seg": 4, "parts": 3, "sal": 2, "normals": 3, "edge": 1, "depth": 1}
     assert prediction.shape == (2, channels[task], 4, 5) and prediction.dtype == torch.float32
     assert prediction.isfinite().all()

@@ -13,7 +13,7 @@ from train.tasks.edge import edge_loss
 from train.tasks.normals import normals_loss, unit
 from train.tasks.sal import saliency_loss
 
-CHANNELS = {"seg": 5, "parts": 7, "sal": 2, "normals": 3, "edge": 1}
+CHANNELS = {"seg": 5, "parts": 7, "sal": 2, "normals": 3, "edge": 1, "depth": 1}
 # Float32 rounds at 6e-8; a loss of 24 pixels rounds some dozens of times.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -27,13 +27,15 @@ def random_batch(task: str, seed: int = 0, shape: tuple[int, int, int] = (2, 3, 
     if task == "normals":
         label = F.normalize(torch.randn(n, 3, height, width, generator=random), dim=1)
         return prediction, label * ~void[:, None]
+    if task == "depth":
+        return prediction, (0.5 + 9 * torch.rand(shape, generator=random)) * ~void
     classes = max(CHANNELS[task], 2)
     label = torch.randint(classes, shape, generator=random).to(torch.uint8)
     return prediction, label.masked_fill(void, VOID)
 
 
 def void_like(task: str, label: Tensor) -> Tensor:
-    return torch.full_like(label, 0 if task == "normals" else VOID)
+    return torch.full_like(label, TASKS[task].void)
 
 
 def with_gradient(loss, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,8 @@ def naive_pixels(prediction: Tensor, label: Tensor) -> list[tuple[Tensor, Tensor
     if label.dim() == 4:
         labels = label.movedim(1, -1).reshape(-1, 3)
         return [(z, y) for z, y in zip(columns, labels, strict=True) if y.norm() > 0]
+    if label.is_floating_point():
+        return [(z, y) for z, y in zip(columns, label.flatten(), strict=True) if y > 0]
     return [(z, int(y)) for z, y in zip(columns, label.flatten(), strict=True) if y != VOID]
 
 
@@ -72,13 +76,25 @@ def naive_normals(prediction: Tensor, label: Tensor) -> Tensor:
     return sum((z / z.norm() - y).abs().sum() for z, y in pixels) / len(pixels)
 
 
+def naive_depth(prediction: Tensor, label: Tensor) -> Tensor:
+    pixels = naive_pixels(prediction, label)
+    return sum((z[0].exp() / y).log().abs() for z, y in pixels) / len(pixels)
+
+
 def naive_edge(prediction: Tensor, label: Tensor) -> Tensor:
     pixels = naive_pixels(prediction, label)
     probabilities = [(1 / (1 + (-z[0]).exp()), y) for z, y in pixels]
     return sum(-0.95 * p.log() if y == 1 else -0.05 * (1 - p).log() for p, y in probabilities) / len(pixels)
 
 
-NAIVE = {"seg": naive_class, "parts": naive_class, "sal": naive_saliency, "normals": naive_normals, "edge": naive_edge}
+NAIVE = {
+    "seg": naive_class,
+    "parts": naive_class,
+    "sal": naive_saliency,
+    "normals": naive_normals,
+    "edge": naive_edge,
+    "depth": naive_depth,
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -103,7 +119,7 @@ def test_a_batch_that_is_void_everywhere_costs_nothing(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_void_pixels_have_no_influence(task):
     prediction, label = random_batch(task)
-    void = (label == 0).all(1) if task == "normals" else label == VOID
+    void = (label == 0).all(1) if task == "normals" else label == TASKS[task].void
     assert void.any() and not void.all()
     value, gradient = with_gradient(TASKS[task].loss, prediction, label)
     other = torch.where(void[:, None], 30 * torch.randn(prediction.shape), prediction)
@@ -188,4 +204,5 @@ def test_every_task_has_a_loss_and_a_weight():
         "sal": 5,
         "normals": 10,
         "edge": 50,
+        "depth": 1,
     }

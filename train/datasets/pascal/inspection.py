@@ -1,13 +1,8 @@
 """Reads every image of a split whole, in several processes, and says what is in it and what is wrong with it."""
 
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,52 +10,34 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kernels.errors import UserError
+from train.datasets.pascal.handedness import Asymmetry, asymmetry_of
 from train.datasets.pascal.labels import Reader, read_photo
 from train.datasets.pascal.tree import ImageFiles
+from train.files.processes import process_map
 from train.tasks import TASKS
-
-CHUNK = 8  # images that a process takes at a time
 
 
 @dataclass(frozen=True)
 class Finding:
     """``size`` (H, W) of the photo, None if it cannot be read; ``pixels[task]``, how many have each value of the
-    label, for normals void (0) and not (1); ``faults``, one line each."""
+    label, for normals void (0) and not (1); ``faults``, one line each; ``asymmetry`` of its normals at contours."""
 
     id: str
     size: tuple[int, int] | None
     pixels: dict[str, dict[int, int]]
     faults: tuple[str, ...]
+    asymmetry: Asymmetry | None = None
 
 
 def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, title: str = "") -> list[Finding]:
     """A finding per image, in order, by ``workers`` processes (0: this one).
 
-    Shows a bar on stderr. A process that is killed ends it with a UserError, an interrupt within a chunk's time.
+    Shows a bar on stderr. A process that is killed ends it with a UserError, an interrupt within an image's time.
     """
-    look = partial(inspect_image, reader=reader)
-    bar = partial(tqdm, total=len(images), desc=f"inspect {title}".strip(), unit="image", leave=False, disable=None)
-    if not workers:
-        return list(bar(map(look, images)))
-    with _processes(workers) as pool:
-        return list(bar(pool.map(look, images, chunksize=CHUNK)))
-
-
-@contextmanager
-def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes, since a fork would copy threads and devices that are in use; an interrupt is ours to handle."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once, not in every process
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that inspects the images was killed, perhaps for want of memory: use fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    title = f"inspect {title}".strip()
+    with process_map(workers, "inspects the images", preload=__name__) as run:
+        findings = run(partial(inspect_image, reader=reader), images)
+        return list(tqdm(findings, title, len(images), unit="image", leave=False, disable=None))
 
 
 def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
@@ -68,18 +45,21 @@ def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
 
     Labels must fit their photo, so they are looked at only where it can be read.
     """
-    faults, pixels, size = [_missing(path, image) for path in image.missing], {}, None
+    faults = [_missing(path, image) for path in image.missing]
+    labels = {}
+    if image.photo in image.missing:
+        return Finding(image.id, None, {}, tuple(dict.fromkeys(faults)))
     try:
-        if image.photo not in image.missing:
-            size = read_photo(image.photo).shape[:2]
+        size = read_photo(image.photo).shape[:2]
     except UserError as error:
-        faults.append(str(error))
-    for task in image.read if size else ():
+        return Finding(image.id, None, {}, tuple(dict.fromkeys([*faults, str(error)])))
+    for task in image.read:
         try:
-            pixels[task] = _count(task, reader.label(image, task, size))
+            labels[task] = reader.label(image, task, size)
         except UserError as error:
             faults.append(str(error))
-    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)))
+    pixels = {task: _count(task, label) for task, label in labels.items()}
+    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)), asymmetry_of(labels))
 
 
 def _missing(path: Path, image: ImageFiles) -> str:

@@ -7,7 +7,7 @@ is a UserError of one line.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -96,7 +96,7 @@ def read_seg(path: Path) -> NDArray[np.uint8]:
     return label
 
 
-def _check_palette(path: Path, used: Sequence[int], palette: NDArray) -> None:
+def _check_palette(path: Path, used: NDArray[np.intp], palette: NDArray) -> None:
     """UserError where an index has the VOC colour of another class: a program has renumbered the indices."""
     colours = {tuple(PALETTE[i].tolist()): i for i in (*range(len(VOC_CLASSES)), VOID)}
     for index in used[used < min(len(VOC_CLASSES), len(palette))]:
@@ -120,13 +120,13 @@ def read_edges(path: Path) -> NDArray[np.uint8]:
     return edges_from_label_map(read_label_map(path))
 
 
-READERS = {"seg": read_seg, "sal": read_sal, "edge": read_label_map}
+READERS: dict[str, Callable[[Path], NDArray]] = {"seg": read_seg, "sal": read_sal, "edge": read_label_map}
 
 
 def _normals(path: Path, label_map: Path | None, shape: tuple[int, int]) -> NDArray[np.float32]:
     """Vectors (H, W, 3), void where (0, 0, 0) is stored or the LabelMap, if any, has an invalid class."""
     stored = read_normals(path)
-    known = stored.any(axis=-1).astype(np.uint8)
+    known = np.any(stored, axis=-1).astype(np.uint8)
     vectors = (2 * stored.astype(np.float32) / 255 - 1) * known[..., None]
     vectors, valid = match_photo(path, vectors, shape, cv2.INTER_CUBIC), match_photo(path, known, shape) == 1
     if label_map:

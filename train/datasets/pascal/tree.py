@@ -28,14 +28,14 @@ from train.datasets.pascal.voc import PERSON
 from train.files.reading import reading, require_file
 
 IMAGE_ID = re.compile(r"[\w-]+")
-OFFICIAL = {  # of several files the first that exists counts
+OFFICIAL: dict[str, tuple[str, ...]] = {  # of several files the first that exists counts
     "seg": ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),
     "parts": ("human_parts/{}.mat",),
     "sal": ("sal_distill/{}.png",),
     "normals": ("normals_distill/{}.png",),
     "edge": ("pascal-context/trainval/{}.mat",),  # the LabelMap
 }
-RENAMED = {
+RENAMED: dict[str, tuple[str, ...]] = {
     "seg": ("SemanticSegmentation/Context/{}.png",),
     "parts": ("PascalParts/{}.mat",),
     "sal": ("SaliencyDistill/{}.png",),
@@ -160,12 +160,12 @@ def list_images(
         photo, label_map = tree.photo(image_id), tree.label_map(image_id)
         choices = {task: tree.labels(task, image_id) for task in (*tasks, *guides)}
         found = {task: next((path for path in paths if path in exists), None) for task, paths in choices.items()}
-        labels = {task: found[task] for task in tasks if found[task]}
+        labels = {task: path for task in tasks if (path := found[task])}
         lacking = [] if partial_labels else [choices[task][0] for task in tasks if not found[task]]
         missing = (*([] if photo in exists else [photo]), *lacking)
         if labels or missing:
-            label_map, guide = label_map if label_map in exists else None, found["seg"] if guides else None
-            images.append(ImageFiles(image_id, photo, labels, label_map, guide, missing))
+            found_map, guide = label_map if label_map in exists else None, found["seg"] if guides else None
+            images.append(ImageFiles(image_id, photo, labels, found_map, guide, missing))
     if partial_labels:
         _require_labels(tree, split, tasks, images)
     return images

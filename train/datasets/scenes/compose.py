@@ -120,7 +120,7 @@ def _solid(rng: np.random.Generator, spot: Spot, number: int) -> Iterator[Surfac
     half_height = radius * rng.uniform(1, 1.5)
     if kind == "ball":
         centre = spot.point + radius * frame[1]
-        shape = Pill(centre, centre, radius * np.eye(3))
+        shape: Shape = Pill(centre, centre, radius * np.eye(3))
     else:
         solid = {"box": Box, "cylinder": Cylinder, "cone": Cone}[kind]
         half = np.array([radius, half_height, depth if kind == "box" else radius])

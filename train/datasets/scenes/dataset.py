@@ -7,15 +7,17 @@ surface that owns each pixel; every label is then a table look-up.
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.errors import UserError
 from train.datasets.scenes.compose import FIRST_OBJECT, FLOOR, SEG_NAMES, WALL, Scene, compose_scene
 from train.datasets.scenes.raster import ZBuffer
-from train.protocols import Rendered, Sample
+from train.protocols import Protocol, Rendered, Sample
 from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
 from train.tasks.edge import edges_from_label_map
 
 SPLITS = ("train", "val")
+CAMERA = 5.0  # z of the plane that depth is measured from, beyond the nearest thing of any scene
 
 
 def rasterize(scene: Scene, size: int) -> ZBuffer:
@@ -45,8 +47,8 @@ def label_sal(scene: Scene, buffer: ZBuffer) -> np.ndarray:
 
 
 def label_normals(scene: Scene, buffer: ZBuffer) -> np.ndarray:
-    """Of all surfaces, wall and floor included."""
-    return buffer.normal.astype(np.float32)
+    """Of all surfaces, wall and floor included: camera space has x to the right, labels have it to the left."""
+    return (buffer.normal * [[[-1]], [[1]], [[1]]]).astype(np.float32)
 
 
 def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
@@ -56,8 +58,14 @@ def label_edge(scene: Scene, buffer: ZBuffer) -> np.ndarray:
     return edges_from_label_map((5**group)[buffer.owner])
 
 
+def label_depth(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """Metres from a plane in front of all things; camera space has z towards the viewer and the metre as its unit."""
+    return (CAMERA - buffer.depth).astype(np.float32)
+
+
 LABELS: dict[str, Callable[[Scene, ZBuffer], np.ndarray]] = {
     "seg": label_seg, "parts": label_parts, "sal": label_sal, "normals": label_normals, "edge": label_edge,
+    "depth": label_depth,
 }  # fmt: skip
 
 
@@ -102,9 +110,9 @@ class Scenes:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: choose among {', '.join(SPLITS)}")
         self.size, self.length, self.tasks = size, length, tasks
-        self.protocol = Rendered(size)
+        self.protocol: Protocol = Rendered(size)
         self.stream = (seed, SPLITS.index(split))
-        self.groups = (np.arange(length),)
+        self.groups: tuple[NDArray[np.int64], ...] = (np.arange(length),)
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -402,6 +402,7 @@ def run(root, out, *options):
     ],
     ids=["photo", "pipe", "palette", "anno", "missing", "list"],
 )
+@pytest.mark.integration
 def test_a_run_ends_in_one_line_and_status_2(file, damage, workers, pascal_copy, tmp_path):
     damage(pascal_copy / file)
     done = run(pascal_copy, tmp_path / "run", "--set", f"workers={workers}")
@@ -410,6 +411,7 @@ def test_a_run_ends_in_one_line_and_status_2(file, damage, workers, pascal_copy,
     assert str(pascal_copy / file) in done.stderr
 
 
+@pytest.mark.integration
 def test_a_run_without_the_bad_images_says_how_many_there_are(pascal_copy, tmp_path):
     truncated(0.5)(pascal_copy / FILES["photo"])
     (pascal_copy / "sal_distill" / f"{TRAIN[3]}.png").unlink()

@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 
 def test_an_interrupt_ends_it_soon_and_in_silence(pascal_tree, tmp_path):
-    """Ctrl-C reaches every process of the terminal's group. All images would take 75 seconds, a chunk 4."""
+    """Ctrl-C reaches every process of the terminal's group. All images would take 75 seconds, one image 0.5."""
     script, started = tmp_path / "slow.py", tmp_path / "started"
     script.write_text(INTERRUPTED)
     process = subprocess.Popen(

@@ -135,6 +135,23 @@ def test_normals_are_unit_vectors_towards_the_viewer(samples):
         assert (sample["normals"][2] > -1e-6).all()
 
 
+def test_normals_point_left_at_the_left_contour_and_up_at_the_top(samples, owners):
+    """The convention of the whole project: +x left, +y up, +z towards the camera."""
+    checked = 0
+    for sample, (surfaces, owner) in zip(samples, owners, strict=True):
+        for i, surface in enumerate(surfaces):
+            rows, columns = np.nonzero(owner == i)
+            if (
+                isinstance(surface.shape, Pill)
+                and np.array_equal(surface.shape.start, surface.shape.end)
+                and len(rows) > 40
+            ):
+                x, y, _ = sample["normals"][:, rows, columns]
+                checked += 1
+                assert np.corrcoef(columns, x)[0, 1] < -0.5 and np.corrcoef(rows, y)[0, 1] < -0.5
+    assert checked > 50
+
+
 def test_wall_and_floor_are_at_right_angles_and_the_floor_is_level():
     for index in range(20):
         scene = scene_of(index)
@@ -234,7 +251,7 @@ def test_light_falls_from_the_lamp(samples, owners):
     """On a solid, the brighter side faces the light; the dark rim is not Lambert's, so the relation is not strict."""
     correlations = []
     for index, (sample, (surfaces, owner)) in enumerate(zip(samples, owners, strict=True)):
-        facing = np.tensordot(scene_of(index).light, sample["normals"], 1)
+        facing = np.tensordot(scene_of(index).light * [-1, 1, 1], sample["normals"], 1)
         brightness = sample["image"].sum(-1)
         for i, surface in enumerate(surfaces):
             lit = (owner == i) & (facing > 0)

@@ -1,0 +1,83 @@
+"""A pool of processes: order, few jobs in flight, and how it ends."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kernels import UserError
+from train.files import processes
+from train.files.processes import process_map
+
+pytestmark = pytest.mark.usefixtures("own_processes")
+PRELOAD = "train.files.processes"
+
+
+def slow_first(n):
+    """(n, the process that was asked); the first takes longest."""
+    time.sleep(0.2 if n == 0 else 0)
+    return n, os.getpid()
+
+
+def handles_interrupts(_):
+    return signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def die(n):
+    if n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(n):
+    raise UserError(f"image {n} is damaged: restore it")
+
+
+def touch(path):
+    time.sleep(0.3)
+    path.touch()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order(workers):
+    with process_map(workers, "counts", PRELOAD) as run:
+        results = list(run(slow_first, iter(range(20))))
+    assert [n for n, _ in results] == list(range(20))
+    assert ({pid for _, pid in results} == {os.getpid()}) == (workers == 0)
+    assert len({pid for _, pid in results}) <= max(workers, 1)
+
+
+def test_jobs_are_taken_as_workers_become_free():
+    jobs = iter(range(20))
+    with ThreadPoolExecutor(2) as pool:
+        results = processes._map_ordered(pool, 4, abs, jobs)
+        assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+        assert next(jobs) == 8, "four are on their way when the first is waited for, and one more for each given"
+        assert list(results) == [5, 6, 7, *range(9, 20)]
+
+
+def test_workers_ignore_interrupts():
+    with process_map(1, "counts", PRELOAD) as run:
+        assert list(run(handles_interrupts, [0])) == [False]
+
+
+def test_a_process_that_is_killed_is_one_line():
+    message = "^a process that counts was killed, perhaps for want of memory: use fewer --workers$"
+    with pytest.raises(UserError, match=message), process_map(2, "counts", PRELOAD) as run:
+        list(run(die, range(10)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_of_a_job_is_raised_here(workers):
+    message = "^image 0 is damaged: restore it$"
+    with pytest.raises(UserError, match=message), process_map(workers, "counts", PRELOAD) as run:
+        list(run(fail, range(10)))
+
+
+def test_jobs_that_have_not_started_are_dropped_at_the_end(tmp_path):
+    paths = [tmp_path / str(n) for n in range(20)]
+    with pytest.raises(KeyboardInterrupt), process_map(1, "counts", PRELOAD) as run:
+        for _ in run(touch, paths):
+            raise KeyboardInterrupt
+    assert 1 <= len(list(tmp_path.iterdir())) <= 4  # the first, the next, and what the pool's queue had taken

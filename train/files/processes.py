@@ -1,0 +1,62 @@
+"""A pool of processes: ordered results, few jobs in flight, one line when a process is killed."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+from kernels.errors import UserError
+
+OrderedMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+
+@contextmanager
+def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap]:
+    """Yields ``map(function, items)``, which calls ``function`` in ``workers`` processes; 0 means this process.
+
+    Results come in the order of ``items``. At most 2 x ``workers`` items are taken from the iterable before their
+    results are, so it may produce large items as they are needed. Function and items have to be picklable.
+
+    The processes are forked from a server that is started afresh, since a fork of this process would copy locks that
+    other threads hold. The server imports the module ``preload`` once for all of them. An interrupt is left to this
+    process: workers ignore it. At the end of the block, jobs that have not started are dropped.
+
+    Args:
+        purpose: what a process does, for the message: "inspects the images".
+
+    Raises:
+        UserError: a process was killed.
+    """
+    if not workers:
+        yield map
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
+    try:
+        yield partial(_map_ordered, pool, 2 * workers)
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that {purpose} was killed, perhaps for want of memory: use fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _map_ordered(
+    pool: ProcessPoolExecutor, limit: int, function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[Any]:
+    """Results in order, with ``limit`` items submitted and not yet returned."""
+    pending: deque[Future[Any]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == limit:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
