@@ -86,7 +86,7 @@ def bench_ffn(
         benchmark.pedantic(lambda: None)  # a row all the same, so that reports can name it
         return
     layers.check(peer, p)
-    forwards = {
+    forwards: dict[str, Forward] = {
         "subject": peer.build(p.layer),
         "frozen": p.frozen,
         "frozen_compiled": compiled_frozen(width, tokens, kernel),

@@ -24,8 +24,6 @@ from kernels.gelu import gelu_backward_reference, gelu_derivative, gelu_referenc
 from kernels.pool import Pool
 from kernels.tiles import has_descriptors, multiprocessors, tile
 
-Operand = Tensor | TensorDescriptor
-
 
 def matmul_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(u, a)."""
@@ -137,7 +135,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: T
     )  # fmt: skip
 
 
-def _described(matrices: tuple[Tensor, ...], blocks: tuple[tuple[int, int], ...]) -> tuple[Operand, ...]:
+def _described(
+    matrices: tuple[Tensor, ...], blocks: tuple[tuple[int, int], ...]
+) -> tuple[Tensor | TensorDescriptor, ...]:
     """Descriptors of the matrices, or the matrices themselves if not all can be described."""
     if not all(has_descriptors(matrix.device) and _describable(matrix) for matrix in matrices):
         return matrices

@@ -127,7 +127,8 @@ class Code:
     def is_dealt(self, loop: Loop) -> bool:
         """Whether a persistent grid shares out the loop's rounds: from the program's number, in steps of the grid."""
         first, _, step = (self.results.get(bound) for bound in loop.bounds)
-        return bool(first and step) and (first.name, step.name) == ("tt.get_program_id", "tt.get_num_programs")
+        names = first and first.name, step and step.name
+        return names == ("tt.get_program_id", "tt.get_num_programs")
 
     @property
     def imbalance(self) -> float | None:
