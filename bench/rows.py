@@ -27,6 +27,11 @@ def layer_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["suite"] == "layer"]
 
 
+def is_ours(row: Row) -> bool:
+    """With the table's algorithm, or with one that is named."""
+    return row["subject"].partition("-")[0] == "ours"
+
+
 def best_peer(rows: list[Row], row: Row) -> Row | None:
     """The fastest peer of the same problem."""
     same = ("width", "tokens", "config", "direction")
@@ -40,8 +45,3 @@ def best_peer(rows: list[Row], row: Row) -> Row | None:
         and all(other[name] == row[name] for name in same)
     ]
     return min(peers, key=lambda peer: peer["added_seconds"], default=None)
-
-
-def is_ours(row: Row) -> bool:
-    """With the table's algorithm, or with one that is named."""
-    return row["subject"].partition("-")[0] == "ours"

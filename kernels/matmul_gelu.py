@@ -139,7 +139,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: T
     )  # fmt: skip
 
 
-def _described(matrices: tuple[Tensor, ...], blocks: tuple[tuple[int, int], ...]) -> tuple[Operand, ...]:
+def _described(
+    matrices: tuple[Tensor, ...], blocks: tuple[tuple[int, int], ...]
+) -> tuple[Tensor | TensorDescriptor, ...]:
     """Descriptors of the matrices, or the matrices themselves if not all can be described."""
     if not all(has_descriptors(matrix.device) and _describable(matrix) for matrix in matrices):
         return matrices

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report
+from bench import plots, report, rows
 
 
 def row(subject, median, direction="forward", config="16/3/1/4", tokens=7_880):
@@ -90,9 +90,9 @@ def test_graphs_come_before_eager_times_and_the_share_of_gelu_is_shown(results):
 
 
 def test_an_algorithm_of_ours_is_compared_with_peers_and_is_none(results):
-    rows = report.read(results)[1]
-    fused = next(row for row in rows if row["subject"] == "ours-fused")
-    assert report.best_peer(rows, fused)["subject"] == report.best_peer(rows, rows[0])["subject"] == "dense"
+    found = rows.read(results)[1]
+    fused = next(row for row in found if row["subject"] == "ours-fused")
+    assert rows.best_peer(found, fused)["subject"] == rows.best_peer(found, found[0])["subject"] == "dense"
     line = next(line for line in report.text(results, markdown=False).splitlines() if "ours-fused" in line)
     assert "0.10" in line.split()  # 5 us of 50
 
