@@ -14,8 +14,6 @@ kernel makes, which take an allocation for each launch.
 Bytes: T (d es + 2 F es), backward T (D es + F es + (F + R) es); weights from the L2. FLOPs: 2 T d F; 2 T D (F + R).
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.gelu import gelu_backward_reference, gelu_derivative, gelu_reference, gelu_value
 from kernels.pool import Pool
 from kernels.tiles import has_descriptors, multiprocessors, tile
-
-Operand = Any  # a Tensor, or a TensorDescriptor of one
 
 
 def matmul_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
