@@ -80,13 +80,15 @@ def launches(step: Step) -> int:
 def steps(problem: Problem, forward: Callable) -> dict[str, Step]:
     """A forward pass, and one with its backward pass."""
     x, dy = problem.x[0], problem.dy[0]
+    leaves = [x, *problem.parameters]
 
     def ahead() -> None:
         with torch.no_grad():
             forward(x)
 
     def both() -> None:
-        x.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         forward(x).backward(dy)
 
     return {"forward": ahead, "forward+backward": both}

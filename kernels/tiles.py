@@ -57,7 +57,7 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
 
 @cache
 def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
-    """Those of the architecture called ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
+    """Those of the architecture ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
     if pool.padded * pool.rank > MOST_RANKS:
         raise UserError(
             f"the Triton kernels take up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
