@@ -4,8 +4,8 @@
 
 Two rows for each direction: the time of Python, autograd and dispatch alone ("stubbed"), and the same plus 8 us for
 every launch, ours and PyTorch's ("launched"), about what a launch costs with a GPU. Packing is part of the adapted
-pass, as in training. Where the GPU's own time is shorter, at some thousand tokens, a step takes this long without CUDA
-graphs. Measure alone on the machine.
+pass, as in training; times are of one layer in a chain of twelve. Where the GPU's own time is shorter, at some thousand
+tokens, a step takes this long without CUDA graphs. Measure alone on the machine.
 """
 
 import argparse
@@ -14,16 +14,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
-from bench.layers import Problem, Shape
+from bench.layers import TASKS
+from fastmoe_lora import MoEConfig, Packing, add_moe
+from model import ViT, ViTConfig
 
 LAUNCH_SECONDS = 8e-6
-WIDTH, TOKENS = 64, 40
+WIDTH, TOKENS, LAYERS = 64, 40, 12
 # Operators that launch nothing: views, and memory that is not filled.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten", "new_empty", "select",
@@ -72,24 +75,42 @@ def stubbed() -> Iterator[list[int]]:
 
 def launches(step: Step) -> int:
     """Launches of one step, ours and PyTorch's."""
+    with stubbed():
+        step()  # what is done once
     with stubbed() as ours, Launches() as theirs:
         step()
     return ours[0] + theirs.count
 
 
-def steps(problem: Problem, forward: Callable) -> dict[str, Step]:
-    """A forward pass, and one with its backward pass."""
-    x, dy = problem.x[0], problem.dy[0]
+class Chain:
+    """The FFNs of LAYERS blocks one after the other, adapted or frozen, and what a pass and its backward pass are."""
 
-    def ahead() -> None:
-        with torch.no_grad():
-            forward(x)
+    def __init__(self, config: str, adapted: bool) -> None:
+        torch.manual_seed(0)
+        vit = ViT(ViTConfig(width=WIDTH, depth=LAYERS, heads=1), 16).to(torch.bfloat16).requires_grad_(False)
+        if adapted:
+            add_moe(vit, MoEConfig.parse(config), TASKS, kernel="triton").assign([TOKENS // TASKS] * TASKS)
+        self.ffns = [block.mlp for block in vit.blocks]
+        self.packing = Packing(vit)
+        self.x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        self.dy = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)
+        self.leaves = [self.x, *(p for p in vit.parameters() if p.requires_grad)]
 
-    def both() -> None:
-        x.grad = None
-        forward(x).backward(dy)
+    def run(self) -> torch.Tensor:
+        self.packing.pack()
+        x = self.x
+        for ffn in self.ffns:
+            x = ffn(x)
+        return x
 
-    return {"forward": ahead, "forward+backward": both}
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.run()
+
+    def forward_and_backward(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        self.run().backward(self.dy)
 
 
 def measured(config: str, seconds: float) -> list[dict]:
@@ -98,15 +119,15 @@ def measured(config: str, seconds: float) -> list[dict]:
 
     device = torch.device("cpu")
     dispatch.RESOLVED["triton", device] = "triton"  # which nothing could run here, but nothing is run
-    problem = Problem(Shape(WIDTH, TOKENS, config, torch.bfloat16, device), "triton")
-    adapted, frozen = steps(problem, problem.layer), steps(problem, problem.frozen)
+    chains = {"adapted": Chain(config, True), "frozen": Chain(config, False)}
+    directions = {"forward": Chain.forward, "forward+backward": Chain.forward_and_backward}
     rows = []
-    for direction in adapted:
-        pair = {"adapted": adapted[direction], "frozen": frozen[direction]}
-        counts = {name: launches(step) for name, step in pair.items()}
+    for direction, run in directions.items():
+        pair: dict[str, Callable[[], object]] = {name: partial(run, chain) for name, chain in chains.items()}
+        counts = {name: launches(step) / LAYERS for name, step in pair.items()}
         with stubbed():
             times = measure.paired(pair, seconds, device)
-        taken = {name: min(values) for name, values in times.items()}
+        taken = {name: min(values) / LAYERS for name, values in times.items()}
         launched = {name: taken[name] + counts[name] * LAUNCH_SECONDS for name in pair}
         rows.append({
             "direction": direction, "launches": counts,
@@ -121,10 +142,10 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         times = [[1e6 * row[what][name] for name in ("adapted", "frozen")] for what in ("stubbed", "launched")]
         pairs = [f"{adapted:.0f} / {frozen:.0f}" for adapted, frozen in times]
-        counts = f"{row['launches']['adapted']} / {row['launches']['frozen']}"
+        counts = f"{row['launches']['adapted']:.1f} / {row['launches']['frozen']:.1f}"
         ratios = [f"{row[f'{what}_ratio']:.2f}" for what in ("stubbed", "launched")]
         lines.append(f"{row['direction']:18}{counts:>16}{pairs[0]:>20}{ratios[0]:>8}{pairs[1]:>20}{ratios[1]:>8}")
-    return "\n".join(["adapted / frozen FFN, host only", *lines])
+    return "\n".join(["adapted / frozen FFN, host only, a layer", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:

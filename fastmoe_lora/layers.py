@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.packing import PackedLayer, Parts, fusible
+from fastmoe_lora.packing import PackedLayer, Parts, fusible, weights_of
 from fastmoe_lora.routing import Routing
 from kernels import TaskSegments, lora_moe, lora_moe_packed, resolve_kernel
 from kernels.lora_linear import lora_linear, lora_linear_reference
@@ -79,8 +79,9 @@ class LoRAMoE(nn.Module):
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """The base's linear layers for the fused kernels; empty if they cannot compute it or its weights' gradients."""
-        trained = any(parameter.requires_grad for parameter in self.base.parameters())
-        return () if trained else fusible(self.base)
+        linears = fusible(self.base)
+        trained = any(tensor.requires_grad for tensor in weights_of(linears))
+        return () if trained else linears
 
     @property
     def fused(self) -> bool:

@@ -27,13 +27,15 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     """
     if type(module) is nn.Linear:
         return (module,) if columns_pay(module.in_features, module.out_features) else ()
-    if not {"fc1", "act", "fc2"} <= {name for name, _ in module.named_children()}:
+    children = dict(module.named_children())
+    if not {"fc1", "act", "fc2"} <= children.keys():
         return ()
-    inert = [child for name, child in module.named_children() if name not in ("fc1", "act", "fc2")]
+    inert = [child for name, child in children.items() if name not in ("fc1", "act", "fc2")]
     fc1, act, fc2 = module.fc1, module.act, module.fc2
     if (
         type(fc1) is nn.Linear
         and type(fc2) is nn.Linear
+        and next(module.parameters(recurse=False), None) is None
         and isinstance(act, nn.GELU)
         and act.approximate == "none"
         and all(isinstance(child, nn.Identity) or isinstance(child, nn.Dropout) and child.p == 0 for child in inert)
@@ -43,6 +45,11 @@ def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
 
 
 Parts = tuple[Sequence[nn.Linear], tuple[Tensor, ...]]  # frozen linear layers; adapters (A, B) or (A, B, routers)
+
+
+def weights_of(linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """Weights and biases."""
+    return [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
 
 
 class PackedLayer:
@@ -108,10 +115,9 @@ def _state(linears: Sequence[nn.Linear], adapters: tuple[Tensor, ...]) -> tuple:
     first = linears[0].weight
     autocast = torch.is_autocast_enabled(first.device.type)
     dtype = torch.get_autocast_dtype(first.device.type) if autocast else first.dtype
-    frozen = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
-    return (dtype, *map(_stamp, frozen)), *map(_stamp, adapters)
+    return (dtype, *map(_stamp, weights_of(linears))), *map(_stamp, adapters)
 
 
 def _stamp(tensor: Tensor) -> tuple:
-    """Identity and version; fused optimisers and ``.data`` writes do not change it."""
-    return tensor.device, tensor.data_ptr(), tensor._version
+    """Address and version; fused optimisers and ``.data`` writes do not change it."""
+    return tensor.data_ptr(), tensor._version

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from kernels.eager import differentiable
 from kernels.errors import UserError
 from kernels.expand import expand, expand_backward
 from kernels.ffn import ffn_backward, ffn_forward
@@ -139,13 +140,13 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(g, h, z)
 
 
-def _backward(ctx, dy, dg, dp, dh, dz):
+def _backward(run, ctx, dy, dg, dp, dh, dz):
     x, _, z, _, b, routers, _ = saved = ctx.saved_tensors  # asked for once, as checkpointing requires
-    gradients = lora_moe_backward_op(*_given(dy, dp, x, z, len(b), len(routers)), *saved, *ctx.static)
+    gradients = run(*_given(dy, dp, x, z, len(b), len(routers)), *saved, *ctx.static)
     return gradients[0], dy, *gradients[1:], None, None, None, None, None
 
 
-lora_moe_op.register_autograd(_backward, setup_context=_save)
+_lora_moe = differentiable(lora_moe_op, lora_moe_backward_op, _save, _backward)
 
 
 def _check(x: Tensor) -> None:
@@ -161,7 +162,7 @@ def lora_moe(
     """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
     _check(x)
     static = segments.counts, gating.name, gating.k, gating.shared
-    y, g, p, _, _ = lora_moe_op(x, base, *lora, routers, segments.offsets, *static)
+    y, g, p, _, _ = _lora_moe(x, base, *lora, routers, segments.offsets, *static)
     return y, g, p
 
 
@@ -249,14 +250,14 @@ def _save_packed(ctx, inputs, output):
     ctx.mark_non_differentiable(g, h, z, u)
 
 
-def _packed_backward(ctx, dy, dg, dp, dh, dz, du):
+def _packed_backward(run, ctx, dy, dg, dp, dh, dz, du):
     x, _, _, z, _, b, routers, offsets = saved = ctx.saved_tensors
     given = _given(dy, dp, x, z, len(b), len(routers))
-    gradients = lora_moe_packed_backward_op(*given, *saved[:-1], *ctx.packed, offsets, *ctx.static)
+    gradients = run(*given, *saved[:-1], *ctx.packed, offsets, *ctx.static)
     return *gradients, *[None] * 12
 
 
-lora_moe_packed_op.register_autograd(_packed_backward, setup_context=_save_packed)
+_lora_moe_packed = differentiable(lora_moe_packed_op, lora_moe_packed_backward_op, _save_packed, _packed_backward)
 
 
 def lora_moe_packed(
@@ -279,5 +280,5 @@ def lora_moe_packed(
     if packed.hidden and deterministic and not algorithm:
         algorithm = ffn_algorithm(x, deterministic)
     static = segments.counts, gating.name, gating.k, gating.shared, algorithm
-    y, g, p, *_ = lora_moe_packed_op(x, *lora, routers, *packed.tensors, segments.offsets, *static)
+    y, g, p, *_ = _lora_moe_packed(x, *lora, routers, *packed.tensors, segments.offsets, *static)
     return y, g, p

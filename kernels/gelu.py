@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.segments import ceil_div
+
 BM, BN = 8, 512
 
 
@@ -98,6 +100,6 @@ def gelu_backward(u: Tensor, da: Tensor) -> None:
 
 def _launch(u: Tensor, a: Tensor, backward: bool) -> None:
     tokens, width = u.shape
-    gelu_kernel[(triton.cdiv(tokens, BM) * triton.cdiv(width, BN),)](
+    gelu_kernel[(ceil_div(tokens, BM) * ceil_div(width, BN),)](
         u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True
     )  # fmt: skip

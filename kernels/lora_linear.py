@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.eager import differentiable
 from kernels.packed import Linear, Packed, columns_pay
 
 
@@ -25,14 +26,6 @@ def lora_linear_reference(x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor]
     """
     a, b = (weight.to(x.dtype) for weight in lora)
     return F.linear(x, *linear) + F.linear(F.linear(x, a), b)
-
-
-def lora_linear(x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor]) -> Tensor:
-    """y (T, D) of x (T, d), as :func:`lora_linear_reference`; differentiable in x and ``lora``.
-
-    ``packed`` holds the frozen layer and the newest values of ``lora``, in x's type, which is any floating type.
-    """
-    return lora_linear_op(x, *lora, packed.up, packed.down, packed.bias_up)[0]
 
 
 def _widened(x: Tensor, up: Tensor) -> bool:
@@ -88,13 +81,21 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(h)
 
 
-def _backward(ctx, dy, _):
+def _backward(run, ctx, dy, _):
     if dy is None:
         return (None,) * 6
     *tokens, a, b = ctx.saved_tensors
     x, h = tokens if len(tokens) == 2 else tokens[0].tensor_split([ctx.columns], dim=1)
-    gradients = lora_linear_backward_op(dy, x, h, a, b, *ctx.packed)
+    gradients = run(dy, x, h, a, b, *ctx.packed)
     return *gradients, None, None, None
 
 
-lora_linear_op.register_autograd(_backward, setup_context=_save)
+_lora_linear = differentiable(lora_linear_op, lora_linear_backward_op, _save, _backward)
+
+
+def lora_linear(x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor]) -> Tensor:
+    """y (T, D) of x (T, d), as :func:`lora_linear_reference`; differentiable in x and ``lora``.
+
+    ``packed`` holds the frozen layer and the newest values of ``lora``, in x's type, which is any floating type.
+    """
+    return _lora_linear(x, *lora, packed.up, packed.down, packed.bias_up)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.jit_helpers import dot_exact, task_rows
 from kernels.pool import Pool
-from kernels.segments import TaskSegments
+from kernels.segments import TaskSegments, ceil_div
 from kernels.tiles import tile
 
 
@@ -82,7 +82,7 @@ def _launch(
     dz, routers = routed or (x, x)  # x stands for absent tensors, which the kernel does not read
     sizes = tile("matmul", x, pool)
     blocks, tasks = segments.grid(sizes["BM"])
-    matmul_kernel[(blocks * triton.cdiv(y.shape[1], sizes["BN"]), tasks)](
+    matmul_kernel[(blocks * ceil_div(y.shape[1], sizes["BN"]), tasks)](
         x, weight, x if bias is None else bias, dz, routers, y, segments.offsets, x.stride(0), *weight.stride(),
         dz.stride(0), *weight.shape, pool.columns, BIAS=bias is not None, ROUTED=routed is not None, **sizes,
     )  # fmt: skip

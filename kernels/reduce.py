@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.segments import ceil_div
+
 BP, BN = 16, 256
 
 
@@ -53,7 +55,7 @@ def reduce(db: Tensor, da: Tensor, drouters: Tensor) -> tuple[Tensor, Tensor, Te
     tasks, chunks, columns, d = drouters.shape
     sums = da.new_empty(da.shape[1:]), db.new_empty(db.shape[1:]), da.new_empty(tasks, columns, d)
     sizes = db[0].numel(), da[0].numel(), columns * d
-    blocks = triton.cdiv(sizes[0], BN) + triton.cdiv(sizes[1], BN) + tasks * triton.cdiv(sizes[2], BN)
+    blocks = ceil_div(sizes[0], BN) + ceil_div(sizes[1], BN) + tasks * ceil_div(sizes[2], BN)
     reduce_kernel[(blocks,)](
         db, da, drouters, sums[1], sums[0], sums[2], len(db), len(da), chunks, *sizes,
         BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,

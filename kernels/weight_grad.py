@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.jit_helpers import dot_exact, power_of_two
 from kernels.pool import Pool
-from kernels.segments import TaskSegments
+from kernels.segments import TaskSegments, ceil_div
 from kernels.tiles import tile
 
 
@@ -89,8 +89,8 @@ def _chunks(segments: TaskSegments, tiles: int, step: int) -> tuple[int, int]:
     """(chunks per task, tokens per chunk): about PROGRAMS programs in total, each of at least four steps."""
     longest = max(1, *segments.counts)
     chunks = max(1, min(PROGRAMS // (tiles * len(segments.counts)), longest // (4 * step)))
-    chunk = triton.cdiv(triton.cdiv(longest, chunks), step) * step
-    return triton.cdiv(longest, chunk), chunk
+    chunk = ceil_div(ceil_div(longest, chunks), step) * step
+    return ceil_div(longest, chunk), chunk
 
 
 PROGRAMS = 132  # one per multiprocessor of an H100: a program fills its registers
@@ -100,7 +100,7 @@ def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool)
     """Partial sums (chunks, D, R) fp32 of dB, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
     sizes = tile("weight_grad_b", gated, pool)
     width, ranks = dy.shape[1], gated.shape[1]
-    tiles = triton.cdiv(width, sizes["BW"])
+    tiles = ceil_div(width, sizes["BW"])
     chunks, chunk = _chunks(segments, tiles, sizes["BT"])
     product = gated.new_empty(len(segments.counts) * chunks, width, ranks, dtype=torch.float32)
     weight_grad_kernel[(tiles, chunks, len(segments.counts))](
@@ -120,7 +120,7 @@ def weight_grad_a(
     """
     sizes = tile("weight_grad_a", dh, pool)
     width, ranks = x.shape[1], dh.shape[1]
-    tiles, tasks = triton.cdiv(width, sizes["BW"]), len(segments.counts)
+    tiles, tasks = ceil_div(width, sizes["BW"]), len(segments.counts)
     chunks, chunk = _chunks(segments, tiles, sizes["BT"])
     product = dh.new_empty(tasks * chunks, ranks, width, dtype=torch.float32)
     routers = dh.new_empty(tasks, chunks, pool.columns, width, dtype=torch.float32)
