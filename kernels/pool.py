@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from functools import cache
 
-from torch import Tensor
-
 from kernels.gating import Gating
 
 
@@ -23,11 +21,6 @@ class Pool:
     columns: int
     rank: int
     gating: Gating
-
-    @classmethod
-    def of(cls, a: Tensor, routers: Tensor, *gating: str | int) -> "Pool":
-        """From the shapes of A (R, d) and the routers (tasks, C, d), and the gating's name, k and S."""
-        return _pool(a.shape[0], routers.shape[1], *gating)
 
     @property
     def ranks(self) -> int:
@@ -53,8 +46,8 @@ class Pool:
 
 
 @cache
-def _pool(ranks: int, columns: int, *gating: str | int) -> Pool:
-    """Made once, not for every launch."""
+def make_pool(ranks: int, columns: int, *gating: str | int) -> Pool:
+    """From R, C and the gating's name, k and S; made once, not for every launch."""
     known = Gating(*gating)
     experts = columns + known.shared if known.name == "naive-shared" else columns
     return Pool(experts, columns, ranks // experts, known)
