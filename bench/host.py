@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +91,7 @@ class Chain:
         vit = ViT(ViTConfig(width=WIDTH, depth=LAYERS, heads=1), 16).to(torch.bfloat16).requires_grad_(False)
         if adapted:
             add_moe(vit, MoEConfig.parse(config), TASKS, kernel="triton").assign([TOKENS // TASKS] * TASKS)
-        self.ffns = [block.mlp for block in vit.blocks]
+        self.ffns: list[Any] = [block.mlp for block in vit.blocks]
         self.packing = Packing(vit)
         self.x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         self.dy = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)

@@ -28,7 +28,7 @@ from kernels.gate_backward import gate_backward
 from kernels.gating import Gating
 from kernels.linear import linear_backward, linear_forward
 from kernels.packed import Packed, SplitRouters
-from kernels.pool import Pool
+from kernels.pool import Pool, make_pool
 from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
@@ -49,12 +49,13 @@ def _setting(
     a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: Any
 ) -> tuple[TaskSegments, Pool]:
     """What every launch is given."""
-    return TaskSegments(tuple(counts), offsets), Pool.of(a, routers, *gating)
+    return TaskSegments(tuple(counts), offsets), make_pool(a.shape[0], routers.shape[1], *gating)
 
 
 def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, *gating: Any) -> tuple[Tensor, ...]:
     """Empty (y, g, P, H, z), y with ``width`` columns."""
-    pool, full = Pool.of(a, routers, *gating), torch.float32
+    # Not from the cache: sizes may be symbolic.
+    pool, full = make_pool.__wrapped__(a.shape[0], routers.shape[1], *gating), torch.float32
     return (
         x.new_empty(len(x), width),
         x.new_empty(len(x), pool.experts, dtype=full),

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd.function import once_differentiable
 
 
 def differentiable(

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-
 from kernels.gating import Gating
 
 
@@ -24,11 +22,6 @@ class Pool:
     columns: int
     rank: int
     gating: Gating
-
-    @classmethod
-    def of(cls, a: Tensor, routers: Tensor, *gating: str | int) -> "Pool":
-        """From the shapes of A (R, d) and the routers (tasks, C, d), and the gating's name, k and S."""
-        return _pool(a.shape[0], routers.shape[1], *gating)
 
     @property
     def ranks(self) -> int:
@@ -54,8 +47,8 @@ class Pool:
 
 
 @cache
-def _pool(ranks: int, columns: int, *gating: Any) -> Pool:
-    """Made once, not for every launch."""
+def make_pool(ranks: int, columns: int, *gating: Any) -> Pool:
+    """From R, C and the gating's name, k and S; made once, not for every launch."""
     known = Gating(*gating)
     experts = columns + known.shared if known.name == "naive-shared" else columns
     return Pool(experts, columns, ranks // experts, known)

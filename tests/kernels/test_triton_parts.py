@@ -20,7 +20,7 @@ from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_bac
 from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
 from kernels.packed import SplitRouters  # noqa: E402
-from kernels.pool import Pool  # noqa: E402
+from kernels.pool import make_pool  # noqa: E402
 from kernels.reduce import reduce, reduce_reference  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
@@ -106,7 +106,7 @@ class Inputs:
         self.dp = self.full(tasks, columns, scale=self.tokens)
         self.weight, self.bias = self.half(d, self.width, scale=d**-0.5), self.half(self.width)
         self.to_width = self.full(tasks, columns, self.width, scale=columns**-0.5)
-        self.pool = Pool.of(self.a, self.routers, *vars(self.gating).values())
+        self.pool = make_pool(len(self.a), self.routers.shape[1], *vars(self.gating).values())
         self.split = SplitRouters.of(self.routers, dtype)
 
     def full(self, *shape, scale=1.0):
