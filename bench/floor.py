@@ -4,10 +4,12 @@ The bound is the measured time of the frozen FFN plus that of the experts. At si
 element, these add
 
     forward     route_shrink    T (d es + 2R es + 4C + 4N) bytes
-                K columns       2 T R D operations
+                wider fc2       2 T R D operations
     backward    dH', dx         2 T R D + 2 T (R + tasks C) d operations
-                gate_backward       T (3R es + 8C) bytes
+                gate_backward   T (3R es + 8C) bytes
                 weight_grad     T (D es + R es) + T (d es + R es + 4C) bytes
+
+The other symbols are those of kernels/reference.py.
 """
 
 from bench.layers import TASKS, Shape

@@ -1,7 +1,7 @@
 """Reads the Triton IR of a launch: trip counts of its loops, the bytes it moves, its matrix products.
 
-Loop bounds are computed from the launch's arguments for program (0, 0, 0). No other program has
-longer loops.
+Loop bounds are computed from the launch's arguments for program (0, 0, 0). No other program has longer
+loops.
 """
 
 import re
@@ -46,8 +46,8 @@ class Loop:
 
 @dataclass
 class Operation:
-    """``operands`` by name. The operation "first.round" gives a loop variable or a loop-carried value its
-    value in the first iteration."""
+    """``operands`` by name. The operation "first.round" stands for the value of a loop variable, or of a
+    loop-carried variable, in the first iteration."""
 
     name: str
     operands: list[str]

@@ -307,7 +307,7 @@ def test_missing_predictions_and_those_of_another_split_are_counted(predictions,
     for image_id in VAL:
         (predictions / f"semseg/{image_id}.png").unlink()
     error = error_of(capsys, tmp_path, *options)
-    assert f"semseg lacks 4 of 4 predictions of split 'val', {', '.join(VAL[:3])}, ...; it has 8 of images" in error
+    assert f"semseg lacks 4 of 4 predictions of split 'val', {', '.join(VAL[:3])}, ...; it has 8 other files" in error
     assert "perhaps of another split" in error
 
 

@@ -56,7 +56,7 @@ def count_matches(predicted: Mask, true: Mask, radius: float) -> int:
 
 
 def suppress_non_maxima(edges: Map, reach: int, margin: float = 1.01, frame: int = 5) -> Map:
-    """Keeps a pixel if ``margin`` times its value is at least every sample along its orientation, else makes it 0.
+    """``edges``, with 0 where ``margin`` times a pixel is less than a sample along its orientation.
 
     Samples are bilinear, at the whole distances up to ``reach`` in both directions; outside the map they repeat the
     border. The result fades linearly to 0 over the ``frame`` pixels at each border.

@@ -96,8 +96,8 @@ def _count_mask(mask: Mask, true: Mask, radius: float) -> tuple[int, int, int, i
 class BoundaryScore(Additive):
     """The scores of a set of images.
 
-    ``state`` (thresholds + 1, 4) sums the counts of :func:`count_image` over the images. The last row
-    sums the counts of each image at its best threshold, the lowest if several are equal.
+    ``state`` (thresholds + 1, 4) sums the counts of :func:`count_image` over the images. The last row sums
+    the counts of each image at its best threshold, the lowest if several are equal.
     """
 
     def __init__(self, variant: str) -> None:
@@ -128,7 +128,7 @@ class BoundaryScore(Additive):
 
 
 def precision_recall(counts: NDArray) -> tuple[Map, Map]:
-    """Of counts (..., 4): (1, 0) where nothing is predicted, (0, 1) where something is but nothing is true."""
+    """Of counts (..., 4). They are (1, 0) where nothing is predicted, (0, 1) where only predictions exist."""
     matched_true, true, matched, predicted = np.moveaxis(counts, -1, 0)
     precision = np.where(predicted > 0, matched / np.maximum(predicted, 1), 1)
     recall = np.where(true > 0, matched_true / np.maximum(true, 1), predicted > 0)
