@@ -113,3 +113,16 @@ def test_the_table_is_the_committed_result():
 def test_pictures_and_links_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_modelled_ratios_are_the_committed_ones():
+    ratios = json.loads((ROOT / "bench" / "results" / "static.json").read_text())["ratios"]
+    known = {
+        (row["pool"], row["algorithm"], row["gpu"]): f"{row['forward']['ratio']:.2f} / {row['both']['ratio']:.2f}"
+        for row in ratios
+        if (row["dtype"], row["tokens"]) == ("bf16", 40_960)
+    }
+    for pool in ("16/3/1/4", "64/12/4/1"):
+        for algorithm in ("columns", "fused"):
+            cells = [known[pool, algorithm, gpu] for gpu in ("H100", "H200")]
+            assert f"| {pool} | {algorithm} | {' | '.join(cells)} |" in README
