@@ -107,7 +107,7 @@ def test_pytorch_makes_the_products_and_touches_no_token_besides(algorithm, shap
         "fused": (None, (F + ranks, D), None, (F + ranks + columns, D)),
     }[algorithm]
     expected = [Counter(), Counter()]  # bytes per token
-    names = ("aten.linear.default",) * 2 + ("aten.mm.out", "aten.mm.default")
+    names = ("aten.addmm.default",) * 2 + ("aten.mm.out", "aten.mm.default")
     for half, name, shapes in zip((0, 0, 1, 1), names, products, strict=True):
         for width, what in zip(shapes or (), ("read", "written"), strict=False):
             expected[half][name, f"{TOKENS}x{width}", what] += width * HALF

@@ -104,7 +104,7 @@ def test_the_machine_code_keeps_nan():
     code = (
         "from bench.aot import compiled\n"
         "for kernel in ('gelu', 'gelu_backward'):\n"
-        "    print(compiled(kernel, '16/3/1/4', 'bf16', 'sm_90')[0].asm['ptx'])"
+        "    print(compiled(kernel, '16/3/1/4', 'bf16', 'sm_90').binary.asm['ptx'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)

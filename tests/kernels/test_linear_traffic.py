@@ -65,7 +65,7 @@ def test_pytorch_copies_x_makes_two_products_and_touches_no_token_besides(shape)
     """One product each way, as the frozen layer alone, but with LoRA's columns; no cast, cat or add, and no y."""
     columns = D_IN + shape[0] * shape[3]
     forward, backward = measure(shape)
-    made = {"aten.copy_.default": (D_IN, D_IN), "aten.linear.default": (columns, D_OUT)}
+    made = {"aten.copy_.default": (D_IN, D_IN), "aten.addmm.default": (columns, D_OUT)}
     assert of_pytorch(forward) == Counter({
         (name, f"{TOKENS}x{width}", what): width * HALF
         for name, widths in made.items() for width, what in zip(widths, ("read", "written"), strict=True)

@@ -47,7 +47,7 @@ def test_scores_of_different_tasks_line_up():
         "task     metric           untrained    trained",
         "seg      mIoU %       ^       50.00        n/a",
         "edge     loss         v      0.1235     0.1000",
-        "(^ higher is better, v lower)",
+        "(^ higher is better, v lower; mIoU: over the classes that labels show)",
     ]
 
 
