@@ -86,7 +86,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="choose kernels by pool and width alone, so that a token's bits do not depend on its batch",
+        help="choose kernels by pool and width alone: a token's bits in our kernels do not depend on its batch",
     )
 
 
