@@ -25,6 +25,7 @@ def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap
     The processes are forked from a server that is started afresh, since a fork of this process would copy locks that
     other threads hold. The server imports the module ``preload`` once for all of them. Workers ignore
     interrupts, which this process handles. At the end of the block, jobs that have not started are dropped.
+    Call it from the main thread.
 
     Args:
         purpose: what a process does, for the message: "inspects the images".
@@ -40,7 +41,7 @@ def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
     try:
-        yield partial(_map_ordered, pool, 2 * workers)
+        yield partial(_map_ordered, partial(_submit, pool), 2 * workers)
     except BrokenProcessPool:
         raise UserError(
             f"a process that {purpose} was killed, perhaps for lack of memory: use fewer --workers"
@@ -49,13 +50,35 @@ def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any) -> Future[Any]:
+    """``pool.submit``, which starts a process while there are too few; an interrupt takes effect after it.
+
+    An interrupt inside would leave a process that the pool does not know of. It would take another's message to stop,
+    and the end of the block would wait for the other for ever. A process starts with interrupts blocked, since one
+    that arrives before the initializer is a traceback.
+    """
+    arrived: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the server of processes inherits it
+    try:
+        return pool.submit(function, item)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, previous)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _map_ordered(
-    pool: ProcessPoolExecutor, limit: int, function: Callable[[Any], Any], items: Iterable[Any]
+    submit: Callable[[Callable[[Any], Any], Any], Future[Any]],
+    limit: int,
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
 ) -> Iterator[Any]:
     """Results in order, with ``limit`` items submitted and not yet returned."""
     pending: deque[Future[Any]] = deque()
     for item in items:
-        pending.append(pool.submit(function, item))
+        pending.append(submit(function, item))
         if len(pending) == limit:
             yield pending.popleft().result()
     while pending:

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -51,7 +54,7 @@ def test_results_come_in_order(workers):
 def test_jobs_are_taken_as_workers_become_free():
     jobs = iter(range(20))
     with ThreadPoolExecutor(2) as pool:
-        results = processes._map_ordered(pool, 4, abs, jobs)
+        results = processes._map_ordered(pool.submit, 4, abs, jobs)
         assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
         assert next(jobs) == 8, "four are on their way when the first is waited for, and one more for each given"
         assert list(results) == [5, 6, 7, *range(9, 20)]
@@ -81,3 +84,33 @@ def test_jobs_that_have_not_started_are_dropped_at_the_end(tmp_path):
         for _ in run(touch, paths):
             raise KeyboardInterrupt
     assert 1 <= len(list(tmp_path.iterdir())) <= 4  # the first, the next, and what the pool's queue had taken
+
+
+INTERRUPTED_START = """
+import os, signal, sys
+from multiprocessing.popen_forkserver import Popen
+from train.files.processes import process_map
+
+def launch(self, process, started=[], launch=Popen._launch):
+    launch(self, process)
+    started.append(process)
+    if len(started) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
+if __name__ == "__main__":
+    Popen._launch = launch
+    try:
+        with process_map(2, "counts", "train.files.processes") as run:
+            list(run(abs, range(100)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_an_interrupt_while_a_process_starts_ends_the_block(tmp_path):
+    """The pool would not know of that process, which would take the message that tells another to stop."""
+    script = tmp_path / "start.py"
+    script.write_text(INTERRUPTED_START)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
