@@ -1,0 +1,5 @@
+"""Experts of any width, with an activation, biases and a set per task: pools beyond those of one register tile."""
+
+from kernels.experts.reference import ACTIVATIONS, Experts
+
+__all__ = ["ACTIVATIONS", "Experts"]
