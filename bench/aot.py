@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench import grouped_launches
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
@@ -76,11 +77,13 @@ class Deviceless:
 
 @dataclass(frozen=True)
 class Launch:
-    """A compiled kernel, with the grid and the arguments of its launch, including constants and options."""
+    """A compiled kernel, with the grid and the arguments of its launch, including constants and options, and what the
+    assembler printed."""
 
     binary: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    log: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -96,8 +99,10 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
     def record(self, *args, grid, warmup, **options):
         self.device_caches.clear()  # a kernel that does not depend on the pool was compiled before, and has no log
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(Launch(binary, grid, dict(zip(self.arg_names, args, strict=False)) | options))
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            binary = run(self, *args, grid=grid, warmup=True, **options)
+        arguments = dict(zip(self.arg_names, args, strict=False)) | options
+        launches.append(Launch(binary, grid, arguments, log.getvalue()))
         return binary
 
     driver.set_active(Deviceless(target))
@@ -111,8 +116,16 @@ def recording(target: str) -> Iterator[list[Launch]]:
 def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:
     """The launch named ``kernel`` over ``counts[t]`` tokens of task t. Tensors have no memory, so any number of tokens
     is possible. Later launches of the same launcher, such as a reduction of partial results, are left out."""
+    like = torch.empty(0, dtype=DTYPES[dtype], device="meta")
+    if kernel in grouped_launches.LAUNCHES:
+        launcher, index = grouped_launches.LAUNCHES[kernel]
+        with recording(target):  # the sort of the inputs is compiled, but not recorded
+            call = grouped_launches.make_call(pool, counts, WIDTH, like)
+        with recording(target) as launches:
+            launcher(call)
+        return launches[index]
     shape = parse_pool(pool)
-    t = make_tensors(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
+    t = make_tensors(shape, counts, WIDTH, like)
     with recording(target) as launches:
         LAUNCHES[kernel](t, TaskSegments.of(counts, torch.device("cpu")), shape)
     return launches[0]
@@ -120,12 +133,11 @@ def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int,
 
 def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
     """One row of the table. ``spills`` is in bytes on NVIDIA, in registers on AMD; wgmma and tf32 count PTX lines."""
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        launch = compiled(kernel, pool, dtype, target)
+    launch = compiled(kernel, pool, dtype, target)
     binary = launch.binary
     if TARGETS[target][0].backend == "cuda":
         text = binary.asm["ptx"]
-        registers, spills = _ptxas(log.getvalue())
+        registers, spills = _ptxas(launch.log)
     else:
         text = binary.asm["amdgcn"]
         registers = int(find(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -164,7 +176,8 @@ def _ptxas(log: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
-    for name, choices in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", DTYPES), ("targets", TARGETS)):
+    kernels, pools = (*LAUNCHES, *grouped_launches.LAUNCHES), (*POOLS, *grouped_launches.POOLS)
+    for name, choices in (("kernels", kernels), ("pools", pools), ("dtypes", DTYPES), ("targets", TARGETS)):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(choices))
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -174,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         (kernel, pool, dtype, target)
         for kernel in chosen.kernels
         for pool in chosen.pools
+        if (pool in grouped_launches.POOLS) == (kernel in grouped_launches.LAUNCHES)
         for dtype in chosen.dtypes
         for target in chosen.targets
     ]
