@@ -53,7 +53,7 @@ def expert_mixture_op(
 @expert_mixture_op.register_fake
 def _(x, base, z, down, up, hidden_bias, output_bias, offsets, counts, activation, gating, k, shared, algorithm):
     readers, tokens, columns = z.shape
-    experts = columns + shared if gating == "naive-shared" else columns
+    experts = Gating(gating, k, shared).experts(columns)
     return (
         x.new_empty(readers, tokens, up.shape[1]),
         z.new_empty(readers, tokens, experts),
