@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS, make_expert_tensors
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
@@ -41,6 +42,7 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTS, WIDTH = (64, 64), 768
+KERNELS = {**dict.fromkeys(LAUNCHES, POOLS), **dict.fromkeys(EXPERT_LAUNCHES, EXPERT_POOLS)}  # pools by kernel
 COLUMNS = (
     "kernel",
     "pool",
@@ -112,9 +114,11 @@ def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int,
     """The launch named ``kernel`` over ``counts[t]`` tokens of task t. Tensors have no memory, so any number of tokens
     is possible. Later launches of the same launcher, such as a reduction of partial results, are left out."""
     shape = parse_pool(pool)
-    t = make_tensors(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
+    of_experts = kernel in EXPERT_LAUNCHES
+    make, launch = (make_expert_tensors if of_experts else make_tensors), (LAUNCHES | EXPERT_LAUNCHES)[kernel]
+    t = make(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
     with recording(target) as launches:
-        LAUNCHES[kernel](t, TaskSegments.of(counts, torch.device("cpu")), shape)
+        launch(t, TaskSegments.of(counts, torch.device("cpu")), shape)
     return launches[0]
 
 
@@ -164,7 +168,7 @@ def _ptxas(log: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
-    for name, choices in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", DTYPES), ("targets", TARGETS)):
+    for name, choices in (("kernels", KERNELS), ("pools", ()), ("dtypes", DTYPES), ("targets", TARGETS)):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(choices))
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -173,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     combinations = [
         (kernel, pool, dtype, target)
         for kernel in chosen.kernels
-        for pool in chosen.pools
+        for pool in chosen.pools or KERNELS[kernel]
         for dtype in chosen.dtypes
         for target in chosen.targets
     ]

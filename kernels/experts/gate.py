@@ -116,7 +116,7 @@ def gate_backward_kernel(
     tl.store(dg + row * N + experts, dgate, each)
 
 
-def _launch_options(tokens: int, experts: int, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
+def launch_options(tokens: int, experts: int, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
     """(grid, tile sizes and options). Experts of small rank share a program, so that it reads whole rows."""
     columns = min(COLUMNS, next_power_of_two(rank))
     beside = min(COLUMNS // columns, next_power_of_two(experts))
@@ -128,7 +128,7 @@ def gate(u: Tensor, g: Tensor, activation: str, biases: bool) -> Tensor:
     """H' (G, T, R), or [H' | g] with ``biases``, of u (T, R) and g (G, T, N) fp32, both contiguous; in u's type."""
     (tokens, ranks), (readers, _, experts) = u.shape, g.shape
     gated = u.new_empty(readers, tokens, ranks + experts * biases)
-    grid, options = _launch_options(tokens, experts, ranks // experts)
+    grid, options = launch_options(tokens, experts, ranks // experts)
     gate_kernel[grid](
         u, g, gated, tokens, gated.stride(1), readers, experts, ranks // experts,
         ACTIVATION=activation, BIASES=biases, **options,
@@ -143,7 +143,7 @@ def gate_backward(u: Tensor, g: Tensor, dgated: Tensor, activation: str, biases:
     """
     (tokens, ranks), (readers, _, experts) = u.shape, g.shape
     du, dg, gated = torch.empty_like(u), torch.empty_like(g), torch.empty_like(dgated)
-    grid, options = _launch_options(tokens, experts, ranks // experts)
+    grid, options = launch_options(tokens, experts, ranks // experts)
     gate_backward_kernel[grid](
         u, g, dgated, du, dg, gated, tokens, gated.stride(1), readers, experts, ranks // experts,
         ACTIVATION=activation, BIASES=biases, GP=next_power_of_two(readers), **options,

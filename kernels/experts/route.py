@@ -74,7 +74,7 @@ def route_backward_kernel(
     tl.store(dz + rows * C + column, gates_backward(logits, gate, dgate, c, C, GATING), inside & (column < C))
 
 
-def _launch_options(pool: Pool) -> dict[str, int]:
+def launch_options(pool: Pool) -> dict[str, int]:
     rows = max(1, min(MOST_ROWS, TILE // pool.padded))
     return {"BM": rows, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -82,7 +82,7 @@ def _launch_options(pool: Pool) -> dict[str, int]:
 def route(z: Tensor, segments: TaskSegments, pool: Pool) -> tuple[Tensor, Tensor]:
     """(g (G, T, N), P (G, tasks, C)) of z (G, T, C), all fp32 and contiguous."""
     readers, tokens, columns = z.shape
-    options = _launch_options(pool)
+    options = launch_options(pool)
     grid = *segments.grid(options["BM"]), readers
     g = z.new_empty(readers, tokens, pool.experts)
     means = z.new_empty(readers, grid[1], grid[0], columns)
@@ -96,7 +96,7 @@ def route(z: Tensor, segments: TaskSegments, pool: Pool) -> tuple[Tensor, Tensor
 def route_backward(z: Tensor, g: Tensor, dg: Tensor, dp: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
     """dz (G, T, C) from z, g (G, T, N) of :func:`route`, dg and dP (G, tasks, C), all fp32 and contiguous."""
     readers, tokens, columns = z.shape
-    options, dz = _launch_options(pool), torch.empty_like(z)
+    options, dz = launch_options(pool), torch.empty_like(z)
     grid = *segments.grid(options["BM"]), readers
     route_backward_kernel[grid](
         z, g, dg, dp, segments.offsets, dz, tokens,
