@@ -12,6 +12,7 @@ from pathlib import Path
 import triton
 
 from bench.aot import compiled
+from bench.expert_launches import EXPERT_LAUNCHES
 from bench.launches import LAUNCHES
 from bench.static.model import TARGET, cost
 
@@ -44,7 +45,9 @@ def renew(kernels: list[str], pools: list[str], file: Path = FILE) -> None:
     """Sets the budgets of these kernels for the installed Triton to what they need now; drops removed kernels."""
     budgets = json.loads(file.read_text())["triton"] if file.exists() else {}
     old = budgets.get(version(), {})
-    budgets[version()] = {kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES if kernel in {*old, *kernels}}
+    budgets[version()] = {
+        kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES | EXPERT_LAUNCHES if kernel in {*old, *kernels}
+    }
     for kernel in kernels:
         budgets[version()][kernel].update((pool, measure(kernel, pool)) for pool in pools)
     file.write_text(dump(budgets))

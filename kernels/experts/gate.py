@@ -7,10 +7,11 @@
 With output biases H' is [H' | g] (G, T, R + N), so that one product with [B | c]^T adds them, and dH' has N more
 columns, which are added to dg. The backward pass writes H' again, for dB, instead of keeping it.
 
-Grid (block of BM tokens, BE experts). A program takes BR columns of each of its experts at a time, any rank up to the
-next power of two; a row of U is read once for all G gates. The arithmetic is fp32; GELU is that of
-:mod:`kernels.gelu`. Bytes: forward T R es and G T 4N read, G T R es written; backward T R es, G T (R es + 4N) read, T R
-es, G T (R es + 4N) written; with biases, N es more wherever H' or dH' is.
+Grid (block of BM tokens, BE experts). A program takes BR columns of each of its experts at a time; a row of U is read
+once for all G gates. Rows are read and written 16 bytes at a time if R, and with biases R + N, is a multiple of 16. The
+arithmetic is fp32; GELU is that of :mod:`kernels.gelu`.
+Bytes: forward T R es + G T 4N read, G T R es written; backward T R es + G T (R es + 4N) read and as many written; with
+biases, N es more for each row of H' and of dH'.
 """
 
 import torch
@@ -24,6 +25,7 @@ from kernels.pool import next_power_of_two
 from kernels.segments import ceil_div
 
 BM, COLUMNS = 8, 256  # tokens and columns of a program's tile
+NARROWEST = 32  # columns of an expert that are read at once where a tile need not have padding
 
 
 def gate_reference(u: Tensor, g: Tensor, activation: str, biases: bool) -> Tensor:
@@ -57,8 +59,9 @@ def tokens_and_experts(T, N, BM: tl.constexpr, BE: tl.constexpr):
 
 @triton.jit
 def gate_kernel(
-    u, g, gated, T, gated_stride, G, N, RANK,
-    ACTIVATION: tl.constexpr, BIASES: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
+    u, g, gated, T, gated_stride, N, RANK,
+    G: tl.constexpr, ACTIVATION: tl.constexpr, BIASES: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     rows, experts, inside = tokens_and_experts(T, N, BM, BE)
     exact: tl.constexpr = u.dtype.element_ty == tl.float32
@@ -68,12 +71,12 @@ def gate_kernel(
         hidden = tl.load(u + rows * (N * RANK) + columns, here, 0.0).to(tl.float32)
         if ACTIVATION == "gelu":
             hidden = gelu_value(hidden, exact)
-        for i in range(G):
+        for i in tl.static_range(G):
             row = rows + i * T
             gate = tl.load(g + row * N + experts, inside, 0.0)
             tl.store(gated + row * gated_stride + columns, (hidden * gate).to(gated.dtype.element_ty), here)
     if BIASES:
-        for i in range(G):
+        for i in tl.static_range(G):
             row = rows + i * T
             gate = tl.load(g + row * N + experts, inside, 0.0)
             tl.store(gated + row * gated_stride + N * RANK + experts, gate.to(gated.dtype.element_ty), inside)
@@ -81,8 +84,8 @@ def gate_kernel(
 
 @triton.jit
 def gate_backward_kernel(
-    u, g, dgated, du, dg, gated, T, gated_stride, G, N, RANK,
-    ACTIVATION: tl.constexpr, BIASES: tl.constexpr, GP: tl.constexpr,
+    u, g, dgated, du, dg, gated, T, gated_stride, N, RANK,
+    G: tl.constexpr, GP: tl.constexpr, ACTIVATION: tl.constexpr, BIASES: tl.constexpr,
     BM: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     rows, experts, inside = tokens_and_experts(T, N, BM, BE)
@@ -97,7 +100,7 @@ def gate_backward_kernel(
         if ACTIVATION == "gelu":
             hidden = gelu_value(value, exact)
         dhidden = tl.zeros((BM, BE, BR), tl.float32)
-        for i in range(G):
+        for i in tl.static_range(G):
             row = rows + i * T
             gate = tl.load(g + row * N + experts, inside, 0.0)
             through = tl.load(dgated + row * gated_stride + columns, here, 0.0).to(tl.float32)
@@ -117,8 +120,12 @@ def gate_backward_kernel(
 
 
 def launch_options(tokens: int, experts: int, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """(grid, tile sizes and options). Experts of small rank share a program, so that it reads whole rows."""
-    columns = min(COLUMNS, next_power_of_two(rank))
+    """(grid, tile sizes and options).
+
+    BR divides the rank if that leaves at least 64 bytes of consecutive columns. Experts of small rank share a program.
+    """
+    divisor = rank & -rank  # the largest power of two
+    columns = min(COLUMNS, divisor if divisor >= NARROWEST else next_power_of_two(rank))
     beside = min(COLUMNS // columns, next_power_of_two(experts))
     sizes = {"BM": BM, "BE": beside, "BR": columns}
     return (ceil_div(tokens, BM), ceil_div(experts, beside)), sizes | {"num_warps": 4, "enable_fp_fusion": True}
@@ -130,8 +137,8 @@ def gate(u: Tensor, g: Tensor, activation: str, biases: bool) -> Tensor:
     gated = u.new_empty(readers, tokens, ranks + experts * biases)
     grid, options = launch_options(tokens, experts, ranks // experts)
     gate_kernel[grid](
-        u, g, gated, tokens, gated.stride(1), readers, experts, ranks // experts,
-        ACTIVATION=activation, BIASES=biases, **options,
+        u, g, gated, tokens, gated.stride(1), experts, ranks // experts,
+        G=readers, ACTIVATION=activation, BIASES=biases, **options,
     )  # fmt: skip
     return gated
 
@@ -145,7 +152,7 @@ def gate_backward(u: Tensor, g: Tensor, dgated: Tensor, activation: str, biases:
     du, dg, gated = torch.empty_like(u), torch.empty_like(g), torch.empty_like(dgated)
     grid, options = launch_options(tokens, experts, ranks // experts)
     gate_backward_kernel[grid](
-        u, g, dgated, du, dg, gated, tokens, gated.stride(1), readers, experts, ranks // experts,
-        ACTIVATION=activation, BIASES=biases, GP=next_power_of_two(readers), **options,
+        u, g, dgated, du, dg, gated, tokens, gated.stride(1), experts, ranks // experts,
+        G=readers, GP=next_power_of_two(readers), ACTIVATION=activation, BIASES=biases, **options,
     )  # fmt: skip
     return du, dg, gated
