@@ -5,7 +5,7 @@ Later layers win: the defaults below (the paper's setting), the checkpoint that 
 
 import difflib
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -31,7 +31,28 @@ CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,
     "normalisation": ("", *NORMALISATIONS),
     "protocol": PROTOCOLS,
+    "device": ("", "cpu", "cuda"),
 }
+MANY = 10**9
+# Least and largest value of every number.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "lora_rank": (0, 4096),
+    "mi_weight": (0, 1e6),
+    "image_size": (0, 16_384),
+    "epochs": (0, MANY),
+    "steps": (0, MANY),
+    "batch_size": (1, 65_536),
+    "lr": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "warmup": (0, 1),
+    "clip_norm": (1e-9, 1e9),
+    "eval_every": (0, MANY),
+    "scenes": (1, 10**7),
+    "val_scenes": (1, 10**7),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 1024),
+}
+LARGEST_WEIGHT = 1e6  # of a task's loss
 # The weights and batches of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
     "tasks",
@@ -47,6 +68,10 @@ FIXED_ON_RESUME = (
     "seed",
     "normalisation",
     "protocol",
+    "partial_labels",
+    "skip_bad",
+    "scenes",
+    "val_scenes",
 )
 
 
@@ -95,24 +120,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(choices)}")
-        for name in ("batch_size", "scenes", "val_scenes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in (
-            "image_size",
-            "epochs",
-            "steps",
-            "workers",
-            "seed",
-            "lora_rank",
-            "lr",
-            "warmup",
-            "eval_every",
-            "mi_weight",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(filter(None, choices))}"
+                )
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # also false for nan
+                raise UserError(f"{name} is {value}: it must be between {least:g} and {most:g}")
         if not (self.epochs or self.steps):
             raise UserError("epochs and steps are both 0: say how long to train with --epochs or --steps")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
@@ -149,6 +163,8 @@ def parse_loss_weights(text: str) -> dict[str, float]:
             weights[task] = float(value)
         except ValueError:
             raise UserError(f"loss weight {entry!r} is not of the form task=number, for example edge=50") from None
+        if not 0 <= weights[task] <= LARGEST_WEIGHT:
+            raise UserError(f"loss weight {entry!r}: it must be between 0 and {LARGEST_WEIGHT:g}")
     return weights
 
 
@@ -161,7 +177,7 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
     converted = {}
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+            close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
         converted[name] = _convert(name, value, fields[name], source)
@@ -174,12 +190,24 @@ def _truth(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 
+def _whole(value: Any) -> int:
+    """``int(value)`` of a text or of a whole number."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+READ: dict[type, Callable[[Any], Any]] = {bool: _truth, int: _whole, float: float, str: str}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
 def _convert(name: str, value: Any, kind: type, source: str) -> Any:
     try:
-        return _truth(value) if kind is bool else kind(value)
-    except (KeyError, TypeError, ValueError):
-        expected = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise UserError(f"{source}: {name} is {value!r}, which is not {expected}") from None
+        if value is None or isinstance(value, (list, dict)) or isinstance(value, bool) and kind is not bool:
+            raise TypeError
+        return READ[kind](value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{source}: {name} is {value!r}, which is not {EXPECTED[kind]}") from None
 
 
 def recipe_names() -> list[str]:
