@@ -20,7 +20,8 @@ from kernels import reference, resolve_kernel
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
 from train.datasets.scenes.dataset import Scenes
-from train.run.loop import Run, set_up, training_step
+from train.run.loop import training_step
+from train.run.start import Run, set_up
 
 ON_GPU = torch.cuda.is_available()
 MODEL = (
@@ -92,7 +93,7 @@ def loader_images_per_second(settings: Settings) -> float:
 @pytest.mark.parametrize("subject", SUBJECTS)
 def bench_training_step(benchmark: BenchmarkFixture, kernel: str, subject: str, tmp_path: Path) -> None:
     settings = settings_of(subject, kernel, str(tmp_path))
-    run = set_up(settings, fresh=True)
+    run = set_up(settings, None)
     freeze(run)
     if subject == "expert-loop":
         run_loops(run.model)

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import Settings, recipe_names
+from train.config.settings import PRECISIONS, Settings, recipe_names
 from train.protocols import PROTOCOLS
+from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS
 
 DESCRIPTION = """\
@@ -105,6 +106,14 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"
     )
+    group.add_argument(
+        "--checkpoint-every", type=int, metavar="N", help="checkpoint every N steps too; 0: only as --eval-every says"
+    )
+    group.add_argument("--keep", type=int, metavar="N", help="checkpoints that are kept, the newest (1)")
+    group.add_argument("--precision", choices=PRECISIONS, help="type of the products (fp32); parameters stay fp32")
+    group.add_argument(
+        "--on-nonfinite", choices=("stop", "skip"), help="what a loss that is NaN or infinite does to the run (stop)"
+    )
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
     group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
@@ -114,7 +123,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="continue from a checkpoint folder; without FILE from OUT/last",
+        help="continue from a checkpoint folder; without FILE from OUT/last, or from step 0 where there is none",
     )
     group.add_argument("--set", action="append", metavar="key=value", help="any setting by name, see below")
 
@@ -136,16 +145,19 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     return flags, resume
 
 
-def guarded(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt."""
+def guarded(run: Callable[[], int | None]) -> int:
+    """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt, 143 after a
+    SIGTERM that it heard."""
     try:
         return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
+    except TerminatedError:
+        return 143
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,4 +168,4 @@ def main(argv: list[str] | None = None) -> int:
 
         train(*parse(argv))
 
-    return guarded(run, "interrupted; the last checkpoint is kept, continue with --resume")
+    return guarded(run)

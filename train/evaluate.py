@@ -103,7 +103,7 @@ def _from_checkpoint(options: Namespace) -> Subject:
         # This protocol does not resize photos: the input grows to hold them, and the position embedding is resampled.
         smallest = max(settings.image_size, protocol.own_size)
         changes["image_size"] = -(-smallest // model.vit.patch) * model.vit.patch
-    about = {"checkpoint": str(folder), "step": state["step"]}
+    about = {"checkpoint": str(folder), "step": state.step}
     return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
 
 

@@ -123,7 +123,7 @@ def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
     settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))
     protocol, classes = settings.source.protocol, settings.source.classes
     make_folder(out)
-    print(f"model     {settings.model} of step {state['step']}: {', '.join(model.tasks)}, protocol {protocol.reported}")
+    print(f"model     {settings.model} of step {state.step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
     shown = {name: photo for i, (name, photo) in enumerate(photos.items()) if i < SHEET}
     sheet = {}
     for name, path in tqdm(photos.items(), "predict", leave=False, disable=None):

@@ -6,7 +6,7 @@ Later layers win: the defaults below (the paper's setting), the checkpoint that 
 import difflib
 import typing
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ from train.datasets.pascal.dataset import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, Collection[str]] = {
     "model": VITS,
     "head": HEADS,
@@ -32,6 +32,7 @@ CHOICES: dict[str, Collection[str]] = {
     "normalisation": ("", *NORMALISATIONS),
     "protocol": PROTOCOLS,
     "device": ("", "cpu", "cuda"),
+    "on_nonfinite": ("stop", "skip"),
 }
 MANY = 10**9
 # Least and largest value of every number.
@@ -47,6 +48,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "warmup": (0, 1),
     "clip_norm": (1e-9, 1e9),
     "eval_every": (0, MANY),
+    "checkpoint_every": (0, MANY),
+    "keep": (1, MANY),
     "scenes": (1, 10**7),
     "val_scenes": (1, 10**7),
     "seed": (0, 2**63 - 1),
@@ -108,7 +111,10 @@ class Settings:
     clip_norm: float = 10.0
     loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
     precision: str = "fp32"
+    on_nonfinite: str = "stop"
     eval_every: int = 5
+    checkpoint_every: int = 0
+    keep: int = 1
     scenes: int = 12_800
     val_scenes: int = 240
     seed: int = 0
@@ -238,7 +244,7 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
     An image size of 0 becomes the protocol's default size.
     """
     flags = layer(flags, "command line")
-    below = checkpoint or {}
+    below = checkpoint and asdict(Settings(**layer(checkpoint, "the checkpoint"))) or {}
     recipe = flags.get("recipe", "")
     if not recipe and checkpoint is None and not flags.get("data"):
         recipe = "scenes"
@@ -247,7 +253,15 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
         values["recipe"] = recipe
     if not values.get("image_size"):
         values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
-    for name in FIXED_ON_RESUME:
-        if checkpoint and values[name] != checkpoint[name]:
-            raise UserError(f"{name} was {checkpoint[name]!r} and cannot become {values[name]!r} when a run is resumed")
+    if below:
+        _require_same_run(below, values)
     return Settings(**values)
+
+
+def _require_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError where a value that is fixed changes. A tree may have moved, but does not become rendered scenes."""
+    for name in FIXED_ON_RESUME:
+        if now[name] != before[name]:
+            raise UserError(f"{name} was {before[name]!r} and cannot become {now[name]!r} when a run is resumed")
+    if bool(now["data"]) != bool(before["data"]):
+        raise UserError(f"data was {before['data']!r} and cannot become {now['data']!r} when a run is resumed")

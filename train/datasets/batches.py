@@ -170,6 +170,13 @@ def train_loader(
     return Loader(dataset, BatchSampler(dataset.groups, counts, steps, seed), workers, partial(collate, tasks=tasks))
 
 
+def batch_ids(dataset: DataSet, batch_size: int, step: int, seed: int) -> list[str]:
+    """The ids of the images in the training batch of ``step``."""
+    counts = compose([len(group) for group in dataset.groups], batch_size)
+    (keys,) = BatchSampler(dataset.groups, counts, range(step, step + 1), seed)
+    return [dataset.ids[index] for index, _ in keys]
+
+
 def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
     """Every image once, in order, at epoch 0; the last batch may be smaller."""
     return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))

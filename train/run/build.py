@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +65,13 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     return model.eval()
 
 
-def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any]]:
+def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, checkpoint.State]:
     """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
     state = checkpoint.read_state(folder)
-    settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
-    model = rebuild_model(settings, settings.source.classes, checkpoint.read_weights(folder))
+    settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel="auto")
+    weights = checkpoint.read_weights(folder)
+    with checkpoint.undamaged(folder):
+        model = rebuild_model(settings, settings.source.classes, weights)
     return settings, model.to(build_device(settings)), state
 
 

@@ -10,7 +10,8 @@ from kernels.dispatch import RESOLVED
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.loop import set_up, training_step
+from train.run.loop import training_step
+from train.run.start import set_up
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -75,7 +76,7 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
                 "out": str(tmp_path / kernel),
             }
         )
-        run = set_up(settings, fresh=True)
+        run = set_up(settings, None)
         losses = []
         for batch in train_loader(run.data[0], settings.task_names, 2, range(4), 0, 0):
             losses.append(training_step(run, batch))
@@ -88,5 +89,5 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
 @pytest.mark.parametrize("flags", [[], ["--deterministic"]])
 def test_deterministic_reaches_the_routing(tmp_path, flags):
     argv = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", *flags, "--out", str(tmp_path / "run")]
-    run = set_up(resolve_settings(parse(argv)[0]), fresh=True)
+    run = set_up(resolve_settings(parse(argv)[0]), None)
     assert run.model.routing.deterministic == bool(flags)
