@@ -111,33 +111,34 @@ def fit(run: Run) -> float:
 
     s, (train_set, _) = run.settings, run.data
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
-    seconds, first = 0.0, run.step
+    seconds, speed, first = 0.0, 0.0, run.step
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
-    with SummaryWriter(run.out / "tensorboard") as board, progress_bar(run) as bar:
+    with SummaryWriter(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
         started = time.perf_counter()
         for batch in spanned("data", loader):
-            evaluates = every and (run.step + 1) % every == 0 and run.step + 1 < run.total
-            with run.stopping.held():
-                losses = training_step(run, batch.to(run.device))
-                run.step += 1
-                run.losses.add(run.step, losses)
-                seconds += time.perf_counter() - started if run.step > first + 1 else 0
-                speed = s.batch_size * (run.step - first - 1) / seconds if seconds else 0.0
-                bar.update()
-                if run.step % REPORT_EVERY == 0 or run.step == run.total:
-                    report_losses(run, speed, board, bar)
-                if evaluates or is_due(run) or run.stopping.requested:
-                    save(run)
+            losses = training_step(run, batch.to(run.device))
+            run.step += 1
+            run.losses.add(run.step, losses)
+            seconds += time.perf_counter() - started if run.step > first + 1 else 0
+            speed = s.batch_size * (run.step - first - 1) / seconds if seconds else 0.0
+            bar.update()
+            evaluates = every and run.step % every == 0 and run.step < run.total
+            if run.step % REPORT_EVERY == 0 or run.step == run.total:
+                report_losses(run, speed, board, bar)
+            if evaluates or is_due(run) or run.stopping.requested:
+                save(run)
+            run.stopping.check()
             if evaluates:
-                log_metrics(run, board, score(run, f"step {run.step}")[0])
+                with run.stopping.held(False):
+                    log_metrics(run, board, score(run, f"step {run.step}")[0])
             started = time.perf_counter()
-        return s.batch_size * (run.step - first - 1) / seconds if seconds else 0.0
+    return speed
 
 
 def is_due(run: Run) -> bool:
     """Whether a checkpoint is due by the number of steps."""
     every = run.settings.checkpoint_every
-    return bool(every) and run.step % every == 0 and run.step < run.total
+    return run.step == run.total or bool(every) and run.step % every == 0
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -207,8 +208,7 @@ def save(run: Run) -> None:
 
 
 def finish(run: Run, speed: float) -> dict[str, Any]:
-    """Checkpoint, score, draw, write results.json and print the table."""
-    save(run)
+    """Score, draw, write results.json and print the table."""
     metrics, routing = score(run, "evaluate")
     draw(run, routing)
     results = results_of(run, speed, metrics)
@@ -241,6 +241,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "kernel": resolve_kernel(s.kernel, run.device) if moe else None,
         "seed": s.seed,
         "steps": run.step,
+        "skipped_steps": run.losses.skipped,
         "images_per_second": round(speed, 2),
         "parameters": {"total": total, "trainable": trainable},
         "final_losses": run.losses.mean(LOSS_WINDOW),

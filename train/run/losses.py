@@ -49,9 +49,15 @@ class LossLog:
                 if not math.isfinite(loss):
                     raise NotFiniteError(step, task, loss)
 
+    @property
+    def skipped(self) -> int:
+        """Steps with a loss that is not finite."""
+        return sum(not all(map(math.isfinite, row)) for row in self.rows.values())
+
     def mean(self, steps: int) -> dict[str, float]:
-        """Each task's loss, averaged over the last ``steps`` steps."""
-        rows = torch.tensor(list(self.rows.values())[-steps:], dtype=torch.float64)
+        """Each task's loss, averaged over those of the last ``steps`` steps that are finite; NaN if none is."""
+        finite = [row for row in list(self.rows.values())[-steps:] if all(map(math.isfinite, row))]
+        rows = torch.tensor(finite, dtype=torch.float64).reshape(-1, len(self.tasks))
         return dict(zip(self.tasks, rows.mean(0).tolist(), strict=True))
 
 

@@ -11,7 +11,7 @@ class TerminatedError(BaseException):
 
 
 class Stopping:
-    """Raises TerminatedError at SIGTERM; within :meth:`held` at the end of the block."""
+    """Raises TerminatedError at SIGTERM; while it is :meth:`held`, at the next :meth:`check`."""
 
     def __init__(self) -> None:
         self.requested, self._held = False, False
@@ -26,13 +26,17 @@ class Stopping:
             signal.signal(signal.SIGTERM, previous)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """A block that SIGTERM does not cut; it may look at ``requested``."""
-        self._held = True
+    def held(self, hold: bool = True) -> Iterator[None]:
+        """A block that SIGTERM does not cut; with ``hold`` False one, within such a block, that it does."""
+        before, self._held = self._held, hold
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
+        self.check()
+
+    def check(self) -> None:
+        """Raises TerminatedError if SIGTERM has arrived."""
         if self.requested:
             raise TerminatedError
 
