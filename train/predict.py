@@ -17,6 +17,7 @@ from model import MultiTaskViT
 from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
+from train.files.folders import require_outside_data
 from train.files.reading import reading, require_file
 from train.protocols import Protocol
 from train.run import checkpoint
@@ -30,7 +31,8 @@ Predict all tasks of a checkpoint for photos of any size and format. A folder me
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
 probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,
-h, w), at the model's resolution) and sheet.png."""
+h, w), at the model's resolution) and sheet.png.
+Exit status: 0, 1 some photos could not be read, 2 a user's mistake."""
 
 
 def build_parser() -> Parser:
@@ -116,23 +118,35 @@ def write(
     return overlays
 
 
-def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
+def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
+    """Predicts all photos that can be read; the exit status is 1 if there are others."""
     from train.output import pictures
 
+    require_outside_data(out)
     photos = list_photos(given)
     settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))
     protocol, classes = settings.source.protocol, settings.source.classes
     make_folder(out)
     print(f"model     {settings.model} of step {state.step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
-    shown = {name: photo for i, (name, photo) in enumerate(photos.items()) if i < SHEET}
-    sheet = {}
+    sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
+    faults: list[str] = []
     for name, path in tqdm(photos.items(), "predict", leave=False, disable=None):
-        photo = read_any_photo(path)
+        try:
+            photo = read_any_photo(path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
         overlays = write(out, name, photo, predict(model, photo, protocol))
-        if name in shown:
+        if len(sheet) < SHEET:
             sheet[name] = {"image": photo} | overlays
+    if not sheet:
+        raise UserError(faults[0] if len(faults) == 1 else f"none of {len(faults)} photos can be read: {faults[0]}")
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
     pictures.save_contact_sheet(out / "sheet.png", sheet, classes)
-    print(f"{out}/: {len(photos)} photos: PNGs by task, overlays, raw, sheet.png")
+    left_out = f", {len(faults)} left out" if faults else ""
+    print(f"{out}/: {len(photos) - len(faults)} photos{left_out}: PNGs by task, overlays, raw, sheet.png")
+    return 1 if faults else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,9 @@ of images from each group of images that are labelled for the same tasks. So eac
 step, and the shapes of the tensors never change.
 """
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +23,8 @@ from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
 from train.protocols import Sample
 from train.tasks import TASKS
+
+PR_SET_PDEATHSIG = 1
 
 
 def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
@@ -128,6 +133,7 @@ class Loader:
             collate_fn=partial(_gather_or_report, gather=gather),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
         )
 
@@ -139,6 +145,12 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """On Linux a worker ends with the process that started it, and prints nothing of the connections it then lacks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Reporting(Dataset[Sample | UserError]):

@@ -114,6 +114,17 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     assert main([*QUICK, "--steps", "1", "--out", str(out)]) == 0, "a killed run leaves no lock behind"
 
 
+def test_workers_of_a_killed_run_end_in_silence(tmp_path):
+    """Both hold the run's stderr, so that it ends only when they have ended."""
+    process = begin(*QUICK, "--workers", "2", "--steps", "2000", "--out", str(tmp_path))
+    while not (tmp_path / "losses.csv").exists() or len((tmp_path / "losses.csv").read_text().splitlines()) < 11:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    _, error = process.communicate(timeout=30)
+    assert "Error" not in error and "Traceback" not in error
+
+
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path, capsys):
     assert main([*QUICK, "--steps", "6", "--out", str(tmp_path)]) == 0
     good = load_file(tmp_path / "last" / "model.safetensors")
