@@ -20,7 +20,7 @@ def build_device(settings: Settings) -> torch.device:
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    device = torch.device(name)
+    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
     resolve_kernel(settings.kernel, device)
     return device
 
