@@ -170,7 +170,7 @@ def save_loss_curves(
             below.set_yticks([])
         below.set_xlabel("step", fontsize=8)
         for axis in (above, below):
-            axis.tick_params(labelsize=7)
+            axis.tick_params(labelsize=7, which="both")
     axes[0, 0].set_ylabel("loss", fontsize=8)
     axes[1, 0].set_ylabel("relative difference", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False)

@@ -14,6 +14,8 @@ from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
 from train.tasks import Classes, output_channels
 
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+
 
 def build_device(settings: Settings) -> torch.device:
     """The device asked for, by default a GPU where there is one."""
@@ -49,6 +51,7 @@ def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
         vit.requires_grad_(False)
     model = _adapt(vit, settings, classes)
     model.set_normalisation(*NORMALISATIONS[normalisation])
+    store_frozen(model, COMPUTE[settings.precision])
     return model
 
 
@@ -63,6 +66,16 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     model = _adapt(ViT(config, settings.image_size), settings, classes)
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of products in the type that they are multiplied in: half the memory, and no copy per
+    step. What is trained stays fp32, and so do norms and position embeddings."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+            for parameter in (module.weight, module.bias):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, checkpoint.State]:

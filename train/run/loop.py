@@ -37,7 +37,6 @@ from train.tasks import TASKS, Metrics
 PICTURES = 8  # rows of predictions.png
 CONSTANT_IMAGES = 1500  # training images the constant is fitted on
 LOSS_WINDOW = 50  # steps over which final_losses are averaged
-AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # that of fp32 is not in use
 REPORT_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
 
 
@@ -85,7 +84,7 @@ def training_step(run: Run, batch: Batch) -> Tensor:
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if careful else []
     for group in run.optimizer.param_groups:
         group["lr"] = schedule.learning_rate(s, run.step, run.total)
-    with torch.autocast(run.device.type, AUTOCAST[s.precision], enabled=s.precision != "fp32"):
+    with run.computing():
         predictions = run.parallel(batch.images, batch.index)
     with span("losses"):
         losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
@@ -204,7 +203,8 @@ def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
     """The model's metrics over the validation set, and its routing."""
     s, val_set = run.settings, run.data[1]
     loader = eval_loader(val_set, s.task_names, s.batch_size, s.workers)
-    return validate(run.model, loader, val_set.classes, title)
+    with run.computing():
+        return validate(run.model, loader, val_set.classes, title)
 
 
 def constant_baseline(run: Run) -> Metrics:
@@ -284,7 +284,8 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     indices = pictures.spread(val_set.groups, PICTURES)
     batch = collate([val_set[index, 0] for index in indices], s.task_names).to(run.device)
     run.model.eval()
-    predictions = {"predicted": run.model(batch.images)}
+    with run.computing():
+        predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
     if routing is not None and s.moe_config is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)

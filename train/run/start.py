@@ -48,6 +48,12 @@ class Run:
     def total(self) -> int:
         return schedule.total_steps(self.settings, len(self.data[0]))
 
+    def computing(self) -> torch.autocast:
+        """A block in which products are computed in the type of --precision. Norms, softmax, losses and the residual
+        stream are fp32 in all of them."""
+        dtype = build.COMPUTE[self.settings.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds beside the model."""
@@ -83,7 +89,8 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     skipped = [fault for dataset in data for fault in dataset.skipped]
     if skipped and leads():
         write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
     losses = LossLog(out / "losses.csv" if leads() else None, model.tasks, earlier_losses(folder, model.tasks))
     optimizer = build.build_optimizer(settings, model)
     run = Run(settings, out, device, data, model, parallel(model), optimizer, scaler, losses, held)
