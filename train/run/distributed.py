@@ -8,6 +8,7 @@ the files and speaks.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,4 +69,8 @@ def from_leader(make: Callable[[], Any]) -> Any:
 
 def parallel(model: nn.Module) -> nn.Module:
     """``model`` for training steps: itself, or wrapped so that gradients are those of the whole batch."""
-    return model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the option's new name, which older versions lack
+        return DistributedDataParallel(model, broadcast_buffers=False)
