@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.datasets.batches import Batch
 from train.metrics.base import Metric
 from train.tasks import Classes, Metrics, build_constants, build_metrics
@@ -15,10 +15,10 @@ from train.tasks import Classes, Metrics, build_constants, build_metrics
 
 @torch.inference_mode()
 def validate(
-    model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
+    model: MultiTaskModel, batches: Iterable[Batch], classes: Classes, title: str
 ) -> tuple[Metrics, RoutingStatistics | None]:
     """({task: {metric: value}}, routing statistics) over all batches. The model's training mode is restored."""
-    device = model.task_embed.device
+    device = model.device
     metrics = build_metrics(model.tasks, classes)
     statistics = RoutingStatistics() if model.routing is not None else None
     if model.routing is not None:
