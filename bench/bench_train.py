@@ -17,6 +17,7 @@ from bench.peers.base import Forward, rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
+from model import MultiTaskViT
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
 from train.datasets.scenes.dataset import Scenes
@@ -64,19 +65,22 @@ def looped(layer: LoRAMoE) -> Forward:
 
 def freeze(run: Run) -> None:
     """The backbone as --pretrained leaves it: frozen but for its adapters."""
+    assert isinstance(run.model, MultiTaskViT)
     for name, parameter in run.model.vit.named_parameters():
         parameter.requires_grad_("lora_" in name or "routers" in name)
 
 
 def heads_seconds(run: Run, batch: Batch) -> float:
     """Seconds of the forward and backward pass of the heads alone."""
-    size, vit = batch.images.shape[-1], run.model.vit
+    model = run.model
+    assert isinstance(model, MultiTaskViT)
+    size, vit = batch.images.shape[-1], model.vit
     grid = (size // vit.patch,) * 2
     tokens = torch.randn(len(batch.images), 1 + grid[0] * grid[1], vit.width, device=run.device, requires_grad=True)
 
     def step():
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-            outputs = [head(tokens, grid) for head in run.model.heads.values()]
+            outputs = [head(tokens, grid) for head in model.heads.values()]
         torch.autograd.backward([output.float().sum() for output in outputs])
 
     return measure.summary(measure.paired({"heads": step}, 0.2, run.device)["heads"])["median"]

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import PRECISIONS, Settings, recipe_names
+from train.config.settings import DECODERS, PRECISIONS, Settings, recipe_names
 from train.protocols import PROTOCOLS
 from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS
@@ -75,11 +75,20 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", choices=VITS, help="size of the ViT (vit_base; scenes: vit_micro)")
     group.add_argument(
         "--pretrained",
-        metavar="FILE",
+        metavar="FILE|RUN",
         help="weights of the backbone (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face); "
-        "with them the backbone is frozen, without them it is trained in full",
+        "with them the backbone is frozen, without them it is trained in full; for a decoder also a finished run",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        help="train a decoder on the frozen features of --pretrained, instead of experts in the backbone: fgmoe (a "
+        "reconstruction), mlore, or plain, which is fgmoe without gates (none)",
+    )
+    group.add_argument(
+        "--fg", metavar="N/K/m/K_s", help="fgmoe: experts / active / slices of an expert / shared slices (4/2/4/1)"
+    )
     group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
     group.add_argument("--gating", choices=GATINGS, help="gating of the experts (ase where S > 0, topk where S = 0)")
     group.add_argument("--site", choices=SITES, help="which layers get experts (ffn)")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from kernels import UserError
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
@@ -96,10 +96,10 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def predict(model: MultiTaskViT, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
+def predict(model: MultiTaskModel, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
     """The raw output of each head, (channels, h, w), without the padding around the photo."""
     image, where = protocol.fit_photo(photo)
-    outputs = model(torch.tensor(image, device=model.task_embed.device).permute(2, 0, 1)[None])
+    outputs = model(torch.tensor(image, device=model.device).permute(2, 0, 1)[None])
     return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 

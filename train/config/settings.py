@@ -16,16 +16,18 @@ import yaml
 
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
-from model import HEADS, NORMALISATIONS, VITS
+from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig
 from train.datasets.base import Source
 from train.datasets.pascal.dataset import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
+DECODERS = ("none", "fgmoe", "plain", "mlore")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, Collection[str]] = {
     "model": VITS,
     "head": HEADS,
+    "decoder": DECODERS,
     "site": SITES,
     "kernel": KERNELS,
     "precision": PRECISIONS,
@@ -39,6 +41,7 @@ MANY = 10**9
 BOUNDS: dict[str, tuple[float, float]] = {
     "lora_rank": (0, 4096),
     "mi_weight": (0, 1e6),
+    "balance_weight": (0, 1e6),
     "image_size": (0, 16_384),
     "epochs": (0, MANY),
     "steps": (0, MANY),
@@ -61,6 +64,10 @@ FIXED_ON_RESUME = (
     "tasks",
     "model",
     "head",
+    "decoder",
+    "fg",
+    "fg_global",
+    "fg_mixer",
     "moe",
     "gating",
     "site",
@@ -93,6 +100,10 @@ class Settings:
     recipe: str = ""
     model: str = "vit_base"
     head: str = "up"
+    decoder: str = "none"
+    fg: str = "4/2/4/1"
+    fg_global: bool = True
+    fg_mixer: bool = True
     moe: str = "16/3/1/4"
     gating: str = ""
     site: str = "ffn"
@@ -101,6 +112,7 @@ class Settings:
     lora_rank: int = 4
     lora_targets: str = "qkv,proj"
     mi_weight: float = 0.005
+    balance_weight: float = 1e-4
     image_size: int = 0
     epochs: int = 40
     steps: int = 0
@@ -135,8 +147,10 @@ class Settings:
                 raise UserError(f"{name} is {value}: it must be between {least:g} and {most:g}")
         if not (self.epochs or self.steps):
             raise UserError("epochs and steps are both 0: say how long to train with --epochs or --steps")
+        if self.decoder != "none" and self.moe != "none":
+            raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
-        _ = self.moe_config, self.task_names, self.task_weights
+        _ = self.moe_config, self.decoder_config, self.task_names, self.task_weights
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
@@ -145,6 +159,18 @@ class Settings:
     @cached_property
     def moe_config(self) -> MoEConfig | None:
         return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
+
+    @cached_property
+    def decoder_config(self) -> FGConfig | MLoREConfig | None:
+        if self.decoder == "none":
+            return None
+        if self.decoder == "mlore":
+            return MLoREConfig.of(VITS[self.model].width, self.gating)
+        return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "")
+
+    @property
+    def regulariser_weights(self) -> dict[str, float]:
+        return {"mi": self.mi_weight, "balance": self.balance_weight}
 
     @cached_property
     def task_weights(self) -> dict[str, float]:
@@ -241,7 +267,8 @@ def read_recipe(name: str) -> dict[str, Any]:
 def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
     """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
 
-    An image size of 0 becomes the protocol's default size.
+    An image size of 0 becomes the protocol's default size. A decoder replaces the default experts of the backbone, and
+    its checkpoint needs the encoder's weights, whose path becomes absolute.
     """
     flags = layer(flags, "command line")
     below = checkpoint and asdict(Settings(**layer(checkpoint, "the checkpoint"))) or {}
@@ -253,6 +280,10 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
         values["recipe"] = recipe
     if not values.get("image_size"):
         values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
+    if values.get("decoder", "none") != "none":
+        values.setdefault("moe", "none")
+        if values.get("pretrained"):
+            values["pretrained"] = str(Path(values["pretrained"]).absolute())
     if below:
         _require_same_run(below, values)
     return Settings(**values)

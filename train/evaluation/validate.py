@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import gathered
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.datasets.batches import Batch
 from train.metrics.base import Metric
 from train.tasks import Classes, Metrics, build_constants, build_metrics
@@ -18,11 +18,11 @@ from train.tasks import Classes, Metrics, build_constants, build_metrics
 
 @torch.inference_mode()
 def validate(
-    model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
+    model: MultiTaskModel, batches: Iterable[Batch], classes: Classes, title: str
 ) -> tuple[Metrics, RoutingStatistics | None]:
     """({task: {metric: value}}, routing statistics) over all batches, of all processes of a data-parallel run. The
     model's training mode is restored."""
-    device = model.task_embed.device
+    device = model.device
     metrics = build_metrics(model.tasks, classes)
     statistics = RoutingStatistics() if model.routing is not None else None
     if model.routing is not None:

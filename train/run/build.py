@@ -1,14 +1,30 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import add_lora, add_moe
 from kernels import UserError, resolve_kernel
-from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
+from model import (
+    NORMALISATIONS,
+    VITS,
+    EncoderDecoder,
+    FGMoE,
+    MLoRE,
+    MultiTaskModel,
+    MultiTaskViT,
+    Plain,
+    ViT,
+    load_pretrained,
+    read_weights,
+)
+from model.decoders import Decoder, Frame
 from train.config.settings import Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
@@ -35,9 +51,53 @@ def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
     return train, val
 
 
-def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
-    """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
+def build_model(settings: Settings, classes: Classes) -> MultiTaskModel:
+    """The model on the CPU: the adapted multi-task ViT, whose backbone is frozen if it was pretrained and else trained
+    in full, or a decoder on a frozen encoder."""
     torch.manual_seed(settings.seed)
+    if settings.decoder != "none":
+        model: MultiTaskModel = _build_decoder(settings, classes)
+    else:
+        vit, normalisation = _build_vit(settings)
+        model = _adapt(vit, settings, classes)
+        model.set_normalisation(*NORMALISATIONS[normalisation])
+    store_frozen(model, COMPUTE[settings.precision])
+    return model
+
+
+def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskModel:
+    """The model of a checkpoint from its settings and ``tensors``. Only a decoder needs the pretrained weights again,
+    since its checkpoint does not hold them."""
+    if settings.decoder != "none":
+        model: MultiTaskModel = _build_decoder(settings, classes)
+    else:
+        registers = tensors.get("vit.reg_token")
+        config = replace(
+            VITS[settings.model],
+            patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
+            registers=0 if registers is None else registers.shape[1],
+        )
+        model = _adapt(ViT(config, settings.image_size), settings, classes)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
+    settings, model, state = _load(folder, kernel="auto")
+    return settings, model.to(build_device(settings)), state
+
+
+def _load(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    state = checkpoint.read_state(folder)
+    settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
+    weights = checkpoint.read_weights(folder)
+    with checkpoint.undamaged(folder):
+        return settings, rebuild_model(settings, settings.source.classes, weights), state
+
+
+def _build_vit(settings: Settings) -> tuple[ViT, str]:
+    """(the ViT, frozen if it was pretrained; the name of its normalisation)."""
     weights = read_weights(settings.pretrained) if settings.pretrained else None
     config = VITS[settings.model]
     vit = ViT(weights.adjust(config) if weights else config, settings.image_size)
@@ -49,23 +109,7 @@ def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
         print(f"weights   {settings.pretrained}: {report}{overridden}")
         vit.requires_grad_(False)
-    model = _adapt(vit, settings, classes)
-    model.set_normalisation(*NORMALISATIONS[normalisation])
-    store_frozen(model, COMPUTE[settings.precision])
-    return model
-
-
-def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskViT:
-    """The model of a checkpoint from its settings and ``tensors``; the pretrained weights file is not needed."""
-    registers = tensors.get("vit.reg_token")
-    config = replace(
-        VITS[settings.model],
-        patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
-        registers=0 if registers is None else registers.shape[1],
-    )
-    model = _adapt(ViT(config, settings.image_size), settings, classes)
-    model.load_state_dict(tensors)
-    return model.eval()
+    return vit, normalisation
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
@@ -78,16 +122,6 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, checkpoint.State]:
-    """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
-    state = checkpoint.read_state(folder)
-    settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel="auto")
-    weights = checkpoint.read_weights(folder)
-    with checkpoint.undamaged(folder):
-        model = rebuild_model(settings, settings.source.classes, weights)
-    return settings, model.to(build_device(settings)), state
-
-
 def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
     """Adds LoRA, experts and heads to ``vit``."""
     if settings.lora_rank:
@@ -97,6 +131,42 @@ def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
     if routing is not None:
         routing.deterministic = settings.deterministic
     return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+
+
+DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
+    "fgmoe": lambda s, config, frame: FGMoE(frame, config, s.fg_mixer, s.fg_global, s.kernel),
+    "plain": lambda s, config, frame: Plain(frame, config, s.fg_mixer, s.fg_global),
+    "mlore": lambda s, config, frame: MLoRE(frame, config),
+}
+
+
+def _build_decoder(settings: Settings, classes: Classes) -> EncoderDecoder:
+    """A fresh decoder on the encoder in ``pretrained``: a weights file, or the folder of a run of an adapted ViT."""
+    source = Path(settings.pretrained)
+    if not settings.pretrained:
+        raise UserError(
+            f"--decoder {settings.decoder} needs a trained encoder: give --pretrained FILE, or the folder of a run"
+        )
+    if not source.exists():
+        raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
+    encoder, normalisation = (_encoder_of_run(settings), "") if source.is_dir() else _build_vit(settings)
+    channels = output_channels(settings.task_names, classes)
+    side = settings.image_size // encoder.patch
+    make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)
+    model = EncoderDecoder(encoder, channels, (side, side), make)
+    if normalisation:
+        model.set_normalisation(*NORMALISATIONS[normalisation])
+    return model
+
+
+def _encoder_of_run(settings: Settings) -> MultiTaskViT:
+    folder = checkpoint.find(Path(settings.pretrained))
+    theirs, model, _ = _load(folder, settings.kernel)
+    if not isinstance(model, MultiTaskViT):
+        raise UserError(f"{folder} holds a decoder: give --pretrained a run without --decoder")
+    if theirs.model != settings.model:
+        raise UserError(f"the encoder in {folder} is a {theirs.model}: give --model {theirs.model}")
+    return model
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:

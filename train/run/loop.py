@@ -20,7 +20,7 @@ from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
 from kernels.nvtx import span, spanned
-from train.config.settings import resolve_settings
+from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, batch_ids, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
 from train.evaluation.validate import score_constant, validate
@@ -89,8 +89,8 @@ def training_step(run: Run, batch: Batch) -> Tensor:
     with span("losses"):
         losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
         objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in losses.items()))
-        if run.model.routing is not None:
-            objective = objective + s.mi_weight * run.model.routing.mi_loss()
+        for name, regulariser in run.model.regularisers().items():
+            objective = objective + s.regulariser_weights[name] * regulariser
     run.optimizer.zero_grad()
     with span("backward"):
         run.scaler.scale(objective).backward()
@@ -244,7 +244,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
 def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
     s, (train_set, val_set) = run.settings, run.data
     total, trainable = count_parameters(run.model)
-    moe = s.moe_config
+    config, gated = s.moe_config or s.decoder_config, s.moe != "none" or s.decoder == "fgmoe"
     return {
         "format": 1,
         "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
@@ -257,10 +257,10 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
             "skipped": {"train": len(train_set.skipped), "val": len(val_set.skipped)},
         },
         "evaluation": describe_set(val_set, s.task_names, "val", f"{s.image_size} x {s.image_size}"),
-        "model": {"name": s.model, "head": s.head, "site": s.site, "backbone": "frozen" if s.pretrained else "trained"},
+        "model": describe_model(s),
         "moe": s.moe,
-        "gating": moe.gating_name if moe else None,
-        "kernel": resolve_kernel(s.kernel, run.device) if moe else None,
+        "gating": config.gating_name if config and s.decoder != "plain" else None,
+        "kernel": resolve_kernel(s.kernel, run.device) if gated else None,
         "seed": s.seed,
         "processes": world_size(),
         "steps": run.step,
@@ -273,6 +273,14 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "metrics_untrained": run.baselines["untrained"],
         "versions": versions(),
     }
+
+
+def describe_model(s: Settings) -> dict[str, Any]:
+    backbone = {"backbone": "frozen" if s.pretrained else "trained"}
+    if s.decoder == "none":
+        return {"name": s.model, "head": s.head, "site": s.site} | backbone
+    fine = {"fg": s.fg, "fg_global": s.fg_global, "fg_mixer": s.fg_mixer} if s.decoder != "mlore" else {}
+    return {"name": s.model, "decoder": s.decoder} | fine | backbone
 
 
 @torch.inference_mode()

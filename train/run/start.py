@@ -10,7 +10,7 @@ import torch
 
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, nvtx, resolve_kernel
-from model import MultiTaskViT
+from model import MLoREConfig, MultiTaskModel
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
 from train.files.atomic import make_folder, write_text
@@ -33,7 +33,7 @@ class Run:
     out: Path
     device: torch.device
     data: tuple[DataSet, DataSet]
-    model: MultiTaskViT
+    model: MultiTaskModel
     parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -157,19 +157,13 @@ def fingerprints(run: Run) -> dict[str, str]:
 def announce(run: Run) -> str:
     s, train_set = run.settings, run.data[0]
     total, trainable = count_parameters(run.model)
-    adaptation = "backbone frozen" if s.pretrained else "no --pretrained, so the backbone is trained in full"
-    moe = s.moe_config
-    default = " (default)" if moe and not s.gating else ""
     return "\n".join(
         [
             f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, "
             f"protocol {train_set.protocol.reported}",
-            f"model     {s.model}, {s.head} heads for {', '.join(s.task_names)}: {total / 1e6:.2f} M parameters, "
-            f"{trainable / 1e6:.2f} M trainable; {adaptation}",
-            f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, "
-            f"kernel {resolve_kernel(s.kernel, run.device)}"
-            if moe
-            else "moe       none",
+            f"model     {s.model}, {describe_outputs(s)} for {', '.join(s.task_names)}: "
+            f"{total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {describe_backbone(s)}",
+            describe_experts(s, run.device),
             f"run       {run.total} steps of {s.batch_size} images on {describe_devices(run)} -> {run.out}",
         ]
     )
@@ -177,6 +171,34 @@ def announce(run: Run) -> str:
 
 def describe_devices(run: Run) -> str:
     return f"{run.device}" if world_size() == 1 else f"{world_size()} processes, {run.device.type}"
+
+
+def describe_outputs(s: Settings) -> str:
+    return f"{s.head} heads" if s.decoder == "none" else f"{s.decoder} decoder"
+
+
+def describe_backbone(s: Settings) -> str:
+    if s.decoder == "none":
+        return "backbone frozen" if s.pretrained else "no --pretrained, so the backbone is trained in full"
+    return f"encoder frozen, one pass per {'image and task' if Path(s.pretrained).is_dir() else 'image'}"
+
+
+def describe_experts(s: Settings, device: torch.device) -> str:
+    """The line of the summary on the experts, wherever they are."""
+    default = "" if s.gating else " (default)"
+    if moe := s.moe_config:
+        kernel = resolve_kernel(s.kernel, device)
+        return f"moe       {moe}, gating {moe.gating_name}{default}, site {s.site}, kernel {kernel}"
+    if not (decoder := s.decoder_config):
+        return "moe       none"
+    without = "".join(f", no {part}" for part in ("global", "mixer") if not getattr(s, f"fg_{part}"))
+    if isinstance(decoder, MLoREConfig):
+        ranks = f"{len(decoder.ranks)} experts of ranks {decoder.ranks[0]} to {decoder.ranks[-1]}"
+        return f"decoder   mlore: {ranks}, {decoder.active} active, gating {decoder.gating_name}{default}"
+    if s.decoder == "plain":
+        return f"decoder   plain: fgmoe {decoder} without gates{without}"
+    gating, kernel = f"gating {decoder.gating_name}{default}", resolve_kernel(s.kernel, device)
+    return f"decoder   fgmoe (a reconstruction): {decoder}, {gating}{without}, kernel {kernel}"
 
 
 def count_images(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -101,7 +102,12 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"recipe": "mimi"}, "no recipe 'mimi': give the path of a .yaml file or one of mini, paper, scenes"),
+        ({"recipe": "mimi"}, f"no recipe 'mimi': give the path of a .yaml file or one of {', '.join(recipe_names())}"),
+        ({"decoder": "fcn"}, "unknown decoder 'fcn': choose among none, fgmoe, plain, mlore"),
+        ({"decoder": "fgmoe", "fg": "4/5/4/1"}, "fg 4/5/4/1: the active experts K must be between 1 and N = 4"),
+        ({"decoder": "fgmoe", "gating": "topk"}, "knows no shared experts but S = 1"),
+        ({"decoder": "mlore", "gating": "ase"}, "choose topk or topk-renorm"),
+        ({"decoder": "fgmoe", "moe": "16/3/1/4"}, "--moe 16/3/1/4 adapts the backbone, which --decoder fgmoe freezes"),
         ({"tasks": "seg,flow"}, "unknown task 'flow'"),
         ({"tasks": "seg,semseg"}, "task 'seg' is given twice"),
         ({"moe": "16/16/1/4"}, "the active sparse experts k must be between 1 and N - S = 15"),
@@ -139,6 +145,21 @@ def test_every_number_has_bounds():
     """nan and inf are outside of all of them."""
     kinds = get_type_hints(Settings)
     assert {name for name, kind in kinds.items() if kind in (int, float)} == BOUNDS.keys()
+
+
+def test_a_decoder_replaces_the_experts_of_the_backbone():
+    settings = resolve_settings({"decoder": "fgmoe", "gating": "ase", "pretrained": "weights.npz"})
+    assert settings.moe == "none" and settings.moe_config is None
+    assert str(settings.decoder_config) == "4/2/4/1" and settings.decoder_config.gating_name == "ase"
+    assert Path(settings.pretrained).is_absolute()
+    assert str(resolve_settings({"decoder": "fgmoe", "pretrained": "weights.npz", "moe": "none"}).moe) == "none"
+
+
+def test_a_resumed_run_keeps_its_decoder():
+    before = asdict(resolve_settings({"decoder": "fgmoe", "pretrained": "weights.npz"}))
+    assert resolve_settings({}, before).decoder == "fgmoe"
+    with pytest.raises(UserError, match="fg was '4/2/4/1' and cannot become '4/2/1/1' when a run is resumed"):
+        resolve_settings({"fg": "4/2/1/1"}, before)
 
 
 def test_loss_weights_that_are_not_named_keep_their_default():
