@@ -21,8 +21,8 @@ from model import MultiTaskViT
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
 from train.datasets.scenes.dataset import Scenes
-from train.run.loop import training_step
 from train.run.start import Run, set_up
+from train.run.step import training_step
 
 ON_GPU = torch.cuda.is_available()
 MODEL = (

@@ -109,7 +109,13 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (40)")
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
-    group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images per step, of all processes")
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="parts in which the batch goes through the model, to save memory (1)",
+    )
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
     group.add_argument("--loss-weights", metavar="T=X,..", help=f"loss weight per task ({Settings.loss_weights})")
     group.add_argument(

@@ -53,6 +53,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_every": (0, MANY),
     "checkpoint_every": (0, MANY),
     "keep": (1, MANY),
+    "accumulate": (1, 65_536),
     "scenes": (1, 10**7),
     "val_scenes": (1, 10**7),
     "seed": (0, 2**63 - 1),
@@ -117,6 +118,7 @@ class Settings:
     epochs: int = 40
     steps: int = 0
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 5e-4
     weight_decay: float = 1e-4
     warmup: float = 0.05

@@ -6,12 +6,14 @@ step, and the shapes of the tensors never change.
 """
 
 import ctypes
+import io
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -96,6 +98,20 @@ class Batch:
         """Labelled images per task."""
         return {task: len(index) for task, index in self.index.items()}
 
+    def parts(self, count: int) -> list["Batch"]:
+        """``count`` batches of every ``count``-th image each, all with every task, where need be without a label."""
+        if count == 1:
+            return [self]
+        return [self._part(first, count) for first in range(count)]
+
+    def _part(self, first: int, count: int) -> "Batch":
+        mine = {task: (index % count == first).nonzero().squeeze(1) for task, index in self.index.items()}
+        return Batch(
+            self.images[first::count],
+            {task: label[mine[task]] for task, label in self.labels.items()},
+            {task: index[mine[task]] // count for task, index in self.index.items()},
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
         non_blocking = torch.device(device).type == "cuda"
@@ -169,6 +185,23 @@ def _end_with_parent(worker: int) -> None:
     """On Linux a worker ends with the process that started it, and prints nothing of the connections it then lacks."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys.stderr = _Patient(sys.stderr)
+
+
+class _Patient(io.TextIOBase):
+    """Waits a moment before it first writes. Of a process that is killed, connections break before others are told."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.waited = stream, False
+
+    def write(self, text: str) -> int:
+        if not self.waited:
+            self.waited = True
+            time.sleep(0.2)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 class _Reporting(Dataset[Sample | UserError]):
@@ -211,14 +244,12 @@ def train_loader(
 ) -> Loader:
     """The batches of ``steps``, or in a data-parallel run this process's slices of them.
 
-    UserError when ``batch_size`` is smaller than the number of groups, or of processes.
+    UserError when ``batch_size`` is smaller than the number of groups.
     """
     counts = compose([len(group) for group in dataset.groups], batch_size)
     sampler = BatchSampler(dataset.groups, counts, steps, seed)
     if world_size() == 1:
         return Loader(dataset, sampler, workers, partial(collate, tasks=tasks))
-    if batch_size < world_size():
-        raise UserError(f"batch size {batch_size} is the whole batch of {world_size()} processes: make it larger")
     return Loader(dataset, Slices(sampler), workers, partial(collate_slice, tasks=tasks))
 
 

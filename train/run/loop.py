@@ -1,27 +1,24 @@
 """One training run from settings to results.json: read from top to bottom."""
 
 import math
-import operator
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
-from kernels.nvtx import span, spanned
+from kernels.nvtx import spanned
 from train.config.settings import Settings, resolve_settings
-from train.datasets.batches import Batch, batch_ids, collate, eval_loader, train_loader
+from train.datasets.batches import batch_ids, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
 from train.evaluation.validate import score_constant, validate
 from train.files.atomic import write_json
@@ -31,8 +28,9 @@ from train.run import checkpoint, schedule
 from train.run.distributed import agreed, leads, processes
 from train.run.losses import NotFiniteError
 from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
+from train.run.step import training_step
 from train.run.stopping import TerminatedError
-from train.tasks import TASKS, Metrics
+from train.tasks import Metrics
 
 PICTURES = 8  # rows of predictions.png
 CONSTANT_IMAGES = 1500  # training images the constant is fitted on
@@ -72,39 +70,6 @@ def resumable(run: Run) -> Iterator[None]:
     finally:
         if run.lock:
             run.lock.close()
-
-
-def training_step(run: Run, batch: Batch) -> Tensor:
-    """One optimiser step; returns the unweighted losses, one per task in the model's order, still on the device.
-
-    With ``on_nonfinite`` "skip" a step whose loss or gradient is not finite leaves model and optimiser as they were.
-    """
-    s = run.settings
-    careful = s.on_nonfinite == "skip"
-    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if careful else []
-    for group in run.optimizer.param_groups:
-        group["lr"] = schedule.learning_rate(s, run.step, run.total)
-    with run.computing():
-        predictions = run.parallel(batch.images, batch.index)
-    with span("losses"):
-        losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
-        objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in losses.items()))
-        for name, regulariser in run.model.regularisers().items():
-            objective = objective + s.regulariser_weights[name] * regulariser
-    run.optimizer.zero_grad()
-    with span("backward"):
-        run.scaler.scale(objective).backward()
-    with span("optimiser"):
-        run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
-        # The scaler itself skips a step whose scaled gradients overflow.
-        if careful and not (objective.isfinite() and (norm.isfinite() or run.scaler.is_enabled())):
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        else:
-            run.scaler.step(run.optimizer)
-        run.scaler.update()
-    return torch.stack([losses[task] for task in run.model.tasks]).detach()
 
 
 def fit(run: Run) -> float:

@@ -81,6 +81,11 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     if settings.nvtx:
         nvtx.enable()
     device = build.build_device(settings)
+    if settings.accumulate * world_size() > settings.batch_size:
+        raise UserError(
+            f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of "
+            f"{settings.accumulate * world_size()} images at least, not {settings.batch_size}"
+        )
     from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)

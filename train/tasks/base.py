@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoe_lora.ranks import over_ranks
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 
@@ -99,10 +98,17 @@ class Task(ABC):
 
     @staticmethod
     @abstractmethod
-    def loss(prediction: Tensor, label: Tensor, /) -> Tensor:
-        """Of raw output (n, C, H, W) and collated labels, at least float32, a scalar: the sum over valid pixels /
-        max(#valid, 1), over all processes of a data-parallel run. Without valid pixels it is 0 with zero gradients. The
-        host does not wait for the device."""
+    def totals(label: Tensor, /) -> Tensor:
+        """What the loss divides by or weighs with: numbers counted over collated labels, int64 (k,). Those of two sets
+        of labels add up. The host does not wait for the device."""
+
+    @staticmethod
+    @abstractmethod
+    def loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None, /) -> Tensor:
+        """Of raw output (n, C, H, W) and collated labels, a scalar, at least float32: the sum over valid pixels /
+        max(#valid, 1). Without valid pixels it is 0 with zero gradients. The host does not wait for the device.
+
+        ``totals`` are those of a larger batch that these images belong to: then it is their share of its loss."""
 
     def metric(self, classes: Sequence[str]) -> Metric:
         """A fresh accumulator of the task's scores."""
@@ -155,9 +161,14 @@ class Task(ABC):
         """A prediction over its photo."""
 
 
-def mean_over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
-    """The sum of ``per_pixel`` / max(#valid, 1), both over the batches of all processes of a data-parallel run."""
-    return over_ranks(per_pixel.sum()) / over_ranks(valid.sum()).clamp(min=1)
+def count_valid(valid: Tensor) -> Tensor:
+    """:meth:`Task.totals` of a loss that is a mean over the valid pixels."""
+    return valid.sum()[None]
+
+
+def over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
+    """The sum of ``per_pixel`` / max(``valid``, 1), the number of valid pixels."""
+    return per_pixel.sum() / valid.clamp(min=1)
 
 
 def at_least_fp32(prediction: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from train.tasks.base import (
     Picture,
     Task,
     at_least_fp32,
-    mean_over_valid,
+    count_valid,
+    over_valid,
     paint_binary,
     paint_probability,
 )
@@ -36,9 +37,15 @@ def edges_from_label_map(label_map: np.ndarray) -> np.ndarray:
     return thin(laplace(label_map.astype(np.float64), mode="mirror") != 0).astype(np.uint8)
 
 
-def edge_loss(prediction: Tensor, label: Tensor) -> Tensor:
+def edge_totals(label: Tensor) -> Tensor:
+    """Valid pixels."""
+    return count_valid(label != VOID)
+
+
+def edge_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
     """Balanced binary cross-entropy: the mean over valid pixels of 0.95 l_pos + 0.05 l_neg."""
-    return mean_over_valid(balanced_bce(prediction, label), label != VOID)
+    (valid,) = edge_totals(label) if totals is None else totals
+    return over_valid(balanced_bce(prediction, label), valid)
 
 
 def balanced_bce(prediction: Tensor, label: Tensor) -> Tensor:
@@ -99,6 +106,7 @@ class EdgeTask(Task):
     folder = "edge"
     modes = ("L",)
     values = ("rest", "edges")
+    totals = staticmethod(edge_totals)
     loss = staticmethod(edge_loss)
     metric_type = EdgeLoss
     constant_type = ConstantEdge

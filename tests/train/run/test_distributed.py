@@ -26,12 +26,13 @@ from train.cli import parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
 from train.run.distributed import leads, processes
-from train.run.loop import training_step
+from train.run.step import training_step
 from train.run.start import set_up
 
 torch.set_default_dtype(torch.float64)
 with processes():
     settings = resolve_settings(parse(sys.argv[2:])[0])
+    torch.manual_seed(0)
     run = set_up(settings, None)
     run.model.double()
     (batch,) = train_loader(run.data[0], settings.task_names, settings.batch_size, range(1), settings.seed, 0)
@@ -85,6 +86,20 @@ def test_losses_and_gradients_of_two_processes_are_those_of_one(flags, tmp_path)
         torch.testing.assert_close({name: two["gradients"][name]}, {name: gradient}, rtol=1e-9, atol=1e-9)
     for name, buffer in one["buffers"].items():
         torch.testing.assert_close(two["buffers"][name], buffer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parts_of_a_batch_add_up_to_it(processes, tmp_path):
+    """Light heads have no batch norm, and the mutual-information loss is off: each part would have its own."""
+    script = tmp_path / "step.py"
+    script.write_text(ONE_STEP)
+    flags = [*QUICK, "--set", "mi_weight=0", "--head", "light"]
+    finished(launch(1, script, tmp_path / "whole.pt", *flags, "--out", tmp_path / "whole"))
+    parts = [*flags, "--accumulate", "2", "--out", tmp_path / "parts"]
+    finished(launch(processes, script, tmp_path / "parts.pt", *parts))
+    whole, added = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
+    torch.testing.assert_close(added["losses"], whole["losses"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(added["gradients"], whole["gradients"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -164,4 +179,4 @@ def test_sigterm_to_all_processes_leaves_one_checkpoint(tmp_path):
 def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     process = launch(2, "-m", "train", *QUICK[2:], "--batch-size", "1", "--steps", "1", "--out", tmp_path / "run")
     said, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "batch size 1 is the whole batch of 2 processes: make it larger" in said
+    assert process.returncode != 0 and "--accumulate 1 in 2 processes needs a batch of 2 images at least, not 1" in said

@@ -10,8 +10,8 @@ from kernels.dispatch import RESOLVED
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.loop import training_step
 from train.run.start import set_up
+from train.run.step import training_step
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

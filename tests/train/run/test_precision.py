@@ -8,9 +8,9 @@ from model import VITS, ViT
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.loop import training_step
 from train.run.losses import read_losses
 from train.run.start import set_up
+from train.run.step import training_step
 
 QUICK = ["--tasks", "seg,normals", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=4", "--workers", "0"]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
