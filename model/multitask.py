@@ -1,6 +1,6 @@
 """The multi-task ViT: one adapted backbone, one head per task, all tasks in one pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,15 @@ class MultiTaskViT(MultiTaskModel):
         self.vit, self.routing, self.packing = vit, routing, Packing(vit)
         self.task_embed = nn.Parameter(torch.empty(len(self.tasks), vit.width).normal_(std=0.02))
         self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
+        # What training steps call; see compile_training().
+        self._encode: Callable[[Tensor], Tensor] = self.vit.encode
+        self._heads: dict[str, Callable[..., Tensor]] = dict(self.heads.items())
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
+
+    def compile_training(self) -> None:
+        """Compile the backbone, into one graph, and the heads, for training steps; their shapes must not change."""
+        self._encode = torch.compile(self.vit.encode, fullgraph=True, dynamic=False)
+        self._heads = {task: torch.compile(head, fullgraph=True, dynamic=False) for task, head in self.heads.items()}
 
     def forward(self, images: Tensor, index: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Predictions by task; see :class:`MultiTaskModel`."""
@@ -33,12 +41,12 @@ class MultiTaskViT(MultiTaskModel):
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
         with span("backbone"):
             pairs = self.embed_pairs(images, index)
-            runs = self.vit.encode(pairs).split([len(index[task]) if task in index else 0 for task in self.tasks])
+            encode = self._encode if self.training else self.vit.encode
+            runs = encode(pairs).split([len(index[task]) if task in index else 0 for task in self.tasks])
         grid = images.shape[-2] // self.vit.patch, images.shape[-1] // self.vit.patch
+        heads = self._heads if self.training else dict(self.heads.items())
         with span("heads"):
-            return {
-                task: self.heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index
-            }
+            return {task: heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index}
 
     def embed_pairs(self, images: Tensor, index: Mapping[str, Tensor]) -> Tensor:
         """The backbone's input tokens (pairs, L, width), task-major, and all layers ready for their pass."""

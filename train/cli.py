@@ -125,6 +125,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--checkpoint-every", type=int, metavar="N", help="checkpoint every N steps too; 0: only as --eval-every says"
     )
     group.add_argument("--keep", type=int, metavar="N", help="checkpoints that are kept, the newest (1)")
+    group.add_argument(
+        "--compile", action="store_true", help="compile backbone and heads for training steps (a minute at the start)"
+    )
     group.add_argument("--precision", choices=PRECISIONS, help="type of the products (fp32); parameters stay fp32")
     group.add_argument(
         "--on-nonfinite", choices=("stop", "skip"), help="what a loss that is NaN or infinite does to the run (stop)"

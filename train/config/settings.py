@@ -125,6 +125,7 @@ class Settings:
     clip_norm: float = 10.0
     loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
     precision: str = "fp32"
+    compile: bool = False
     on_nonfinite: str = "stop"
     eval_every: int = 5
     checkpoint_every: int = 0
@@ -151,6 +152,8 @@ class Settings:
             raise UserError("epochs and steps are both 0: say how long to train with --epochs or --steps")
         if self.decoder != "none" and self.moe != "none":
             raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
+        if self.compile and self.decoder != "none":
+            raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
         _ = self.moe_config, self.decoder_config, self.task_names, self.task_weights
 

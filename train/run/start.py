@@ -10,7 +10,7 @@ import torch
 
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, nvtx, resolve_kernel
-from model import MLoREConfig, MultiTaskModel
+from model import MLoREConfig, MultiTaskModel, MultiTaskViT
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
 from train.files.atomic import make_folder, write_text
@@ -89,6 +89,8 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
+    if settings.compile and isinstance(model, MultiTaskViT):
+        model.compile_training()
     out = from_leader(lambda: claim_folder(settings, folder))
     held = lock(out) if leads() else None
     skipped = [fault for dataset in data for fault in dataset.skipped]
