@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.norm import BatchNorm2d
+
 
 def sample_at(x: Tensor, offsets: Tensor) -> Tensor:
     """x (n, C, h, w) read at every pixel's position plus its offset, bilinearly, zero outside the image.
@@ -29,7 +31,7 @@ class DeformableMixer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.channels = nn.Conv2d(width, width, 1)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = BatchNorm2d(width)
         self.offsets = nn.Conv2d(width, 2, 3, padding=1)
         for parameter in self.offsets.parameters():
             nn.init.zeros_(parameter)

@@ -23,6 +23,7 @@ from model.decoders.config import FGConfig
 from model.decoders.deformable import DeformableMixer
 from model.decoders.mixture import expert_mixture
 from model.decoders.pool import ExpertPool
+from model.norm import BatchNorm2d
 
 WIDTH = 256  # C
 GLOBAL_EXPERTS = 4
@@ -140,5 +141,5 @@ class Plain(Trunk):
 def _head(channels: int) -> nn.Sequential:
     half = WIDTH // 2
     return nn.Sequential(
-        nn.Conv2d(WIDTH, half, 3, padding=1, bias=False), nn.BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, channels, 1)
+        nn.Conv2d(WIDTH, half, 3, padding=1, bias=False), BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, channels, 1)
     )

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmoe_lora.ranks import over_ranks
 from kernels.nvtx import span
 from kernels.reference import gates
 from model.decoders.base import Decoder, Features, Frame
 from model.decoders.config import MLoREConfig
+from model.norm import BatchNorm2d
 
 LEVELS, BLOCKS = 4, 2
 
@@ -92,9 +94,9 @@ class TaskPath(nn.Module):
         width = config.width
         self.enter = nn.Conv2d(width, width, 1)
         self.router = Router(width, grid, len(config.ranks))
-        self.mixture_norm = nn.BatchNorm2d(width)
+        self.mixture_norm = BatchNorm2d(width)
         self.lora = LowRankConv(width, (config.task_rank,))
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = BatchNorm2d(width)
         self.leave = nn.Conv2d(width, width, 1)
 
 
@@ -143,13 +145,13 @@ class Fusion(nn.Module):
         super().__init__()
         self.weights = nn.Sequential(
             nn.Conv2d(LEVELS * width, width, 1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.GELU(),
             nn.Conv2d(width, LEVELS, 3, padding=1),
         )
         self.head = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.GELU(),
             nn.Conv2d(width, channels, 1),
         )
@@ -197,7 +199,10 @@ class MLoRE(Decoder):
         return predictions
 
     def regularisers(self) -> dict[str, Tensor]:
-        """``balance``: sum over blocks of (std / mean)^2 of the experts' mean probabilities over tasks and images."""
-        each = torch.stack([torch.stack([p.mean(0) for p in block]).mean(0) for block in self._probabilities])
+        """``balance``: sum over blocks of (std / mean)^2 of the experts' mean probabilities over tasks and images, also
+        over those of other processes of a data-parallel run."""
+        sums = torch.stack([torch.stack([p.sum(0) for p in block]) for block in self._probabilities])
+        images = sums.new_tensor([len(p) for p in self._probabilities[0]])
         self._probabilities = []
+        each = (over_ranks(sums) / over_ranks(images)[:, None]).mean(1)
         return {"balance": (each.std(-1) / each.mean(-1)).square().sum()}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastmoe_lora.ranks import rank, world_size
 from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
 from train.protocols import Sample
@@ -108,13 +109,30 @@ class Batch:
 def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
     """Stacks the images of ``samples`` and, per task, the labels that the samples have."""
     present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
-    present = {task: positions for task, positions in present.items() if positions}
+    return _stack(samples, {task: positions for task, positions in present.items() if positions})
+
+
+def collate_slice(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
+    """The same of one process's slice of a batch. It has every task, where need be with no label: the losses of all
+    processes are summed, so that each has to compute all of them."""
+    return _stack(
+        samples, {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
+    )
+
+
+def _stack(samples: Sequence[Sample], present: dict[str, list[int]]) -> Batch:
+    """A batch whose labels of a task are those of the samples at these positions."""
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
     return Batch(
         images.permute(0, 3, 1, 2).contiguous(),
-        {task: torch.from_numpy(np.stack([samples[i][task] for i in at])) for task, at in present.items()},
-        {task: torch.tensor(at) for task, at in present.items()},
+        {task: _labels(task, [samples[i][task] for i in at], images.shape[1:3]) for task, at in present.items()},
+        {task: torch.tensor(at, dtype=torch.int64) for task, at in present.items()},
     )
+
+
+def _labels(task: str, labels: list[NDArray], size: Sequence[int]) -> Tensor:
+    dtype, axes = TASKS[task].label_type
+    return torch.from_numpy(np.stack(labels) if labels else np.empty((0, *axes, *size), dtype))
 
 
 class Loader:
@@ -174,12 +192,34 @@ def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[
     return faults[0] if faults else gather([sample for sample in samples if not isinstance(sample, UserError)])
 
 
+class Slices:
+    """Of each batch the keys of this process: every ``world_size()``-th, from ``rank()`` on."""
+
+    def __init__(self, batches: Iterable[list[Key]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for keys in self.batches:
+            yield keys[rank() :: world_size()]
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
 def train_loader(
     dataset: DataSet, tasks: Sequence[str], batch_size: int, steps: range, seed: int, workers: int
 ) -> Loader:
-    """The batches of ``steps``; UserError when ``batch_size`` is smaller than the number of groups."""
+    """The batches of ``steps``, or in a data-parallel run this process's slices of them.
+
+    UserError when ``batch_size`` is smaller than the number of groups, or of processes.
+    """
     counts = compose([len(group) for group in dataset.groups], batch_size)
-    return Loader(dataset, BatchSampler(dataset.groups, counts, steps, seed), workers, partial(collate, tasks=tasks))
+    sampler = BatchSampler(dataset.groups, counts, steps, seed)
+    if world_size() == 1:
+        return Loader(dataset, sampler, workers, partial(collate, tasks=tasks))
+    if batch_size < world_size():
+        raise UserError(f"batch size {batch_size} is the whole batch of {world_size()} processes: make it larger")
+    return Loader(dataset, Slices(sampler), workers, partial(collate_slice, tasks=tasks))
 
 
 def batch_ids(dataset: DataSet, batch_size: int, step: int, seed: int) -> list[str]:
@@ -190,8 +230,10 @@ def batch_ids(dataset: DataSet, batch_size: int, step: int, seed: int) -> list[s
 
 
 def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
-    """Every image once, in order, at epoch 0; the last batch may be smaller."""
-    return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))
+    """Every image once, in order, at epoch 0; the last batch may be smaller. In a data-parallel run each process has
+    every ``world_size()``-th batch."""
+    batches = _in_order(dataset, batch_size)[rank() :: world_size()]
+    return Loader(dataset, batches, workers, partial(collate, tasks=tasks))
 
 
 def sample_loader(dataset: DataSet, batch_size: int, workers: int) -> Loader:

@@ -143,3 +143,35 @@ def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ..
     axes[0, 0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
     _write(figure, path, dpi=110)
+
+
+def save_loss_curves(
+    path: Path,
+    steps: Sequence[int],
+    names: Sequence[str],
+    curves: dict[str, list[list[float]]],
+    apart: dict[str, list[float]],
+) -> None:
+    """A column per task: above the loss of each named run, ``curves[task][run][step]``, below their relative
+    difference ``apart[task][step]`` on a logarithmic axis, where equal losses leave a gap."""
+    figure, axes = plt.subplots(
+        2, len(curves), figsize=(2.6 * len(curves) + 0.8, 4), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (above, below), (task, losses) in zip(axes.T, curves.items(), strict=True):
+        for name, values, style in zip(names, losses, ("-", "--"), strict=True):
+            above.plot(steps, values, style, linewidth=1, label=name)
+        above.set_title(task, fontsize=9)
+        differing = [value or float("nan") for value in apart[task]]
+        below.plot(steps, differing, ".", markersize=3, color="black")
+        if any(apart[task]):
+            below.set_yscale("log")
+        else:
+            below.text(0.5, 0.5, "equal", ha="center", va="center", transform=below.transAxes, fontsize=9)
+            below.set_yticks([])
+        below.set_xlabel("step", fontsize=8)
+        for axis in (above, below):
+            axis.tick_params(labelsize=7, which="both")
+    axes[0, 0].set_ylabel("loss", fontsize=8)
+    axes[1, 0].set_ylabel("relative difference", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False)
+    _write(figure, path, dpi=120)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ from kernels import UserError
 from train.files.atomic import remove_partials, replacing, replacing_folder
 
 SUMS = "SHA256SUMS"
+# Written into model.safetensors: a program that takes another order would mix up the experts.
+LAYOUT = {"experts": "expert-major: expert e of rank r owns the rows e r .. (e + 1) r of lora_A (N r, in) and the same "
+          "columns of lora_B (out, N r); row e of a router is its logit; shared experts are the last"}  # fmt: skip
 STEP = re.compile(r"step-\d+")
 
 
@@ -53,7 +56,7 @@ def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep:
     _require_finite(folder, model.state_dict(), training["optimizer"])
     state.written = [name for name in state.written if name != folder.name] + [folder.name]
     with replacing_folder(folder) as partial, _failed_writes():
-        save_file(model.state_dict(), partial / "model.safetensors")
+        save_file(model.state_dict(), partial / "model.safetensors", LAYOUT)
         with (partial / "training.pt").open("wb") as file:
             torch.save(training | {"random": _random_states()}, file)
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
@@ -156,7 +159,11 @@ def read_state(folder: Path) -> State:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The model's parameters and buffers; UserError where one is not finite."""
     with undamaged(folder):
-        weights = load_file(_verified(folder, "model.safetensors"))
+        path = _verified(folder, "model.safetensors")
+        with safe_open(path, "pt") as file:
+            if file.metadata() != LAYOUT:
+                raise ValueError("model.safetensors does not say that its experts are in this program's order")
+        weights = load_file(path)
     wrong = _not_finite(weights)
     if wrong:
         raise UserError(f"{wrong} in checkpoint {folder} is not finite: take an earlier one")

@@ -5,10 +5,11 @@ import operator
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
+from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
 from kernels.nvtx import span, spanned
 from train.config.settings import Settings, resolve_settings
@@ -26,6 +28,7 @@ from train.files.atomic import write_json
 from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, schedule
+from train.run.distributed import agreed, leads, processes
 from train.run.losses import NotFiniteError
 from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
 from train.run.stopping import TerminatedError
@@ -34,7 +37,6 @@ from train.tasks import TASKS, Metrics
 PICTURES = 8  # rows of predictions.png
 CONSTANT_IMAGES = 1500  # training images the constant is fitted on
 LOSS_WINDOW = 50  # steps over which final_losses are averaged
-AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # that of fp32 is not in use
 REPORT_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
 
 
@@ -45,14 +47,15 @@ def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
     if folder:
         flags = {"out": str(folder.parent), **flags}
     settings = resolve_settings(flags, state.settings if state else None)
-    run = set_up(settings, folder)
-    with resumable(run):
-        if folder and state:
-            resume_from(run, folder, state)
-        else:
-            run.baselines["untrained"], _ = score(run, "untrained")
-            run.baselines["constant"] = constant_baseline(run)
-        return finish(run, fit(run))
+    with processes():
+        run = set_up(settings, folder)
+        with resumable(run):
+            if folder and state:
+                resume_from(run, folder, state)
+            else:
+                run.baselines["untrained"], _ = score(run, "untrained")
+                run.baselines["constant"] = constant_baseline(run)
+            return finish(run, fit(run))
 
 
 @contextmanager
@@ -63,10 +66,12 @@ def resumable(run: Run) -> Iterator[None]:
             yield
     except (KeyboardInterrupt, TerminatedError):
         kept = f"continue from {run.out / run.written[-1]} with --resume" if run.written else "no checkpoint yet"
-        print(f"\nstopped at step {run.step}: {kept}", file=sys.stderr)
+        if leads():
+            print(f"\nstopped at step {run.step}: {kept}", file=sys.stderr)
         raise
     finally:
-        run.lock.close()
+        if run.lock:
+            run.lock.close()
 
 
 def training_step(run: Run, batch: Batch) -> Tensor:
@@ -79,8 +84,8 @@ def training_step(run: Run, batch: Batch) -> Tensor:
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if careful else []
     for group in run.optimizer.param_groups:
         group["lr"] = schedule.learning_rate(s, run.step, run.total)
-    with torch.autocast(run.device.type, AUTOCAST[s.precision], enabled=s.precision != "fp32"):
-        predictions = run.model(batch.images, batch.index)
+    with run.computing():
+        predictions = run.parallel(batch.images, batch.index)
     with span("losses"):
         losses = {task: TASKS[task].loss(prediction, batch.labels[task]) for task, prediction in predictions.items()}
         objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in losses.items()))
@@ -107,13 +112,11 @@ def fit(run: Run) -> float:
 
     The speed excludes the first step, which starts the workers, and the evaluations.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     s, (train_set, _) = run.settings, run.data
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     seconds, speed, first = 0.0, 0.0, run.step
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
-    with SummaryWriter(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
+    with scalars(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
         started = time.perf_counter()
         for batch in spanned("data", loader):
             losses = training_step(run, batch.to(run.device))
@@ -125,6 +128,7 @@ def fit(run: Run) -> float:
             evaluates = every and run.step % every == 0 and run.step < run.total
             if run.step % REPORT_EVERY == 0 or run.step == run.total:
                 report_losses(run, speed, board, bar)
+            run.stopping.requested = agreed(run.stopping.requested)
             if evaluates or is_due(run) or run.stopping.requested:
                 save(run)
             run.stopping.check()
@@ -143,7 +147,20 @@ def is_due(run: Run) -> bool:
 
 def progress_bar(run: Run) -> tqdm:
     """Drawn on terminals only; elsewhere :func:`report_losses` prints lines."""
-    return tqdm(total=run.total, initial=run.step, desc="train", unit="step", dynamic_ncols=True, disable=None)
+    disable = None if leads() else True
+    return tqdm(total=run.total, initial=run.step, desc="train", unit="step", dynamic_ncols=True, disable=disable)
+
+
+@contextmanager
+def scalars(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
+    """Yields ``add(name, value, step)``, which writes for TensorBoard."""
+    if not leads():
+        yield lambda name, value, step: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as board:
+        yield board.add_scalar
 
 
 def flush_losses(run: Run) -> None:
@@ -161,7 +178,7 @@ def flush_losses(run: Run) -> None:
         ) from None
 
 
-def report_losses(run: Run, speed: float, board: Any, bar: tqdm) -> None:
+def report_losses(run: Run, speed: float, board: Callable[[str, float, int], None], bar: tqdm) -> None:
     """Show and log the losses of the last steps; a loss that is not finite ends the run."""
     flush_losses(run)
     losses = run.losses.mean(REPORT_EVERY)
@@ -170,23 +187,24 @@ def report_losses(run: Run, speed: float, board: Any, bar: tqdm) -> None:
     if bar.disable and (run.step % max(run.total // 10, REPORT_EVERY) == 0 or run.step == run.total):
         print(f"step {run.step:>6}/{run.total}  {text}", flush=True)
     for task, loss in losses.items():
-        board.add_scalar(f"loss/{task}", loss, run.step)
-    board.add_scalar("images_per_second", speed, run.step)
-    board.add_scalar("lr", run.optimizer.param_groups[0]["lr"], run.step)
+        board(f"loss/{task}", loss, run.step)
+    board("images_per_second", speed, run.step)
+    board("lr", run.optimizer.param_groups[0]["lr"], run.step)
 
 
-def log_metrics(run: Run, board: Any, metrics: Metrics) -> None:
+def log_metrics(run: Run, board: Callable[[str, float, int], None], metrics: Metrics) -> None:
     for task, values in metrics.items():
         for name, value in values.items():
             if value is not None:
-                board.add_scalar(f"{task}/{name}", value, run.step)
+                board(f"{task}/{name}", value, run.step)
 
 
 def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
     """The model's metrics over the validation set, and its routing."""
     s, val_set = run.settings, run.data[1]
     loader = eval_loader(val_set, s.task_names, s.batch_size, s.workers)
-    return validate(run.model, loader, val_set.classes, title)
+    with run.computing():
+        return validate(run.model, loader, val_set.classes, title)
 
 
 def constant_baseline(run: Run) -> Metrics:
@@ -202,6 +220,8 @@ def save(run: Run) -> None:
     """Write a checkpoint, whose losses and weights are finite."""
     flush_losses(run)
     settings = asdict(run.settings) | {"out": ""}
+    if not leads():
+        return
     state = checkpoint.State(run.step, settings, run.baselines, fingerprints(run), run.written)
     checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep)
     run.written = state.written
@@ -210,8 +230,10 @@ def save(run: Run) -> None:
 def finish(run: Run, speed: float) -> dict[str, Any]:
     """Score, draw, write results.json and print the table."""
     metrics, routing = score(run, "evaluate")
-    draw(run, routing)
     results = results_of(run, speed, metrics)
+    if not leads():
+        return results
+    draw(run, routing)
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
     print(f"\n{score_table(columns)}\n{count_images(run)}\n")
@@ -240,6 +262,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "gating": config.gating_name if config and s.decoder != "plain" else None,
         "kernel": resolve_kernel(s.kernel, run.device) if gated else None,
         "seed": s.seed,
+        "processes": world_size(),
         "steps": run.step,
         "skipped_steps": run.losses.skipped,
         "images_per_second": round(speed, 2),
@@ -269,7 +292,8 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     indices = pictures.spread(val_set.groups, PICTURES)
     batch = collate([val_set[index, 0] for index in indices], s.task_names).to(run.device)
     run.model.eval()
-    predictions = {"predicted": run.model(batch.images)}
+    with run.computing():
+        predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
     if routing is not None and s.moe_config is not None:
         pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)

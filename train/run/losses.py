@@ -16,16 +16,17 @@ Row = tuple[float, ...]
 
 
 class LossLog:
-    """The losses of a run, in ``path`` and, as far as they were not written yet, on the device.
+    """The losses of a run, in ``path`` and, as far as they were not written yet, on the device; None writes nothing.
 
     ``tasks`` names the columns after ``step``. ``earlier`` are the rows of the steps before this log begins.
     """
 
-    def __init__(self, path: Path, tasks: Sequence[str], earlier: dict[int, Row]) -> None:
+    def __init__(self, path: Path | None, tasks: Sequence[str], earlier: dict[int, Row]) -> None:
         self.path, self.tasks, self.rows = path, tuple(tasks), dict(earlier)
         self._pending: dict[int, Tensor] = {}
         lines = [",".join(("step", *self.tasks)), *(_line(step, row) for step, row in self.rows.items())]
-        write_text(path, "".join(f"{line}\n" for line in lines))
+        if path is not None:
+            write_text(path, "".join(f"{line}\n" for line in lines))
 
     def add(self, step: int, losses: Tensor) -> None:
         """The losses (tasks,) of ``step``; the host does not wait for them."""
@@ -39,11 +40,8 @@ class LossLog:
         new = {step: tuple(row) for step, row in zip(self._pending, table, strict=True)}
         self._pending.clear()
         self.rows |= new
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{_line(step, row)}\n" for step, row in new.items())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}): free some space there") from None
+        if self.path is not None:
+            _append(self.path, [f"{_line(step, row)}\n" for step, row in new.items()])
         for step, row in new.items():
             for task, loss in zip(self.tasks, row, strict=True):
                 if not math.isfinite(loss):
@@ -79,6 +77,14 @@ def read_losses(path: Path, until: int) -> tuple[tuple[str, ...], dict[int, Row]
         if head[:1] != ["step"] or any(len(row) != len(head) - 1 for row in values.values()):
             raise ValueError("it is not a table of losses")
     return tuple(head[1:]), {step: row for step, row in values.items() if step <= until}
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free some space there") from None
 
 
 def _line(step: int, row: Row) -> str:

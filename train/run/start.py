@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import torch
 
+from fastmoe_lora.ranks import world_size
 from kernels import UserError, nvtx, resolve_kernel
 from model import MLoREConfig, MultiTaskModel
 from train.config.settings import Settings
@@ -15,6 +16,7 @@ from train.datasets.base import DataSet, fingerprint
 from train.files.atomic import make_folder, write_text
 from train.files.folders import lock, require_outside_data
 from train.run import build, checkpoint, schedule
+from train.run.distributed import from_leader, leads, parallel
 from train.run.losses import LossLog, read_losses
 from train.run.stopping import Stopping
 from train.tasks import Metrics
@@ -22,17 +24,21 @@ from train.tasks import Metrics
 
 @dataclass
 class Run:
-    """The state of a run; ``baselines`` are the metrics of the untrained model and of the best constant."""
+    """The state of a run; ``baselines`` are the metrics of the untrained model and of the best constant.
+
+    ``parallel`` is the model for training steps. Of several processes only the first holds the lock.
+    """
 
     settings: Settings
     out: Path
     device: torch.device
     data: tuple[DataSet, DataSet]
     model: MultiTaskModel
+    parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     losses: LossLog
-    lock: IO[str]
+    lock: IO[str] | None
     step: int = 0
     baselines: dict[str, Metrics] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
@@ -41,6 +47,12 @@ class Run:
     @property
     def total(self) -> int:
         return schedule.total_steps(self.settings, len(self.data[0]))
+
+    def computing(self) -> torch.autocast:
+        """A block in which products are computed in the type of --precision. Norms, softmax, losses and the residual
+        stream are fp32 in all of them."""
+        dtype = build.COMPUTE[self.settings.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -69,15 +81,19 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     if settings.nvtx:
         nvtx.enable()
     device = build.build_device(settings)
-    require_free(Path(settings.out or "runs"), folder)
+    from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
-    out, held = claim_folder(settings, folder)
-    if skipped := [fault for dataset in data for fault in dataset.skipped]:
+    out = from_leader(lambda: claim_folder(settings, folder))
+    held = lock(out) if leads() else None
+    skipped = [fault for dataset in data for fault in dataset.skipped]
+    if skipped and leads():
         write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    losses = LossLog(out / "losses.csv", model.tasks, earlier_losses(folder, model.tasks))
-    run = Run(settings, out, device, data, model, build.build_optimizer(settings, model), scaler, losses, held)
+    # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
+    losses = LossLog(out / "losses.csv" if leads() else None, model.tasks, earlier_losses(folder, model.tasks))
+    optimizer = build.build_optimizer(settings, model)
+    run = Run(settings, out, device, data, model, parallel(model), optimizer, scaler, losses, held)
     print(announce(run), flush=True)
     return run
 
@@ -91,27 +107,26 @@ def require_free(out: Path, folder: Path | None) -> None:
         raise UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
 
 
-def claim_folder(settings: Settings, folder: Path | None) -> tuple[Path, IO[str]]:
-    """(the run's folder, the lock on it): --out, or the next free runs/NAME."""
+def claim_folder(settings: Settings, folder: Path | None) -> Path:
+    """The run's folder: --out, which no other run writes to, or the next free runs/NAME."""
     if settings.out:
         out = make_folder(Path(settings.out))
-        held = lock(out)
-        require_free(out, folder)  # another run may have come in between
-        return out, held
+        with lock(out):
+            require_free(out, folder)  # another run may have come in between
+        return out
     name = Path(settings.recipe or "pascal_mt").stem
     make_folder(Path("runs"))
     for n in count(1):
         out = Path("runs") / (name if n == 1 else f"{name}-{n}")
         with suppress(FileExistsError):
             out.mkdir()
-            return out, lock(out)
+            return out
     raise AssertionError("count() does not end")
 
 
 def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
     """The losses of the steps before the checkpoint ``folder``, as far as they are known."""
-    path = folder and folder.parent / "losses.csv"
-    if folder is None or path is None or not path.exists():
+    if folder is None or not (path := folder.parent / "losses.csv").exists():
         return {}
     named, rows = read_losses(path, checkpoint.read_state(folder).step)
     return rows if named == tasks else {}
@@ -149,9 +164,13 @@ def announce(run: Run) -> str:
             f"model     {s.model}, {describe_outputs(s)} for {', '.join(s.task_names)}: "
             f"{total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {describe_backbone(s)}",
             describe_experts(s, run.device),
-            f"run       {run.total} steps of {s.batch_size} images on {run.device} -> {run.out}",
+            f"run       {run.total} steps of {s.batch_size} images on {describe_devices(run)} -> {run.out}",
         ]
     )
+
+
+def describe_devices(run: Run) -> str:
+    return f"{run.device}" if world_size() == 1 else f"{world_size()} processes, {run.device.type}"
 
 
 def describe_outputs(s: Settings) -> str:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmoe_lora.ranks import over_ranks
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 
@@ -55,6 +56,7 @@ class Task(ABC):
     delta_key: ClassVar[str]  # the score that enters Delta_m; a protocol may name another for saliency
     folder: ClassVar[str]  # of prediction files: <folder>/<id>.png
     modes: ClassVar[tuple[str, ...]]  # Pillow's modes that such a file may have
+    label_type: ClassVar[tuple[type, tuple[int, ...]]] = (np.uint8, ())  # finished: dtype and the axes before (H, W)
     values: ClassVar[tuple[str, ...]]  # names of the values that label_values() returns
     palette: ClassVar[NDArray[np.uint8] | None] = None  # (256, 3), which colours a file of class ids
     void: ClassVar[int] = VOID  # the value that pads a label
@@ -98,8 +100,9 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def loss(prediction: Tensor, label: Tensor, /) -> Tensor:
-        """Of raw output (n, C, H, W) and collated labels, a float32 scalar: the sum over valid pixels / max(#valid, 1).
-        Without valid pixels it is 0 with zero gradients. The host does not wait for the device."""
+        """Of raw output (n, C, H, W) and collated labels, at least float32, a scalar: the sum over valid pixels /
+        max(#valid, 1), over all processes of a data-parallel run. Without valid pixels it is 0 with zero gradients. The
+        host does not wait for the device."""
 
     def metric(self, classes: Sequence[str]) -> Metric:
         """A fresh accumulator of the task's scores."""
@@ -153,8 +156,13 @@ class Task(ABC):
 
 
 def mean_over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
-    """The sum of ``per_pixel`` / max(#valid, 1)."""
-    return per_pixel.sum() / valid.sum().clamp(min=1)
+    """The sum of ``per_pixel`` / max(#valid, 1), both over the batches of all processes of a data-parallel run."""
+    return over_ranks(per_pixel.sum()) / over_ranks(valid.sum()).clamp(min=1)
+
+
+def at_least_fp32(prediction: Tensor) -> Tensor:
+    """The type in which losses are computed."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def resize_channel(channel: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:

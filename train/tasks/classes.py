@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.errors import UserError
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant, LabelCounts
-from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task, mean_over_valid, resize_channel
+from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task, at_least_fp32, mean_over_valid, resize_channel
 from train.tasks.palette import PALETTE
 
 
@@ -27,7 +27,9 @@ def _outline(ids: Picture) -> NDArray[np.bool_]:
 def class_loss(prediction: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy, family B: sum over valid / max(#valid, 1). ``weight`` (C,) scales the pixels of each class."""
     # Not reduction="sum": on CUDA that has no deterministic implementation.
-    per_pixel = F.cross_entropy(prediction.float(), label.long(), weight, ignore_index=VOID, reduction="none")
+    logits = at_least_fp32(prediction)
+    weight = None if weight is None else weight.to(logits.dtype)
+    per_pixel = F.cross_entropy(logits, label.long(), weight, ignore_index=VOID, reduction="none")
     return mean_over_valid(per_pixel, label != VOID)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.metrics.constant import Constant
 from train.metrics.depth import FARTHEST, NEAREST, DepthErrors
-from train.tasks.base import GREY, Headline, Label, Picture, Task, mean_over_valid
+from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, mean_over_valid
 
 BINS_PER_UNIT = 1000  # of log depth
 PAINTED = (0.5, 20.0)  # metres, the brightest and the darkest colour
@@ -22,7 +22,7 @@ def depth_loss(prediction: Tensor, label: Tensor) -> Tensor:
     """
     valid = label > 0
     target = torch.where(valid, label, 1).log()
-    return mean_over_valid((prediction[:, 0].float() - target).abs() * valid, valid)
+    return mean_over_valid((at_least_fp32(prediction[:, 0]) - target).abs() * valid, valid)
 
 
 class ConstantDepth(Constant):
@@ -54,6 +54,7 @@ class DepthTask(Task):
     headlines = (Headline("rmse", False, "m"), Headline("absRel", False, "%"), Headline("within_1.25", True, "%"))
     delta_key = "rmse"
     folder = "depth"
+    label_type = (np.float32, ())
     modes = ("I;16",)
     values = ("void", "valid")
     void = 0

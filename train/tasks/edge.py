@@ -11,7 +11,16 @@ from torch import Tensor
 from train.metrics.base import Metric
 from train.metrics.constant import LabelCounts
 from train.metrics.thinning import thin
-from train.tasks.base import VOID, Headline, Picture, Task, mean_over_valid, paint_binary, paint_probability
+from train.tasks.base import (
+    VOID,
+    Headline,
+    Picture,
+    Task,
+    at_least_fp32,
+    mean_over_valid,
+    paint_binary,
+    paint_probability,
+)
 
 EDGE_WEIGHT = 0.95
 INK = np.array([20, 30, 90])  # the colour of edges over a photo
@@ -39,8 +48,8 @@ def balanced_bce(prediction: Tensor, label: Tensor) -> Tensor:
     """
     positive = label == 1
     weight = torch.where(positive, EDGE_WEIGHT, 1 - EDGE_WEIGHT) * (label != VOID)
-    logit = prediction.squeeze(1).float()
-    return F.binary_cross_entropy_with_logits(logit, positive.float(), weight, reduction="none")
+    logit = at_least_fp32(prediction.squeeze(1))
+    return F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), weight, reduction="none")
 
 
 class EdgeLoss(Metric):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant
-from train.tasks.base import GREY, Headline, Label, Picture, Task, mean_over_valid
+from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, mean_over_valid
 
 BINS_PER_DEGREE = 100
 LIMITS = (11.25, 22.5, 30)  # degrees
@@ -24,7 +24,7 @@ def normals_loss(prediction: Tensor, label: Tensor) -> Tensor:
     Family A divides by the number of elements instead: a third of this.
     """
     valid = (label != 0).any(1)
-    per_pixel = (unit(prediction.float()) - label).abs().sum(1)
+    per_pixel = (unit(at_least_fp32(prediction)) - label).abs().sum(1)
     return mean_over_valid(per_pixel * valid, valid)
 
 
@@ -142,6 +142,7 @@ class NormalsTask(Task):
     headlines = (Headline("mErr", False, "deg"),)
     delta_key = "mErr"
     folder = "normals"
+    label_type = (np.float32, (3,))
     modes = ("RGB",)
     values = ("void", "valid")
     void = 0

@@ -6,6 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmoe_lora.ranks import over_ranks
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant
 from train.tasks.base import VOID, Headline, Picture, Task, paint_binary, paint_probability
@@ -18,7 +19,7 @@ A_THRESHOLDS = torch.arange(4, 19) / 20  # linspace(0.2, 0.9, 15)
 
 def saliency_loss(prediction: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy with class weights [1 - w, w], w = N_neg / N_valid over the batch: the rarer class weighs more."""
-    w = (label == 0).sum() / (label != VOID).sum().clamp(min=1)
+    w = over_ranks((label == 0).sum()) / over_ranks((label != VOID).sum()).clamp(min=1)
     return class_loss(prediction, label, torch.stack([1 - w, w]))
 
 

@@ -213,7 +213,7 @@ def test_foreign_tensors_are_one_line(tmp_path, capsys):
     folder = checkpoint.find(tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights["renamed"] = weights.pop("vit.norm.weight")
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", checkpoint.LAYOUT)
     seal(folder)
     for run in (lambda: main(["--resume", str(folder), "--steps", "2"]), lambda: evaluate([str(folder)])):
         capsys.readouterr()
@@ -252,9 +252,18 @@ def test_what_is_not_finite_gets_no_name(tmp_path, trained, where):
 
 def test_weights_that_are_not_finite_are_not_read(tmp_path, trained):
     folder = checkpoint.save(tmp_path, state(1), *trained)
-    save_file({"weight": torch.full((2, 3), torch.nan), "bias": torch.zeros(2)}, folder / "model.safetensors")
+    wrong = {"weight": torch.full((2, 3), torch.nan), "bias": torch.zeros(2)}
+    save_file(wrong, folder / "model.safetensors", checkpoint.LAYOUT)
     seal(folder)
     with pytest.raises(UserError, match=f"^weight in checkpoint {folder} is not finite: take an earlier one$"):
+        checkpoint.read_weights(folder)
+
+
+def test_experts_in_another_order_are_refused(tmp_path, trained):
+    folder = checkpoint.save(tmp_path, state(1), *trained)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"experts": "rank-major"})
+    seal(folder)
+    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: .* its experts are in this program's order"):
         checkpoint.read_weights(folder)
 
 
