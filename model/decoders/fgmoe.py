@@ -56,7 +56,7 @@ class Trunk(Decoder):
             common = self.common(f, features, cells)
             sums = sums if common is None else sums + common
         with span("heads"):
-            runs = sums.split([n for n in counts if n])
+            runs = sums.split([len(features.index[task]) * cells for task in tasks])
             return {task: self.heads[task](maps_of(run, grid)) for task, run in zip(tasks, runs, strict=True)}
 
     def own(self, x: Tensor, segments: TaskSegments) -> Tensor:
