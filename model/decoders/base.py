@@ -45,3 +45,9 @@ def tokens_of(maps: Tensor) -> Tensor:
 def maps_of(tokens: Tensor, grid: tuple[int, int] | torch.Size) -> Tensor:
     """(n h w, C) -> (n, C, h, w)."""
     return tokens.view(-1, *grid, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def in_compute_type(x: Tensor) -> Tensor:
+    """x in the type of autocast, which the operators of kernels/ do not know of, or as it is outside of it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Gating, TaskSegments, UserError
+from kernels.experts import expert_mixture
 from kernels.nvtx import span
 from kernels.reference import router_logits
-from model.decoders.base import Decoder, Features, Frame, maps_of, tokens_of
+from model.decoders.base import Decoder, Features, Frame, in_compute_type, maps_of, tokens_of
 from model.decoders.config import FGConfig
 from model.decoders.deformable import DeformableMixer
-from model.decoders.mixture import expert_mixture
 from model.decoders.pool import ExpertPool
 from model.norm import BatchNorm2d
 
@@ -56,7 +56,7 @@ class Trunk(Decoder):
             common = self.common(f, features, cells)
             sums = sums if common is None else sums + common
         with span("heads"):
-            runs = sums.split([n for n in counts if n])
+            runs = sums.split([len(features.index[task]) * cells for task in tasks])
             return {task: self.heads[task](maps_of(run, grid)) for task, run in zip(tasks, runs, strict=True)}
 
     def own(self, x: Tensor, segments: TaskSegments) -> Tensor:
@@ -92,32 +92,31 @@ class FGMoE(Trunk):
             self.global_bias = nn.Parameter(torch.empty(tasks, GLOBAL_EXPERTS).normal_(std=0.01))
 
     def own(self, x: Tensor, segments: TaskSegments) -> Tensor:
+        tokens = in_compute_type(x)
         with torch.autocast(x.device.type, enabled=False):
             z = router_logits(x, self.routers, segments)
-            return expert_mixture(x, x, self.pool.experts, z, segments, self.config.gating, self.kernel)[0]
+            return expert_mixture(tokens, tokens, self.pool.experts, z, segments, self.config.gating, self.kernel)[0]
 
     def common(self, f: Tensor, features: Features, cells: int) -> Tensor | None:
         if self.global_pool is None:
             return None
         index = features.index
-        with torch.autocast(f.device.type, enabled=False):
-            if features.per_task:  # a token belongs to one task and has one gate
-                f = self.rows_of([f] * len(self.tasks), index, cells)
-                biases = zip(self.tasks, self.global_bias, strict=True)
-                c = torch.cat([c_t.expand(len(index[task]) * cells, -1) for task, c_t in biases if task in index])
-                return self._all_global(f, self._global_logits(f) + c)
-            y = self._all_global(f, self._global_logits(f) + self.global_bias[:, None])
-        return self.rows_of(y, index, cells)
+        if not features.per_task:
+            return self.rows_of(self._all_global(f, self.global_bias[:, None]), index, cells)
+        # A token belongs to one task and has one gate.
+        biases = zip(self.tasks, self.global_bias, strict=True)
+        c = torch.cat([c_t.expand(len(index[task]) * cells, -1) for task, c_t in biases if task in index])
+        return self._all_global(self.rows_of([f] * len(self.tasks), index, cells), c)
 
-    def _global_logits(self, f: Tensor) -> Tensor:
-        return nn.functional.linear(f.to(self.global_router.dtype), self.global_router)
-
-    def _all_global(self, f: Tensor, z: Tensor) -> Tensor:
-        """The global experts on f (T, C) with logits (T, experts) or, one gate per task, (tasks, T, experts)."""
+    def _all_global(self, f: Tensor, c: Tensor) -> Tensor:
+        """The global experts on f (T, C) with the bias c (T, experts) of its gates, or (tasks, 1, experts) for one gate
+        per task: (T, C), or (tasks, T, C)."""
         assert self.global_pool is not None
-        segments = TaskSegments.of((len(f),), f.device)
+        tokens, segments = in_compute_type(f), TaskSegments.of((len(f),), f.device)
         gating = Gating("topk", GLOBAL_EXPERTS, 0)  # the whole softmax
-        return expert_mixture(f, None, self.global_pool.experts, z, segments, gating, self.kernel)[0]
+        with torch.autocast(f.device.type, enabled=False):
+            z = nn.functional.linear(f.to(self.global_router.dtype), self.global_router) + c
+            return expert_mixture(tokens, None, self.global_pool.experts, z, segments, gating, self.kernel)[0]
 
 
 class Plain(Trunk):

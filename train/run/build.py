@@ -51,12 +51,12 @@ def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
     return train, val
 
 
-def build_model(settings: Settings, classes: Classes) -> MultiTaskModel:
+def build_model(settings: Settings, classes: Classes, counted: bool = False) -> MultiTaskModel:
     """The model on the CPU: the adapted multi-task ViT, whose backbone is frozen if it was pretrained and else trained
-    in full, or a decoder on a frozen encoder."""
+    in full, or a decoder on a frozen encoder. A model that is only ``counted`` may lack the encoder's weights."""
     torch.manual_seed(settings.seed)
     if settings.decoder != "none":
-        model: MultiTaskModel = _build_decoder(settings, classes)
+        model: MultiTaskModel = _build_decoder(settings, classes, counted)
     else:
         vit, normalisation = _build_vit(settings)
         model = _adapt(vit, settings, classes)
@@ -140,16 +140,17 @@ DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
 }
 
 
-def _build_decoder(settings: Settings, classes: Classes) -> EncoderDecoder:
+def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) -> EncoderDecoder:
     """A fresh decoder on the encoder in ``pretrained``: a weights file, or the folder of a run of an adapted ViT."""
     source = Path(settings.pretrained)
-    if not settings.pretrained:
+    if not (settings.pretrained or counted):
         raise UserError(
             f"--decoder {settings.decoder} needs a trained encoder: give --pretrained FILE, or the folder of a run"
         )
     if not source.exists():
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
-    encoder, normalisation = (_encoder_of_run(settings), "") if source.is_dir() else _build_vit(settings)
+    of_run = settings.pretrained and source.is_dir()
+    encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
     channels = output_channels(settings.task_names, classes)
     side = settings.image_size // encoder.patch
     make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)

@@ -22,6 +22,17 @@ def test_a_task_reads_its_rows_alone(make, features, name):
 
 
 @every_decoder
+def test_a_task_without_rows_gets_none(make, features, name):
+    """A process of a data-parallel run may have no image of a task."""
+    decoder = make(name).eval()
+    none = torch.tensor([], dtype=torch.int64)
+    some = decoder(Features(features.maps, {"seg": SOME["seg"], "sal": none, "edge": SOME["edge"]}))
+    whole = decoder(Features(features.maps, SOME))
+    assert some["sal"].shape[:2] == (0, 2) and some["sal"].shape[2:] == some["seg"].shape[2:]
+    assert all(torch.equal(some[task], whole[task]) for task in SOME)
+
+
+@every_decoder
 def test_features_per_task_are_those_of_the_task(make, features, name):
     """With the same features for every task nothing changes, in whatever order the rows stand."""
     decoder = make(name).eval()
