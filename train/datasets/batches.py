@@ -112,6 +112,11 @@ class Batch:
             {task: index[mine[task]] // count for task, index in self.index.items()},
         )
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU reads by itself; DataLoader calls it."""
+        pinned = [{task: t.pin_memory() for task, t in tensors.items()} for tensors in (self.labels, self.index)]
+        return Batch(self.images.pin_memory(), *pinned)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
         non_blocking = torch.device(device).type == "cuda"
@@ -168,6 +173,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_end_with_parent,
+            pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
         )
 

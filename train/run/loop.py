@@ -3,7 +3,6 @@
 import math
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from train.output.versions import versions
 from train.run import checkpoint, schedule
 from train.run.distributed import agreed, leads, processes
 from train.run.losses import NotFiniteError
+from train.run.pace import Pace
 from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
@@ -73,26 +73,21 @@ def resumable(run: Run) -> Iterator[None]:
 
 
 def fit(run: Run) -> float:
-    """Train from run.step to the end; images per second.
-
-    The speed excludes the first step, which starts the workers, and the evaluations.
-    """
+    """Train from run.step to the end; images per second."""
     s, (train_set, _) = run.settings, run.data
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
-    seconds, speed, first = 0.0, 0.0, run.step
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
+    pace = Pace(s.batch_size)
     with scalars(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
-        started = time.perf_counter()
-        for batch in spanned("data", loader):
+        for batch in pace.watch(spanned("data", loader)):
             losses = training_step(run, batch.to(run.device))
             run.step += 1
             run.losses.add(run.step, losses)
-            seconds += time.perf_counter() - started if run.step > first + 1 else 0
-            speed = s.batch_size * (run.step - first - 1) / seconds if seconds else 0.0
+            pace.step()
             bar.update()
             evaluates = every and run.step % every == 0 and run.step < run.total
             if run.step % REPORT_EVERY == 0 or run.step == run.total:
-                report_losses(run, speed, board, bar)
+                report_losses(run, pace, board, bar)
             run.stopping.requested = agreed(run.stopping.requested)
             if evaluates or is_due(run) or run.stopping.requested:
                 save(run)
@@ -100,8 +95,9 @@ def fit(run: Run) -> float:
             if evaluates:
                 with run.stopping.held(False):
                     log_metrics(run, board, score(run, f"step {run.step}")[0])
-            started = time.perf_counter()
-    return speed
+    if pace.hint:
+        print(f"note      {pace.hint}")
+    return pace.speed
 
 
 def is_due(run: Run) -> bool:
@@ -143,17 +139,18 @@ def flush_losses(run: Run) -> None:
         ) from None
 
 
-def report_losses(run: Run, speed: float, board: Callable[[str, float, int], None], bar: tqdm) -> None:
+def report_losses(run: Run, pace: Pace, board: Callable[[str, float, int], None], bar: tqdm) -> None:
     """Show and log the losses of the last steps; a loss that is not finite ends the run."""
     flush_losses(run)
     losses = run.losses.mean(REPORT_EVERY)
-    text = "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items()) + f"  {speed:.0f} images/s"
+    text = "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items()) + f"  {pace.speed:.0f} images/s"
     bar.set_postfix_str(text, refresh=False)
     if bar.disable and (run.step % max(run.total // 10, REPORT_EVERY) == 0 or run.step == run.total):
         print(f"step {run.step:>6}/{run.total}  {text}", flush=True)
     for task, loss in losses.items():
         board(f"loss/{task}", loss, run.step)
-    board("images_per_second", speed, run.step)
+    board("images_per_second", pace.speed, run.step)
+    board("images_per_second_without_waiting", pace.appetite, run.step)
     board("lr", run.optimizer.param_groups[0]["lr"], run.step)
 
 
