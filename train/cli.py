@@ -128,6 +128,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compile", action="store_true", help="compile backbone and heads for training steps (a minute at the start)"
     )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a whole training step at once; never run on a GPU yet"
+    )
     group.add_argument("--precision", choices=PRECISIONS, help="type of the products (fp32); parameters stay fp32")
     group.add_argument(
         "--on-nonfinite", choices=("stop", "skip"), help="what a loss that is NaN or infinite does to the run (stop)"

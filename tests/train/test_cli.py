@@ -44,6 +44,8 @@ def small_weights(tmp_path):
         (["--resume", "/no/such/run"], "/no/such/run is not a checkpoint"),
         (["--resume"], "--resume alone does not say which run"),
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a GPU: leave it out"),
+        (["--batch-size", "4", "--accumulate", "5"], "needs a batch of 5 images at least, not 4"),
         (["--set", "lora_targets=qvk"], "unknown LoRA target 'qvk'"),
     ],
 )

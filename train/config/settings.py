@@ -126,6 +126,7 @@ class Settings:
     loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
     precision: str = "fp32"
     compile: bool = False
+    cuda_graphs: bool = False
     on_nonfinite: str = "stop"
     eval_every: int = 5
     checkpoint_every: int = 0

@@ -98,6 +98,11 @@ class Batch:
         """Labelled images per task."""
         return {task: len(index) for task, index in self.index.items()}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on the tasks alone."""
+        return [self.images, *self.labels.values(), *self.index.values()]
+
     def parts(self, count: int) -> list["Batch"]:
         """``count`` batches of every ``count``-th image each, all with every task, where need be without a label."""
         if count == 1:

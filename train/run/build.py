@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import add_lora, add_moe
+from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
 from model import (
     NORMALISATIONS,
@@ -41,6 +42,22 @@ def build_device(settings: Settings) -> torch.device:
     device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
     resolve_kernel(settings.kernel, device)
     return device
+
+
+def require_possible(settings: Settings, device: torch.device) -> None:
+    """UserError for settings that cannot work together on ``device`` and with so many processes."""
+    least = settings.accumulate * world_size()
+    if least > settings.batch_size:
+        raise UserError(
+            f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
+            f"not {settings.batch_size}"
+        )
+    if settings.cuda_graphs and device.type != "cuda":
+        raise UserError("--cuda-graphs needs a GPU: leave it out")
+    if settings.cuda_graphs and (world_size() > 1 or settings.compile):
+        raise UserError("--cuda-graphs is for one process without --compile: leave one of them out")
+    if settings.cuda_graphs and (settings.precision == "fp16" or settings.on_nonfinite == "skip"):
+        raise UserError("--cuda-graphs cannot record a step that may be skipped: use bf16 and --on-nonfinite stop")
 
 
 def build_data(settings: Settings) -> tuple[DataSet, DataSet]:

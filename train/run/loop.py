@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, schedule
 from train.run.distributed import agreed, leads, processes
+from train.run.graphs import GraphedStep
 from train.run.losses import NotFiniteError
 from train.run.pace import Pace
 from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
@@ -77,10 +79,10 @@ def fit(run: Run) -> float:
     s, (train_set, _) = run.settings, run.data
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
-    pace = Pace(s.batch_size)
+    pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
     with scalars(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
         for batch in pace.watch(spanned("data", loader)):
-            losses = training_step(run, batch.to(run.device))
+            losses = step(batch.to(run.device))
             run.step += 1
             run.losses.add(run.step, losses)
             pace.step()

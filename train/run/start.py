@@ -1,5 +1,6 @@
 """From the flags to a run that is ready for its next step: its folder, its objects and what it resumes from."""
 
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -81,14 +82,14 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     if settings.nvtx:
         nvtx.enable()
     device = build.build_device(settings)
-    if settings.accumulate * world_size() > settings.batch_size:
-        raise UserError(
-            f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of "
-            f"{settings.accumulate * world_size()} images at least, not {settings.batch_size}"
-        )
+    build.require_possible(settings, device)
     from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
     data = build.build_data(settings)
     model = build.build_model(settings, data[0].classes).to(device)
+    if settings.deterministic and device.type == "cuda":
+        # Bilinear resizes and cuBLAS have faster versions whose bits change from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if settings.compile and isinstance(model, MultiTaskViT):
         model.compile_training()
     out = from_leader(lambda: claim_folder(settings, folder))

@@ -24,17 +24,30 @@ def training_step(run: Run, batch: Batch) -> Tensor:
     batch-norm statistics and a mutual-information loss of its own; everything else is as for the whole batch. With
     ``on_nonfinite`` "skip" a step whose loss or gradient is not finite leaves model and optimiser as they were.
     """
+    set_learning_rate(run)
+    return update(run, batch)
+
+
+def set_learning_rate(run: Run) -> None:
+    """That of the step to come; where it is a tensor, since a CUDA graph reads it, the tensor is filled."""
+    rate = schedule.learning_rate(run.settings, run.step, run.total)
+    for group in run.optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def update(run: Run, batch: Batch) -> Tensor:
+    """:func:`training_step` at the learning rate that is set."""
     s = run.settings
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if s.on_nonfinite == "skip" else []
-    for group in run.optimizer.param_groups:
-        group["lr"] = schedule.learning_rate(s, run.step, run.total)
     run.optimizer.zero_grad()
-    totals, parts = whole_totals(run, batch), batch.parts(s.accumulate)
-    losses = torch.zeros(())
+    totals, parts, shares = whole_totals(run, batch), batch.parts(s.accumulate), []
     for number, part in enumerate(parts):
         with reducing(run, number == len(parts) - 1):
-            losses = losses.to(run.device) + backward(run, part, totals)
-    losses = over_ranks(losses)
+            shares.append(backward(run, part, totals))
+    losses = over_ranks(reduce(operator.add, shares))
     with span("optimiser"):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
