@@ -19,7 +19,7 @@ WARM_UP = 3  # steps before the recording, in which libraries choose their kerne
 
 
 class GraphedStep:
-    """Called like :func:`train.run.step.training_step`, by a run that :func:`train.run.build.require_possible` accepts."""
+    """Called like :func:`train.run.step.training_step`, by a run that build.require_possible() accepts."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
