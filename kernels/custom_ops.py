@@ -150,7 +150,8 @@ def _backward(run, ctx, dy, dg, dp, dh, dz):
 _lora_moe = differentiable(lora_moe_op, lora_moe_backward_op, _save, _backward)
 
 
-def _check(x: Tensor) -> None:
+def check_type(x: Tensor) -> None:
+    """UserError if the kernels do not compute in x's type."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {x.dtype}; use --kernel=reference")
     if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
@@ -161,7 +162,7 @@ def lora_moe(
     x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
-    _check(x)
+    check_type(x)
     static = segments.counts, gating.name, gating.k, gating.shared
     y, g, p, _, _ = _lora_moe(x, base, *lora, routers, segments.offsets, *static)
     return y, g, p
@@ -277,7 +278,7 @@ def lora_moe_packed(
     one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens, with
     ``deterministic`` the same for every number.
     """
-    _check(x)
+    check_type(x)
     if packed.hidden and deterministic and not algorithm:
         algorithm = ffn_algorithm(x, deterministic)
     static = segments.counts, gating.name, gating.k, gating.shared, algorithm

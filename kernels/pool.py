@@ -7,7 +7,7 @@ from typing import Any
 from kernels.gating import Gating
 
 
-def _power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
@@ -31,7 +31,7 @@ class Pool:
     @property
     def padded(self) -> int:
         """NP."""
-        return max(16, _power_of_two(self.experts))
+        return max(16, next_power_of_two(self.experts))
 
     @property
     def tile_columns(self) -> int:

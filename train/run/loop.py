@@ -201,7 +201,8 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
     print(f"\n{score_table(columns)}\n{count_images(run)}\n")
-    print(f"{run.out}/: results.json, last, losses.csv, predictions.png, routing.png, tensorboard")
+    drawn = "predictions.png, routing.png" if routing else "predictions.png"
+    print(f"{run.out}/: results.json, last, losses.csv, {drawn}, tensorboard")
     return results
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from kernels.dispatch import RESOLVED
 from model import VITS, ViT
 from train.cli import main
 from train.compare import main as compare
@@ -70,6 +71,21 @@ def test_every_option_trains(options, encoder, tmp_path):
     assert results["model"]["decoder"] == options[1] and results["model"]["backbone"] == "frozen"
     assert 0 < results["parameters"]["trainable"] < results["parameters"]["total"]
     assert set(results["final_losses"]) == {"seg", "edge"}
+
+
+def test_triton_trains_as_the_reference(encoder, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    RESOLVED.clear()  # another test may have asked without the interpreter
+    options, losses = ["--decoder", "fgmoe", "--fg", "2/1/2/1", "--tasks", "seg,edge", "--steps", "2"], {}
+    for kernel in ("triton", "reference"):
+        out = train(tmp_path / kernel, encoder, *options, "--kernel", kernel)
+        results = json.loads((out / "results.json").read_text())
+        assert results["kernel"] == kernel
+        losses[kernel] = results["final_losses"]
+    # Two steps of AdamW, whose first is as large for a gradient of 1e-8 as for one of 1: rounding may grow.
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
 
 
 def test_the_run_says_that_it_is_a_reconstruction(encoder, tmp_path, capsys):
