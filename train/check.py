@@ -160,7 +160,8 @@ def run(options: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Check; returns the exit status."""
-    return guarded(lambda: run(build_parser().parse_args(argv)))
+    options = build_parser().parse_args(argv)
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

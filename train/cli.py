@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import DECODERS, PRECISIONS, Settings, recipe_names
+from train.config.settings import CHOICES, DECODERS, PRECISIONS, Settings, list_recipes, recipe_names
+from train.files.progress import quiet
+from train.output.tables import format_table
 from train.protocols import PROTOCOLS
 from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS
@@ -32,10 +34,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        self.add_argument("--quiet", action="store_true", help="print errors only")
 
     def error(self, message: str) -> NoReturn:
         """Exits with one line instead of the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
+
+
+class ListRecipes(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(format_table([["recipe", "what it is for"], *list_recipes()], text_columns=2))
+        parser.exit()
 
 
 def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
@@ -106,6 +115,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         metavar="NAME|FILE",
         help=f"settings from a yaml file: {', '.join(recipe_names())}; flags override it",
     )
+    group.add_argument("--list-recipes", action=ListRecipes, nargs=0, help="print the recipes and what they are for")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (40)")
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
@@ -137,6 +147,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
+    group.add_argument("--log", choices=CHOICES["log"], help="where loss curves go beside losses.csv (tensorboard)")
     group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
     group.add_argument(
@@ -157,6 +168,12 @@ def _epilog(flags: set[str]) -> str:
 def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     """(values by settings name, checkpoint to resume: a path, "" for OUT/last, None for a fresh run)."""
     flags = vars(build_parser().parse_args(argv))
+    flags.pop("quiet", None)
+    return flags_of(flags)
+
+
+def flags_of(flags: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The same of parsed arguments."""
     resume = flags.pop("resume", None)
     for assignment in flags.pop("set", []):
         name, equals, value = assignment.partition("=")
@@ -166,11 +183,12 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     return flags, resume
 
 
-def guarded(run: Callable[[], int | None]) -> int:
+def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
     """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt, 143 after a
-    SIGTERM that it heard."""
+    SIGTERM that it heard. ``silent`` runs print nothing else."""
     try:
-        return run() or 0
+        with quiet(silent):
+            return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -183,10 +201,12 @@ def guarded(run: Callable[[], int | None]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    silent = options.__dict__.pop("quiet", False)
 
     def run() -> None:
         from train.run.loop import train
 
-        train(*parse(argv))
+        train(*flags_of(vars(options)))
 
-    return guarded(run)
+    return guarded(run, silent)

@@ -274,7 +274,7 @@ def run(options: Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from kernels import UserError
 from model import MultiTaskModel
@@ -18,6 +17,7 @@ from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
+from train.files.progress import progress
 from train.files.reading import reading, require_file
 from train.protocols import Protocol
 from train.run import checkpoint
@@ -130,7 +130,7 @@ def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
     print(f"model     {settings.model} of step {state.step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
     sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
     faults: list[str] = []
-    for name, path in tqdm(photos.items(), "predict", leave=False, disable=None):
+    for name, path in progress(photos.items(), "predict", len(photos)):
         try:
             photo = read_any_photo(path)
         except UserError as error:
@@ -152,7 +152,7 @@ def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Predict; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)))
+    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)), options.quiet)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def expert_mixture_op(
 @expert_mixture_op.register_fake
 def _(x, base, z, down, up, hidden_bias, output_bias, offsets, counts, activation, gating, k, shared, algorithm):
     readers, tokens, columns = z.shape
-    experts = columns + shared if gating == "naive-shared" else columns
+    experts = Gating(gating, k, shared).experts(columns)
     return (
         x.new_empty(readers, tokens, up.shape[1]),
         z.new_empty(readers, tokens, experts),
@@ -85,21 +85,19 @@ def expert_mixture_backward_op(
     """(dx, dz, dA, dB, db, dc), the last four in the types of their parameters and empty where there is none."""
     segments, pool = TaskSegments(tuple(counts), offsets), make_pool(down.shape[1], z.shape[2], gating, k, shared)
     experts = Experts(down, up, hidden_bias, output_bias, activation)
-    dx, dg, *gradients = ALGORITHMS[algorithm][1](dy, x, u, experts, g, segments)
+    dx, dg, da, db, *dbiases = ALGORITHMS[algorithm][1](dy, x, u, experts, g, segments)
     dz = route_backward(z.contiguous(), g, dg, dp.contiguous(), segments, pool)
-    weights = down, up, hidden_bias, output_bias
-    typed = (
-        x.new_empty(0) if weight is None else gradient.to(weight.dtype).contiguous()
-        for weight, gradient in zip(weights, gradients, strict=True)
+    dhidden, doutput = (
+        x.new_empty(0) if bias is None or gradient is None else gradient.to(bias.dtype).contiguous()
+        for bias, gradient in zip((hidden_bias, output_bias), dbiases, strict=True)
     )
-    return dx, dz, *typed
+    return dx, dz, da.to(down.dtype), db.to(up.dtype).contiguous(), dhidden, doutput
 
 
 @expert_mixture_backward_op.register_fake
 def _(dy, dp, x, u, z, g, down, up, hidden_bias, output_bias, *rest):
-    weights = down, up, hidden_bias, output_bias
-    typed = (x.new_empty(0) if weight is None else weight.new_empty(weight.shape) for weight in weights)
-    return x.new_empty(x.shape), z.new_empty(z.shape), *typed
+    biases = (x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in (hidden_bias, output_bias))
+    return *(t.new_empty(t.shape) for t in (x, z, down, up)), *biases
 
 
 def _save(ctx, inputs, output):

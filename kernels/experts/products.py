@@ -15,7 +15,7 @@ Runs = tuple[int, ...]
 
 def runs_of(rows: int, sets: int, counts: Runs) -> Runs:
     """The runs that ``rows`` rows consist of: all of them for one set, else ``counts``, repeated."""
-    return (rows,) if sets == 1 else counts * (rows // max(sum(counts), 1))
+    return (rows,) if sets == 1 else counts * max(rows // max(sum(counts), 1), 1)
 
 
 def _batched(runs: Runs, sets: int) -> bool:
@@ -28,10 +28,11 @@ def product(x: Tensor, weights: Tensor, counts: Runs, bias: Tensor | None = None
     if _batched(runs, sets):
         by_set = sets, runs[0]
         tokens = x.unflatten(0, by_set)
-        if bias is None and base is None:
-            return torch.bmm(tokens, weights).flatten(0, 1)
-        added = base.unflatten(0, by_set) if bias is None else bias[:, None]
-        return torch.baddbmm(added, tokens, weights).flatten(0, 1)
+        if bias is not None:
+            return torch.baddbmm(bias[:, None], tokens, weights).flatten(0, 1)
+        if base is not None:
+            return torch.baddbmm(base.unflatten(0, by_set), tokens, weights).flatten(0, 1)
+        return torch.bmm(tokens, weights).flatten(0, 1)
     y = x.new_empty(len(x), weights.shape[2])
     starts: Sequence[Tensor] | None = None if base is None else base.split(runs)
     if bias is not None:

@@ -35,6 +35,7 @@ CHOICES: dict[str, Collection[str]] = {
     "protocol": PROTOCOLS,
     "device": ("", "cpu", "cuda"),
     "on_nonfinite": ("stop", "skip"),
+    "log": ("tensorboard", "wandb", "none"),
 }
 MANY = 10**9
 # Least and largest value of every number.
@@ -137,6 +138,7 @@ class Settings:
     workers: int = 1
     device: str = ""
     nvtx: bool = False
+    log: str = "tensorboard"
     out: str = ""
 
     def __post_init__(self) -> None:
@@ -250,6 +252,12 @@ def _convert(name: str, value: Any, kind: type, source: str) -> Any:
 
 def recipe_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in _recipes().iterdir())
+
+
+def list_recipes() -> list[list[str]]:
+    """[name, first sentence of the yaml file's heading] of each."""
+    headings = {name: (_recipes() / f"{name}.yaml").read_text().partition("\n#\n")[0] for name in recipe_names()}
+    return [[name, " ".join(text.replace("#", " ").split())] for name, text in headings.items()]
 
 
 def _recipes():

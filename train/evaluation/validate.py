@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import gathered
 from model import MultiTaskModel
 from train.datasets.batches import Batch
+from train.files.progress import progress
 from train.metrics.base import Metric
 from train.tasks import Classes, Metrics, build_constants, build_metrics
 
@@ -29,7 +29,7 @@ def validate(
         model.routing.statistics = statistics
     training = model.training
     model.eval()
-    for batch in tqdm(batches, title, leave=False, disable=None):
+    for batch in progress(batches, title):
         batch = batch.to(device)
         for task, prediction in model(batch.images, batch.index).items():
             metrics[task].update(prediction, batch.labels[task])
@@ -45,11 +45,11 @@ def score_constant(
 ) -> Metrics:
     """The metrics of the best constant prediction, fitted on the training labels."""
     constants, metrics = build_constants(tasks, classes), build_metrics(tasks, classes)
-    for batch in tqdm(train_batches, "constant: fit", leave=False, disable=None):
+    for batch in progress(train_batches, "constant: fit"):
         for task, label in batch.labels.items():
             constants[task].update(label)
     constants = {task: merged(constant) for task, constant in constants.items()}
-    for batch in tqdm(val_batches, "constant: score", leave=False, disable=None):
+    for batch in progress(val_batches, "constant: score"):
         for task, label in batch.labels.items():
             metrics[task].update(constants[task].prediction(label), label)
     return scores_of({task: merged(metric) for task, metric in metrics.items()})

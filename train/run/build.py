@@ -1,5 +1,6 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,8 @@ def require_possible(settings: Settings, device: torch.device) -> None:
             f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
             f"not {settings.batch_size}"
         )
+    if settings.log == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--log wandb needs the package wandb: pip install wandb, or choose --log tensorboard")
     if settings.cuda_graphs and device.type != "cuda":
         raise UserError("--cuda-graphs needs a GPU: leave it out")
     if settings.cuda_graphs and (world_size() > 1 or settings.compile):

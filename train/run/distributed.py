@@ -7,7 +7,6 @@ the files and speaks.
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmoe_lora.ranks import gathered, rank, world_size
 from kernels import UserError
+from train.files.progress import quiet
 
 
 @contextmanager
@@ -31,13 +31,10 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    spoken = sys.stdout
     try:
-        if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
-        yield
+        with quiet(rank() > 0):
+            yield
     finally:
-        sys.stdout = spoken
         dist.destroy_process_group()
 
 

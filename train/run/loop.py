@@ -3,11 +3,10 @@
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from train.datasets.batches import batch_ids, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
 from train.evaluation.validate import score_constant, validate
 from train.files.atomic import write_json
+from train.files.progress import counter
 from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, schedule
@@ -32,6 +32,7 @@ from train.run.pace import Pace
 from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
+from train.run.tracking import Tracker, tracker
 from train.tasks import Metrics
 
 PICTURES = 8  # rows of predictions.png
@@ -80,7 +81,7 @@ def fit(run: Run) -> float:
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
-    with scalars(run.out / "tensorboard") as board, progress_bar(run) as bar, run.stopping.held():
+    with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
         for batch in pace.watch(spanned("data", loader)):
             losses = step(batch.to(run.device))
             run.step += 1
@@ -110,20 +111,7 @@ def is_due(run: Run) -> bool:
 
 def progress_bar(run: Run) -> tqdm:
     """Drawn on terminals only; elsewhere :func:`report_losses` prints lines."""
-    disable = None if leads() else True
-    return tqdm(total=run.total, initial=run.step, desc="train", unit="step", dynamic_ncols=True, disable=disable)
-
-
-@contextmanager
-def scalars(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
-    """Yields ``add(name, value, step)``, which writes for TensorBoard."""
-    if not leads():
-        yield lambda name, value, step: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(folder) as board:
-        yield board.add_scalar
+    return counter("train", run.total, run.step, "step")
 
 
 def flush_losses(run: Run) -> None:
@@ -141,7 +129,7 @@ def flush_losses(run: Run) -> None:
         ) from None
 
 
-def report_losses(run: Run, pace: Pace, board: Callable[[str, float, int], None], bar: tqdm) -> None:
+def report_losses(run: Run, pace: Pace, board: Tracker, bar: tqdm) -> None:
     """Show and log the losses of the last steps; a loss that is not finite ends the run."""
     flush_losses(run)
     losses = run.losses.mean(REPORT_EVERY)
@@ -156,7 +144,7 @@ def report_losses(run: Run, pace: Pace, board: Callable[[str, float, int], None]
     board("lr", run.optimizer.param_groups[0]["lr"], run.step)
 
 
-def log_metrics(run: Run, board: Callable[[str, float, int], None], metrics: Metrics) -> None:
+def log_metrics(run: Run, board: Tracker, metrics: Metrics) -> None:
     for task, values in metrics.items():
         for name, value in values.items():
             if value is not None:
