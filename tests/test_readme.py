@@ -14,6 +14,7 @@ from train.compare import main as compare
 from train.evaluate import main as evaluate
 from train.lossdiff import main as lossdiff
 from train.output.scores import score_table
+from train.parameters import main as count
 from train.predict import main as predict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,11 @@ def test_every_promise_names_a_test():
 def test_checking_commands_run(command, tmp_path, pascal_mini):
     argv = shlex.split(command.replace("PASCAL_MT", str(pascal_mini)))[3:]
     assert check([*argv, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train.parameters " in c])
+def test_counting_commands_run(command):
+    assert count(shlex.split(command)[3:]) == 0
 
 
 @pytest.fixture(scope="module")
