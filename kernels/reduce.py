@@ -23,15 +23,15 @@ def reduce_reference(db: Tensor, da: Tensor, drouters: Tensor) -> tuple[Tensor, 
 
 @triton.jit
 def reduce_kernel(
-    parts, db, da, routers, tasks, chunks, b_size, a_size, router_size,
-    BP: tl.constexpr, BN: tl.constexpr,
+    parts, db, da, routers, chunks, b_size, a_size, router_size,
+    TASKS: tl.constexpr, ROUNDS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     shared, size = b_size + a_size, b_size + a_size + router_size
     total = tl.zeros((BN,), tl.float32)
-    for task in range(tasks):
+    for task in tl.static_range(TASKS):
         running = tl.zeros((BP, BN), tl.float32)
-        for first in range(0, chunks, BP):
+        for first in tl.static_range(0, ROUNDS * BP, BP):
             chunk = (first + tl.arange(0, BP))[:, None]
             place = (task * chunks + chunk).to(tl.int64) * size + number[None, :]
             running += tl.load(parts + place, (chunk < chunks) & (number < size)[None, :], 0.0)
@@ -48,6 +48,7 @@ def reduce(db: Tensor, da: Tensor, drouters: Tensor) -> tuple[Tensor, Tensor, Te
     sums = da.new_empty(da.shape[2:]), db.new_empty(db.shape[2:]), da.new_empty(tasks, *drouters.shape[2:])
     sizes = sums[1].numel(), sums[0].numel(), sums[2][0].numel()
     reduce_kernel[(ceil_div(sum(sizes), BN),)](
-        db, sums[1], sums[0], sums[2], tasks, chunks, *sizes, BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
+        db, sums[1], sums[0], sums[2], chunks, *sizes,
+        TASKS=tasks, ROUNDS=ceil_div(chunks, BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return sums
