@@ -29,11 +29,10 @@ from kernels.gating import Gating
 from kernels.linear import linear_backward, linear_forward
 from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool, make_pool
-from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.tiles import ffn_algorithm
-from kernels.weight_grad import weight_grad_a, weight_grad_b
+from kernels.weight_grad import weight_grads
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -121,8 +120,7 @@ def lora_moe_backward_op(
     segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
     dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
-    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
-    da, db, drouters = reduce(*parts)
+    da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
     dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), segments, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 

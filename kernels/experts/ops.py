@@ -115,7 +115,8 @@ def _backward(run, ctx, dy, dg, dp, du):
     means = z.new_zeros(len(z), len(ctx.static[0]), z.shape[2]) if dp is None else dp
     dx, dz, da, db, *dbiases = run(through, means, *saved, *ctx.static)
     given = [None if bias is None else gradient for bias, gradient in zip(biases, dbiases, strict=True)]
-    return dx, dy, dz, da, db, *given, *[None] * 7
+    dbase = dy if ctx.needs_input_grad[1] else None
+    return dx, dbase, dz, da, db, *given, *[None] * 7
 
 
 _expert_mixture = differentiable(expert_mixture_op, expert_mixture_backward_op, _save, _backward)

@@ -1,0 +1,184 @@
+"""The grouped path beside fp64: y, every gradient and every kernel on its own, in fp32 and fp16."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from kernels import Gating, TaskSegments  # noqa: E402
+from kernels.experts import Experts  # noqa: E402
+from kernels.experts.reference import expert_mixture  # noqa: E402
+from kernels.grouped import expand, shrink, sort, weight_grad  # noqa: E402
+from kernels.grouped.operation import Gradients, grouped_backward, grouped_forward, grouped_reference  # noqa: E402
+from kernels.grouped.weights import of_places  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="tensors are on the CPU")
+
+# Relative to the norm of the right value. fp32: sums of at most some hundred products, each rounded at 6e-8. fp16 (one
+# rounding is 2^-11 = 5e-4 at most, 2e-4 in the mean): U, H', the pairs' outputs and y are rounded in turn.
+LIMITS = {torch.float32: 1e-6, torch.float16: 6e-4}
+BIASED = {"activation": "gelu", "biases": True}
+PROBLEMS = {
+    "lora": {},
+    "lora, two sets": {"sets": 2},
+    "lora, three gates": {"gates": 3},
+    "gelu and biases": BIASED,
+    "gelu and biases, two sets and gates": BIASED | {"sets": 2, "gates": 2},
+    "rank 24, wide": {"rank": 24, "widths": (72, 136)},
+    "rank 64": {"rank": 64, **BIASED},
+    "rank 160": {"rank": 160, "counts": (20, 0), **BIASED},
+    "ragged": {"kind": "ragged", **BIASED},
+    "one expert": {"kind": "one expert", "counts": (0, 140, 1), **BIASED},
+    "empty experts": {"kind": "first experts", "sets": 2, "counts": (70, 0), **BIASED},
+}
+DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=str)
+
+
+def run(p):
+    """y and every gradient of the kernels."""
+    y, u, order = grouped_forward(p.x, p.base, p.experts, p.g, p.selected, p.segments, p.slots)
+    return {"y": y, **grouped_backward(p.dy, p.x, p.experts, p.g, u, order)._asdict()}
+
+
+def exact(p):
+    """The same by autograd in fp64, from the same values."""
+    p = p.to(torch.float64)
+    weights = [getattr(p.experts, name) for name in Gradients._fields[2:]]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (p.x, p.g, *weights)]
+    y = grouped_reference(
+        leaves[0], p.base, Experts(*leaves[2:], p.experts.activation), leaves[1], p.selected, p.segments
+    )
+    given = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], p.dy))
+    gradients = (None if t is None else next(given) for t in leaves)
+    return {"y": y.detach(), **dict(zip(Gradients._fields, gradients, strict=True))}
+
+
+def assert_close(actual, right, limit):
+    error = ((actual.double() - right.double()).norm() / right.double().norm()).item()
+    assert error <= limit, error
+
+
+@DTYPES
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_y_and_every_gradient_agree_with_fp64(make_problem, name, dtype):
+    p = make_problem(**PROBLEMS[name]).to(dtype)
+    actual, right = run(p), exact(p)
+    for key, value in actual.items():
+        if right[key] is None:
+            assert value is None
+            continue
+        assert value.dtype == (dtype if key in ("y", "x") else torch.float32)
+        assert value.shape == right[key].shape
+        assert_close(value, right[key], LIMITS[dtype])
+
+
+@pytest.mark.parametrize(("sets", "gates"), [(1, 2), (3, 1)])
+def test_y_is_that_of_the_reference_of_all_experts(make_problem, sets, gates):
+    counts, gating = (20, 0, 13), Gating("ase", 2, 1)
+    p = make_problem(experts=5, slots=3, counts=counts, sets=sets, gates=gates, **BIASED)
+    z = torch.randn(gates, 33, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, g, _ = expert_mixture(p.x, p.base.view(gates, 33, -1), p.experts, z, p.segments, gating)
+    p = replace(p, g=g.flatten(0, 1), selected=g.flatten(0, 1) != 0).to(torch.float32)
+    assert_close(run(p)["y"], y.flatten(0, 1), LIMITS[torch.float32])
+
+
+def test_without_base_y_is_the_experts_sum(make_problem):
+    p = make_problem().to(torch.float32)
+    y = grouped_forward(p.x, None, p.experts, p.g, p.selected, p.segments, p.slots)[0]
+    assert_close(y, exact(p)["y"] - p.base, LIMITS[torch.float32])
+
+
+def test_what_is_not_selected_gets_no_gradient(make_problem):
+    p = make_problem(kind="first experts", **BIASED).to(torch.float32)
+    actual = run(p)
+    assert not actual["g"][:, p.slots :].any()
+    for name, dim, each in (("down", 1, 16), ("up", 2, 16), ("hidden_bias", 1, 16), ("output_bias", 1, 1)):
+        idle = actual[name].narrow(dim, p.slots * each, (4 - p.slots) * each)
+        assert not idle.any() and actual[name].any()
+
+
+def test_a_second_run_gives_the_same_bits(make_problem):
+    p = make_problem(kind="ragged", gates=2, **BIASED).to(torch.float16)
+    first, second = run(p), run(p)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def row_by_row(a, b, dtype):
+    """A product whose loop treats every row alike, unlike BLAS's."""
+    return np.einsum("ik,kj->ij", a.astype(dtype), b.astype(dtype))
+
+
+@DTYPES
+def test_a_tokens_bits_do_not_depend_on_the_other_tokens(make_problem, dtype, monkeypatch):
+    monkeypatch.setattr(np, "matmul", row_by_row)
+    p, few = make_problem(counts=(80,), **BIASED).to(dtype), slice(30, 41)
+    tokens = {name: getattr(p, name)[few] for name in ("x", "base", "g", "selected", "dy")}
+    whole, alone = run(p), run(replace(p, segments=TaskSegments.of((11,), p.x.device), **tokens))
+    for name in ("y", "x", "g"):
+        assert torch.equal(whole[name][few], alone[name]), name
+
+
+def test_any_row_stride(make_problem):
+    p = make_problem(**BIASED).to(torch.float32)
+    wide = {name: torch.nn.functional.pad(getattr(p, name), (3, 2))[:, 3:-2] for name in ("x", "base", "dy")}
+    assert not wide["x"].is_contiguous()
+    expected, actual = run(p), run(replace(p, **wide))
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+
+
+# ---- every kernel beside its reference ----
+
+
+@pytest.mark.parametrize("setting", [{}, BIASED | {"sets": 2, "gates": 2, "kind": "ragged"}], ids=["lora", "experts"])
+def test_every_kernel_agrees_with_its_reference(make_problem, setting):
+    p = make_problem(**setting).to(torch.float32)
+    q, limit = p.to(torch.float64), LIMITS[torch.float32]
+    order = sort.sort(p.selected, p.segments, p.slots, p.experts.sets)
+    used = of_places(order)[2]
+
+    def check(actual, right, mask=None):
+        for a, b in zip(actual, right, strict=True):
+            if mask is not None:
+                assert not b[~mask.expand_as(b)].any(), "the reference writes to empty places"
+                a, b = a.where(mask, 0), b
+            assert_close(a, b, limit)
+
+    u, gated = right = shrink.shrink_reference(q.x, q.experts, q.g, order)
+    check(shrink.shrink(p.x, p.experts, p.g, order), right, used)
+    out = expand.expand_reference(gated, q.experts, q.g, order)
+    check([expand.expand(gated.float(), p.experts, p.g, order)], [out], used)
+    combined = expand.combine_reference(out, q.base, len(q.g), order)
+    check([expand.combine(out.float(), p.base, len(p.g), order)], [combined])
+    assert_close(combined, exact(p)["y"], 1e-12)
+
+    du, gated, dg = right = shrink.shrink_backward_reference(q.dy, q.experts, q.g, u, order)
+    actual = shrink.shrink_backward(p.dy, p.experts, p.g, u.float(), order)
+    check(actual[:2], right[:2], used)
+    check(actual[2:], right[2:])
+    out = expand.expand_backward_reference(du, q.experts, order)
+    check([expand.expand_backward(du.float(), p.experts, order)], [out], used)
+    check([expand.combine(out.float(), None, len(p.x), order)], [expand.combine_reference(out, None, len(q.x), order)])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_weight_gradients_agree_with_their_reference(make_problem, parts, monkeypatch):
+    """Experts with one to three blocks in up to three parts, of which some are empty."""
+    monkeypatch.setattr(weight_grad, "MOST_PARTS", parts)
+    p = make_problem(counts=(150, 130), experts=4, kind="ragged", slots=4, **BIASED).to(torch.float32)
+    order = sort.sort(p.selected, p.segments, p.slots, 1)
+    _, gated = (t.where(of_places(order)[2], 0) for t in shrink.shrink(p.x, p.experts, p.g, order))
+    limit = LIMITS[torch.float32]
+    wide, narrow, gates = p.dy.double(), gated.double(), p.g.double()
+    product, _, weighted = weight_grad.weight_grad_reference(wide, narrow, gates, order)
+    db, dc = weight_grad.weight_grad_b(p.dy, gated, p.g, order, 1, bias=True)
+    assert_close(db[0], product.permute(1, 0, 2).flatten(1), limit)
+    assert_close(dc[0], weighted, limit)
+    product, sums, _ = weight_grad.weight_grad_reference(p.x.double(), narrow, gates, order)
+    da, dhidden = weight_grad.weight_grad_a(p.x, gated, order, 1, bias=True)
+    assert_close(da[0], product.transpose(1, 2).flatten(0, 1), limit)
+    assert_close(dhidden[0], sums.flatten(), limit)
