@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench import grouped_launches
+from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS, make_expert_tensors
+from bench.grouped_launches import GROUPED_LAUNCHES, GROUPED_POOLS, make_call
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
@@ -42,6 +43,12 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTS, WIDTH = (64, 64), 768
+# Pools by kernel.
+KERNELS = (
+    dict.fromkeys(LAUNCHES, POOLS)
+    | dict.fromkeys(EXPERT_LAUNCHES, EXPERT_POOLS)
+    | dict.fromkeys(GROUPED_LAUNCHES, GROUPED_POOLS)
+)
 COLUMNS = (
     "kernel",
     "pool",
@@ -116,18 +123,18 @@ def recording(target: str) -> Iterator[list[Launch]]:
 def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:
     """The launch named ``kernel`` over ``counts[t]`` tokens of task t. Tensors have no memory, so any number of tokens
     is possible. Later launches of the same launcher, such as a reduction of partial results, are left out."""
-    like = torch.empty(0, dtype=DTYPES[dtype], device="meta")
-    if kernel in grouped_launches.LAUNCHES:
-        launcher, index = grouped_launches.LAUNCHES[kernel]
-        with recording(target):  # the sort of the inputs is compiled, but not recorded
-            call = grouped_launches.make_call(pool, counts, WIDTH, like)
+    like, segments = torch.empty(0, dtype=DTYPES[dtype], device="meta"), TaskSegments.of(counts, torch.device("cpu"))
+    if kernel in GROUPED_LAUNCHES:
+        launcher, index = GROUPED_LAUNCHES[kernel]
+        with recording(target):  # the inputs are sorted by launches too
+            call = make_call(pool, segments, WIDTH, like)
         with recording(target) as launches:
             launcher(call)
         return launches[index]
     shape = parse_pool(pool)
-    t = make_tensors(shape, counts, WIDTH, like)
+    make = make_expert_tensors if kernel in EXPERT_LAUNCHES else make_tensors
     with recording(target) as launches:
-        LAUNCHES[kernel](t, TaskSegments.of(counts, torch.device("cpu")), shape)
+        (LAUNCHES | EXPERT_LAUNCHES)[kernel](make(shape, counts, WIDTH, like), segments, shape)
     return launches[0]
 
 
@@ -176,8 +183,7 @@ def _ptxas(log: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
-    kernels, pools = (*LAUNCHES, *grouped_launches.LAUNCHES), (*POOLS, *grouped_launches.POOLS)
-    for name, choices in (("kernels", kernels), ("pools", pools), ("dtypes", DTYPES), ("targets", TARGETS)):
+    for name, choices in (("kernels", KERNELS), ("pools", ()), ("dtypes", DTYPES), ("targets", TARGETS)):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(choices))
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -186,8 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     combinations = [
         (kernel, pool, dtype, target)
         for kernel in chosen.kernels
-        for pool in chosen.pools
-        if (pool in grouped_launches.POOLS) == (kernel in grouped_launches.LAUNCHES)
+        for pool in chosen.pools or KERNELS[kernel]
         for dtype in chosen.dtypes
         for target in chosen.targets
     ]

@@ -17,10 +17,12 @@ from bench.peers.base import Forward, rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
+from model import MultiTaskViT
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
 from train.datasets.scenes.dataset import Scenes
-from train.run.loop import Run, set_up, training_step
+from train.run.start import Run, set_up
+from train.run.step import training_step
 
 ON_GPU = torch.cuda.is_available()
 MODEL = (
@@ -63,19 +65,22 @@ def looped(layer: LoRAMoE) -> Forward:
 
 def freeze(run: Run) -> None:
     """The backbone as --pretrained leaves it: frozen but for its adapters."""
+    assert isinstance(run.model, MultiTaskViT)
     for name, parameter in run.model.vit.named_parameters():
         parameter.requires_grad_("lora_" in name or "routers" in name)
 
 
 def heads_seconds(run: Run, batch: Batch) -> float:
     """Seconds of the forward and backward pass of the heads alone."""
-    size, vit = batch.images.shape[-1], run.model.vit
+    model = run.model
+    assert isinstance(model, MultiTaskViT)
+    size, vit = batch.images.shape[-1], model.vit
     grid = (size // vit.patch,) * 2
     tokens = torch.randn(len(batch.images), 1 + grid[0] * grid[1], vit.width, device=run.device, requires_grad=True)
 
     def step():
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-            outputs = [head(tokens, grid) for head in run.model.heads.values()]
+            outputs = [head(tokens, grid) for head in model.heads.values()]
         torch.autograd.backward([output.float().sum() for output in outputs])
 
     return measure.summary(measure.paired({"heads": step}, 0.2, run.device)["heads"])["median"]
@@ -92,7 +97,7 @@ def loader_images_per_second(settings: Settings) -> float:
 @pytest.mark.parametrize("subject", SUBJECTS)
 def bench_training_step(benchmark: BenchmarkFixture, kernel: str, subject: str, tmp_path: Path) -> None:
     settings = settings_of(subject, kernel, str(tmp_path))
-    run = set_up(settings, fresh=True)
+    run = set_up(settings, None)
     freeze(run)
     if subject == "expert-loop":
         run_loops(run.model)

@@ -15,7 +15,7 @@ from kernels.grouped.weight_grad import weight_grad_a, weight_grad_b
 from kernels.segments import TaskSegments
 
 # LoRA pools of N/k/S/r, and slices of a hidden layer: experts with GELU, biases and a set for each task.
-POOLS = ("64/12/4/16", "64/12/4/64", "16/4/2/256 gelu")
+GROUPED_POOLS = ("64/12/4/16", "64/12/4/64", "16/4/2/256 gelu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,11 @@ class Call:
     out: Tensor
 
 
-def make_call(pool: str, counts: tuple[int, ...], width: int, like: Tensor) -> Call:
+def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Call:
     """Random inputs for the pool named ``pool``; ``like`` gives the dtype and the device."""
     numbers, _, activation = pool.partition(" ")
     shape, wide = parse_pool(numbers), bool(activation)
+    counts = segments.counts
     tokens, sets, slots = sum(counts), len(counts) if wide else 1, shape.gating.k + shape.gating.shared
 
     def normal(*size: int) -> Tensor:
@@ -51,7 +52,6 @@ def make_call(pool: str, counts: tuple[int, ...], width: int, like: Tensor) -> C
     )
     scores = torch.rand(tokens, shape.experts, device=like.device)
     g = scores * (scores >= scores.topk(slots).values[:, -1:])
-    segments = TaskSegments.of(counts, torch.device("cpu") if like.is_meta else like.device)
     order = sort(g, segments, slots, sets)
     places = len(order.rows)
     x, rows = normal(tokens, width), normal(tokens, width)
@@ -63,7 +63,7 @@ def _sort(c: Call) -> object:
 
 
 # By name: a launcher, and which of its launches is meant.
-LAUNCHES: dict[str, tuple[Callable[[Call], object], int]] = {
+GROUPED_LAUNCHES: dict[str, tuple[Callable[[Call], object], int]] = {
     "grouped_count": (_sort, 0),
     "grouped_prefix": (_sort, 1),
     "grouped_scatter": (_sort, 2),

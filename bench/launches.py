@@ -18,7 +18,7 @@ from kernels.pool import Pool
 from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
-from kernels.weight_grad import weight_grad_a, weight_grad_b
+from kernels.weight_grad import partial_sums, weight_grad_a, weight_grad_b
 
 Tensors = dict[str, Any]  # tensors by name, and the split routers
 # The published pools have 64 ranks, the others 128 and 256; together they cover every entry of kernels/tables.json.
@@ -33,9 +33,13 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "gate_backward_inplace": lambda t, segments, pool: gate_backward_inplace(
         t["buffer"][:, t["wide"].shape[1] :], t["h"].shape[1], t["h"], t["z"], t["dp"], segments, pool
     ),
-    "weight_grad_a": lambda t, segments, pool: weight_grad_a(t["x"], t["h"], t["dz"], t["peak"], segments, pool),
-    "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], segments, pool),
-    "reduce": lambda t, segments, pool: reduce(t["db"], t["da"], t["drouters"]),
+    "weight_grad_a": lambda t, segments, pool: weight_grad_a(
+        t["x"], t["h"], (t["dz"], t["peak"]), _parts(t, segments, pool)[1:], segments, pool
+    ),
+    "weight_grad_b": lambda t, segments, pool: weight_grad_b(
+        t["x"], t["h"], _parts(t, segments, pool)[0], segments, pool
+    ),
+    "reduce": lambda t, segments, pool: reduce(*_parts(t, segments, pool)),
     "matmul": lambda t, segments, pool: matmul(t["wide"], t["up"].t(), t["bias"], segments, pool),
     "matmul_routed": lambda t, segments, pool: matmul_routed(
         t["wide"], t["down"], t["dz"], t["routers"], segments, pool
@@ -49,6 +53,10 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "gelu": lambda t, segments, pool: gelu(t["wide"], t["buffer"]),
     "gelu_backward": lambda t, segments, pool: gelu_backward(t["wide"], t["buffer"]),
 }
+
+
+def _parts(t: Tensors, segments: TaskSegments, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
+    return partial_sums(t["x"], t["x"], t["h"], segments, pool)
 
 
 def parse_pool(text: str) -> Pool:
@@ -78,9 +86,6 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
         "dp": (tasks, pool.columns),
         "routers": (tasks, pool.columns, width),
         "peak": (),
-        "db": (tasks, width, ranks),
-        "da": (tasks, ranks, width),
-        "drouters": (tasks, 1, pool.columns, width),
     }
     made = {name: torch.randn(shape, device=like.device).to(like.dtype) for name, shape in half.items()}
     made |= {name: torch.randn(shape, device=like.device) for name, shape in full.items()}

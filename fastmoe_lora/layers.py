@@ -11,6 +11,7 @@ from fastmoe_lora.routing import Routing
 from kernels import TaskSegments, lora_moe, lora_moe_packed, resolve_kernel
 from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.nvtx import span
+from kernels.pool import fits_one_tile
 
 
 def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
@@ -62,7 +63,8 @@ class LoRAMoE(nn.Module):
 
     ``base`` maps (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it. The tasks share the experts;
     ``routing`` says which rows of x belong to which task. Base and experts are one fused operation if the base is
-    frozen, the Triton kernels run, and :func:`fastmoe_lora.packing.fusible` accepts the base.
+    frozen, the Triton kernels run, :func:`fastmoe_lora.packing.fusible` accepts the base, and the pool fits one
+    register tile. Else the base runs first and the experts beside it.
     """
 
     def __init__(
@@ -74,19 +76,22 @@ class LoRAMoE(nn.Module):
         columns = config.gating.router_columns(config.experts)
         self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
         self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
+        self.one_tile = fits_one_tile(config.experts, config.rank)
         self.packing = PackedLayer()
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
-        """The base's linear layers for the fused kernels; empty if they cannot compute it or its weights' gradients."""
-        linears = fusible(self.base)
+        """The base's linear layers for the fused kernels; empty if they cannot compute the base, the gradients of its
+        weights or so large a pool."""
+        linears = fusible(self.base) if self.one_tile else ()
         trained = any(tensor.requires_grad for tensor in weights_of(linears))
         return () if trained else linears
 
     @property
     def fused(self) -> bool:
         """Whether base and experts are one operation."""
-        return bool(self.linears) and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
+        # The kernel first: packing asks for this before a compiled pass, which then finds the kernel resolved.
+        return resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton" and bool(self.linears)
 
     @property
     def adapters(self) -> tuple[Tensor, Tensor, Tensor]:

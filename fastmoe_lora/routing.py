@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmoe_lora.ranks import gathered, over_ranks, world_size
 from kernels import TaskSegments
 
 
@@ -37,6 +38,12 @@ class RoutingStatistics:
         self._sums[layer] = self._sums.get(layer, 0) + sums
         if layer == 0:
             self._tokens = self._tokens + torch.tensor(segments.counts, dtype=torch.float64)
+
+    def merge(self, other: "RoutingStatistics") -> None:
+        """Add what ``other`` has accumulated."""
+        for layer, sums in other._sums.items():
+            self._sums[layer] = self._sums.get(layer, 0) + sums
+        self._tokens = self._tokens + other._tokens
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(gate mass, selection frequency), both (layers, tasks, N): means over a task's tokens, NaN for a task
@@ -83,10 +90,19 @@ class Routing:
         return self.__dict__ | {"_mean_probs": {}}
 
     def mi_loss(self) -> Tensor:
-        """The mutual-information loss of the last forward pass, summed over layers; call it once per pass."""
+        """The mutual-information loss of the last forward pass, summed over layers; call it once per pass.
+
+        In a data-parallel run it is that of all processes' tokens, and every process must call it.
+        """
         if not self._mean_probs:
             raise ValueError("no forward pass since the last mi_loss()")
-        present = [t for t, n in enumerate(self._images) if n]
         layers = torch.stack([self._mean_probs[layer] for layer in sorted(self._mean_probs)])
         self._mean_probs.clear()
-        return mutual_information_loss(layers[:, present]).sum()
+        images = [sum(counts) for counts in zip(*gathered(self._images), strict=True)]
+        if world_size() > 1:  # each process has the mean over its own tokens
+            shares = [own / max(total, 1) for own, total in zip(self._images, images, strict=True)]
+            layers = over_ranks(layers * layers.new_tensor(shares)[:, None])
+        present = [t for t, n in enumerate(images) if n]
+        if len(present) < self.tasks:  # a list as index is copied to the device, which the host would wait for
+            layers = layers[:, present]
+        return mutual_information_loss(layers).sum()

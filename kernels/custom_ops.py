@@ -29,11 +29,10 @@ from kernels.gating import Gating
 from kernels.linear import linear_backward, linear_forward
 from kernels.packed import Packed, SplitRouters
 from kernels.pool import Pool, make_pool
-from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.tiles import ffn_algorithm
-from kernels.weight_grad import weight_grad_a, weight_grad_b
+from kernels.weight_grad import weight_grads
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -121,8 +120,7 @@ def lora_moe_backward_op(
     segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
     x, dy = _rows(x), _rows(dy)
     dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
-    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
-    da, db, drouters = reduce(*parts)
+    da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
     dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), segments, pool)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
@@ -150,7 +148,8 @@ def _backward(run, ctx, dy, dg, dp, dh, dz):
 _lora_moe = differentiable(lora_moe_op, lora_moe_backward_op, _save, _backward)
 
 
-def _check(x: Tensor) -> None:
+def check_type(x: Tensor) -> None:
+    """UserError if the kernels do not compute in x's type."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {x.dtype}; use --kernel=reference")
     if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
@@ -161,7 +160,7 @@ def lora_moe(
     x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
-    _check(x)
+    check_type(x)
     static = segments.counts, gating.name, gating.k, gating.shared
     y, g, p, _, _ = _lora_moe(x, base, *lora, routers, segments.offsets, *static)
     return y, g, p
@@ -277,7 +276,7 @@ def lora_moe_packed(
     one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens, with
     ``deterministic`` the same for every number.
     """
-    _check(x)
+    check_type(x)
     if packed.hidden and deterministic and not algorithm:
         algorithm = ffn_algorithm(x, deterministic)
     static = segments.counts, gating.name, gating.k, gating.shared, algorithm

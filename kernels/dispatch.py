@@ -10,6 +10,7 @@ from kernels import reference
 from kernels.errors import UserError
 from kernels.gating import Gating
 from kernels.packed import Packed
+from kernels.pool import fits_one_tile
 from kernels.segments import TaskSegments
 
 KERNELS = ("auto", "triton", "reference")
@@ -64,13 +65,21 @@ def lora_moe(
     """y (T, D) = base + sum_e g_e B_e A_e x, the gates g (T, N) and P (tasks, C); see :mod:`kernels.reference`.
 
     x (T, d) and base (T, D) share a floating type, ``lora`` is (A (R, d), B (D, R)), ``routers`` (tasks, C, d); the
-    parameters may be fp32 masters. UserError if ``kernel="triton"`` cannot run.
+    parameters may be fp32 masters. UserError if ``kernel="triton"`` cannot run. A pool that exceeds one register tile
+    (:func:`kernels.pool.fits_one_tile`) runs as a mixture of experts without activation and biases.
     """
     if resolve_kernel(kernel, x.device) == "reference":
         return reference.lora_moe(x, base, lora, routers, segments, gating)
     from kernels import custom_ops  # imports Triton, which not every machine has
 
-    return custom_ops.lora_moe(x, base, lora, routers, segments, gating)
+    experts = gating.experts(routers.shape[1])
+    if fits_one_tile(experts, len(lora[0]) // experts):
+        return custom_ops.lora_moe(x, base, lora, routers, segments, gating)
+    from kernels.experts import Experts, ops  # its entry point imports this file
+
+    z = reference.router_logits(x, routers, segments)
+    down, up = (weight.unsqueeze(0) for weight in lora)
+    return ops.expert_mixture(x, base, Experts(down, up), z, segments, gating)
 
 
 def lora_moe_packed(

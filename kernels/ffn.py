@@ -30,10 +30,9 @@ from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
-from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
-from kernels.weight_grad import weight_grad_a, weight_grad_b
+from kernels.weight_grad import weight_grads
 
 ALGORITHMS = ("columns", "matmul", "expand", "fused")
 
@@ -101,8 +100,7 @@ def ffn_backward(
         dh, dz, gated, peak = gate_backward(dy, up[:, hidden:], h, z, dp, segments, pool)
     else:
         dh, dz, gated, peak = gate_backward_inplace(grad[:, hidden:], packed.padded_ranks, h, z, dp, segments, pool)
-    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
-    da, db, drouters = reduce(*parts)
+    da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
     if algorithm == "matmul":
         dx = matmul_routed(grad, down[:width], dz, routers, segments, pool)
     elif algorithm == "expand":

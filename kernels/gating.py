@@ -33,3 +33,7 @@ class Gating:
     def router_columns(self, experts: int) -> int:
         """Logits per token for a pool of ``experts``: a shared expert whose gate is fixed has none."""
         return experts - self.shared if self.name == "naive-shared" else experts
+
+    def experts(self, columns: int) -> int:
+        """The inverse of :meth:`router_columns`."""
+        return columns + self.shared if self.name == "naive-shared" else columns

@@ -82,6 +82,23 @@ def gates(z, m, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
 
 
 @triton.jit
+def gates_backward(z, g, dg, c, C: tl.constexpr, GATING: tl.constexpr):
+    """dz (BM, NP) from the gradients of the gates, dg (BM, NP), and of the mean probabilities, c (1, NP) per token.
+
+    An expert that was not selected has g = 0, so that the selection itself is not needed.
+    """
+    columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
+    through = tl.where(columns < C, g * dg, 0.0)
+    passed = tl.sum(through, 1)[:, None]
+    p = softmax(z, columns < C)
+    if GATING == "ase" or GATING == "topk-renorm":
+        dz = through - g * passed
+    else:
+        dz = through - p * passed
+    return dz + softmax_backward(p, tl.broadcast_to(c, p.shape))
+
+
+@triton.jit
 def per_rank(g, RANK: tl.constexpr):
     """(BM, NP) -> (BM, NP * RANK): every gate repeated for each row of its expert."""
     deep = tl.broadcast_to(tl.expand_dims(g, 2), (g.shape[0], g.shape[1], RANK))

@@ -21,10 +21,9 @@ from kernels.gating import Gating
 from kernels.nvtx import span
 from kernels.packed import Linear, Packed
 from kernels.pool import Pool
-from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
-from kernels.weight_grad import weight_grad_a, weight_grad_b
+from kernels.weight_grad import weight_grads
 
 
 def linear_reference(
@@ -61,7 +60,6 @@ def linear_backward(
     (dy, dp), (x, h, z) = gradients, saved
     grad = torch.mm(dy, packed.up)
     dh, dz, gated, peak = gate_backward_inplace(grad[:, packed.inner :], packed.padded_ranks, h, z, dp, segments, pool)
-    parts = weight_grad_b(dy, gated, segments, pool), *weight_grad_a(x, dh, dz, peak, segments, pool)
-    da, db, drouters = reduce(*parts)
+    da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
     dx = expand_backward(grad[:, : packed.inner], dh, dz, packed.down[: pool.ranks], routers, segments, pool)
     return dx, da, db, drouters

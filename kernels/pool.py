@@ -6,16 +6,28 @@ from typing import Any
 
 from kernels.gating import Gating
 
+MOST_RANKS = 256  # NP r of which a kernel keeps a row of H in registers without spills
 
-def _power_of_two(n: int) -> int:
+
+def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def padded_experts(experts: int) -> int:
+    """NP: a power of two and at least 16, the narrowest operand of a GPU's matrix product."""
+    return max(16, next_power_of_two(experts))
+
+
+def fits_one_tile(experts: int, rank: int) -> bool:
+    """Whether kernels can keep all of H in one register tile; other pools go through :mod:`kernels.experts`."""
+    return padded_experts(experts) * rank <= MOST_RANKS and rank == next_power_of_two(rank)
 
 
 @dataclass(frozen=True)
 class Pool:
     """N experts of rank r with C logits per token.
 
-    Tiles have NP >= N expert columns: a power of two and at least 16, the narrowest operand of a GPU's matrix product.
+    Tiles have NP >= N expert columns, see :func:`padded_experts`.
     """
 
     experts: int
@@ -31,7 +43,7 @@ class Pool:
     @property
     def padded(self) -> int:
         """NP."""
-        return max(16, _power_of_two(self.experts))
+        return padded_experts(self.experts)
 
     @property
     def tile_columns(self) -> int:
@@ -50,5 +62,5 @@ class Pool:
 def make_pool(ranks: int, columns: int, *gating: Any) -> Pool:
     """From R, C and the gating's name, k and S; made once, not for every launch."""
     known = Gating(*gating)
-    experts = columns + known.shared if known.name == "naive-shared" else columns
+    experts = known.experts(columns)
     return Pool(experts, columns, ranks // experts, known)

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from kernels.pool import Pool
+from kernels.pool import MOST_RANKS, Pool, fits_one_tile
 
-MOST_RANKS = 256  # NP r
 LARGE = 16_384  # tokens from which the FFN uses the algorithm that was fastest for large batches
 
 # architecture: {kernel: {bytes of an element: {at most so many columns: (the sizes of NAMES, warps, stages)}}}
@@ -71,14 +70,10 @@ def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
 @cache
 def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
     """Those of architecture ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
-    if pool.padded * pool.rank > MOST_RANKS:
+    if not fits_one_tile(pool.experts, pool.rank):
         raise UserError(
-            f"the Triton kernels take up to N*r = {MOST_RANKS} expert rows, N padded to a power of two; "
-            f"{pool.experts} experts of rank {pool.rank} need --kernel=reference"
-        )
-    if pool.rank & (pool.rank - 1):
-        raise UserError(
-            f"the Triton kernels take ranks that are powers of two, not rank {pool.rank}; use --kernel=reference"
+            f"one register tile takes up to N*r = {MOST_RANKS} expert rows, N padded to a power of two, and ranks that "
+            f"are powers of two; {pool.experts} experts of rank {pool.rank} need kernels.lora_moe, which has no limit"
         )
     rows = TABLES.get(name, {}).get(kernel, TABLES["default"][kernel])[str(size)]
     *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if pool.tile_columns <= limit))]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.jit_helpers import dot_exact, power_of_two
 from kernels.pool import Pool
+from kernels.reduce import reduce
 from kernels.segments import TaskSegments, ceil_div
 from kernels.tiles import tile
 
@@ -36,7 +37,7 @@ def weight_grad_a_reference(x: Tensor, dh: Tensor, dz: Tensor, segments: TaskSeg
 @triton.jit
 def weight_grad_kernel(
     wide, narrow, dz, peak, offsets, product, router_product, wide_stride, narrow_stride, W, chunk,
-    stride_w, stride_r,
+    task_stride, chunk_stride, stride_w, stride_r,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, ROUTERS: tl.constexpr,
     BW: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -71,62 +72,84 @@ def weight_grad_kernel(
                 exact = tl.load(dz + rows * C + column, inside & (column < C), 0.0) * (1.0 / scale)
                 router_total = dot_exact(tl.trans(across), exact, router_total)
         total = tl.dot(tl.trans(across), ranks, total, input_precision="ieee")
-    part = (task * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    part = task.to(tl.int64) * task_stride + tl.program_id(1) * chunk_stride
     inside = outer[:, None] < W
     # Stored in two halves: a store goes through shared memory, where a whole tile may not fit.
     half: tl.constexpr = NP * RANK // 2
     left, right = tl.split(tl.permute(tl.reshape(total, (BW, 2, half)), (0, 2, 1)))
     rank = tl.arange(0, half)[None, :]
-    place = product + part * (W * N * RANK) + outer[:, None] * stride_w + rank * stride_r
+    place = product + part + outer[:, None] * stride_w + rank * stride_r
     tl.store(place, left, inside & (rank < N * RANK))
     tl.store(place + half * stride_r, right, inside & (half + rank < N * RANK))
     if ROUTERS:
-        place = router_product + part * (W * C) + column * W + outer[:, None]
+        place = router_product + part + column * W + outer[:, None]
         tl.store(place, router_total * scale, inside & (column < C))
 
 
-def _chunks(segments: TaskSegments, tiles: int, step: int) -> tuple[int, int]:
-    """(chunks per task, tokens per chunk): about PROGRAMS programs in total, each of at least four steps."""
-    longest = max(1, *segments.counts)
-    chunks = max(1, min(PROGRAMS // (tiles * len(segments.counts)), longest // (4 * step)))
-    chunk = ceil_div(ceil_div(longest, chunks), step) * step
-    return ceil_div(longest, chunk), chunk
-
-
 PROGRAMS = 132  # one per multiprocessor of an H100: a program fills its registers
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def weight_grad_b(dy: Tensor, gated: Tensor, segments: TaskSegments, pool: Pool) -> Tensor:
-    """Partial sums (chunks, D, R) fp32 of dB, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
+def partial_sums(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool: Pool) -> Parts:
+    """Room for the fp32 partial sums of dB, dA and dW, (tasks, chunks, D, R), (.., R, d) and (.., C, d).
+
+    They are views of one buffer, in which the numbers of a chunk lie side by side. About PROGRAMS programs compute the
+    wider of the two products; each has at least four steps.
+    """
+    sizes = tile("weight_grad_b", dh, pool), tile("weight_grad_a", dh, pool)
+    tiles = max(ceil_div(wide.shape[1], size["BW"]) for wide, size in zip((dy, x), sizes, strict=True))
+    tasks, longest, step = len(segments.counts), max(1, *segments.counts), max(size["BT"] for size in sizes)
+    chunks = max(1, min(PROGRAMS // (tiles * tasks), longest // (4 * step)))
+    shapes = (dy.shape[1], dh.shape[1]), (dh.shape[1], x.shape[1]), (pool.columns, x.shape[1])
+    numbers = [rows * columns for rows, columns in shapes]
+    parts = dh.new_empty(tasks, chunks, sum(numbers), dtype=torch.float32).split(numbers, -1)
+    db, da, drouters = (part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+    return db, da, drouters
+
+
+def weight_grad_b(dy: Tensor, gated: Tensor, db: Tensor, segments: TaskSegments, pool: Pool) -> None:
+    """Fill ``db``, of :func:`partial_sums`, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
     sizes = tile("weight_grad_b", gated, pool)
-    width, ranks = dy.shape[1], gated.shape[1]
-    tiles = ceil_div(width, sizes["BW"])
-    chunks, chunk = _chunks(segments, tiles, sizes["BT"])
-    product = gated.new_empty(len(segments.counts) * chunks, width, ranks, dtype=torch.float32)
-    weight_grad_kernel[(tiles, chunks, len(segments.counts))](
-        dy, gated, gated, gated, segments.offsets, product, product, dy.stride(0), gated.stride(0),
-        width, chunk, ranks, 1,
+    tasks, chunks, width, ranks = db.shape
+    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks, tasks)](
+        dy, gated, gated, gated, segments.offsets, db, db, dy.stride(0), gated.stride(0),
+        width, ceil_div(max(segments.counts), chunks), *db.stride(),
         **pool.constants(), ROUTERS=False, **sizes,
     )  # fmt: skip
-    return product
 
 
 def weight_grad_a(
-    x: Tensor, dh: Tensor, dz: Tensor, peak: Tensor | None, segments: TaskSegments, pool: Pool
-) -> tuple[Tensor, Tensor]:
-    """Partial sums (chunks, R, d) of dA and (tasks, chunks per task, C, d) of dW, fp32.
+    x: Tensor,
+    dh: Tensor,
+    logits: tuple[Tensor, Tensor | None],
+    parts: tuple[Tensor, Tensor],
+    segments: TaskSegments,
+    pool: Pool,
+) -> None:
+    """Fill the parts (dA, dW) of :func:`partial_sums`.
 
-    x (T, d) and dh (T, R) have any row strides; dz and ``peak`` are those of :mod:`kernels.gate_backward`.
+    x (T, d) and dh (T, R) have any row strides; ``logits`` is (dz, peak) of :mod:`kernels.gate_backward`.
     """
     sizes = tile("weight_grad_a", dh, pool)
-    width, ranks = x.shape[1], dh.shape[1]
-    tiles, tasks = ceil_div(width, sizes["BW"]), len(segments.counts)
-    chunks, chunk = _chunks(segments, tiles, sizes["BT"])
-    product = dh.new_empty(tasks * chunks, ranks, width, dtype=torch.float32)
-    routers = dh.new_empty(tasks, chunks, pool.columns, width, dtype=torch.float32)
-    weight_grad_kernel[(tiles, chunks, tasks)](
-        x, dh, dz, dz if peak is None else peak, segments.offsets, product, routers, x.stride(0), dh.stride(0),
-        width, chunk, 1, width,
+    (dz, peak), (da, drouters) = logits, parts
+    tasks, chunks, _, width = da.shape
+    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks, tasks)](
+        x, dh, dz, dz if peak is None else peak, segments.offsets, da, drouters, x.stride(0), dh.stride(0),
+        width, ceil_div(max(segments.counts), chunks), *da.stride()[:2], 1, width,
         **pool.constants(), ROUTERS=True, **sizes,
     )  # fmt: skip
-    return product, routers
+
+
+def weight_grads(
+    wide: tuple[Tensor, Tensor],
+    narrow: tuple[Tensor, Tensor],
+    logits: tuple[Tensor, Tensor | None],
+    segments: TaskSegments,
+    pool: Pool,
+) -> Parts:
+    """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32 from (dY, x), (H', dH) and (dz, peak)."""
+    (dy, x), (gated, dh) = wide, narrow
+    parts = partial_sums(dy, x, dh, segments, pool)
+    weight_grad_b(dy, gated, parts[0], segments, pool)
+    weight_grad_a(x, dh, logits, parts[1:], segments, pool)
+    return reduce(*parts)

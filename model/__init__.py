@@ -1,5 +1,7 @@
-"""The multi-task ViT: backbone, task heads and pretrained weights."""
+"""The multi-task models: an adapted ViT with task heads, or a frozen encoder with a decoder; pretrained weights."""
 
+from model.base import MultiTaskModel
+from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
 from model.heads import HEADS
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
@@ -7,6 +9,13 @@ from model.weights import NORMALISATIONS, LoadReport, Weights, load_pretrained, 
 
 __all__ = [
     "HEADS",
+    "EncoderDecoder",
+    "FGConfig",
+    "FGMoE",
+    "MLoRE",
+    "MLoREConfig",
+    "MultiTaskModel",
+    "Plain",
     "NORMALISATIONS",
     "VITS",
     "LoadReport",

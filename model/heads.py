@@ -5,6 +5,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.norm import BatchNorm2d
+
 
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which come first, are dropped."""
@@ -23,7 +25,7 @@ class UpHead(nn.Module):
         widths = (width, 256, 256, 256, 256)
         self.norm = nn.LayerNorm(width)
         self.convs = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in pairwise(widths)
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), BatchNorm2d(o), nn.ReLU()) for i, o in pairwise(widths)
         )
         self.predict = nn.Conv2d(256, channels, 1)
         self.patch = patch

@@ -27,6 +27,9 @@ VITS = {
 }
 
 
+TAPS = 4  # blocks whose features a decoder reads; it divides the depth of every size
+
+
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """(1, 1 + h*w, d) of a square grid -> (1, 1 + grid[0]*grid[1], d), bicubic; the class token's is kept."""
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -129,3 +132,12 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+    def taps(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, width) -> TAPS times (B, L, width): after evenly spaced blocks, the last one through ``norm``."""
+        every, taps = len(self.blocks) // TAPS, []
+        for i, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if i % every == 0:
+                taps.append(tokens)
+        return *taps[:-1], self.norm(taps[-1])

@@ -82,8 +82,9 @@ def read_weights(path: str | Path) -> Weights:
 def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
 
-    :class:`UserError`: as :func:`read_weights`, and weights of another architecture, that is, a tensor of another
-    shape, or other blocks or registers. Other missing or unused keys are returned, and the caller decides.
+    :class:`UserError`: as :func:`read_weights`, values that are not finite, and weights of another architecture, that
+    is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are returned, and the
+    caller decides.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
@@ -91,6 +92,9 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
         side = isqrt(vit.pos_embed.shape[1] - 1)
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
     _check_architecture(weights.path, tensors, own)
+    for name in own.keys() & tensors.keys():
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{weights.path} has a value in {name} that is not finite: download it again")
     with torch.no_grad():
         for name in own.keys() & tensors.keys():
             own[name].copy_(tensors[name])

@@ -20,6 +20,7 @@ COSTS = {
     "fastmoe_lora/test_compile.py": "slow",
     "fastmoe_lora/test_fused.py": "interpret",
     "model/test_kernel_parity.py": "interpret",
+    "model/decoders/test_kernel_parity.py": "interpret",
     "bench/test_counted.py": "interpret",
     "bench/test_gpu_script.py": "integration",
     "bench/test_tune.py": "integration",

@@ -12,7 +12,9 @@ from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
 from train.evaluate import main as evaluate
+from train.lossdiff import main as lossdiff
 from train.output.scores import score_table
+from train.parameters import main as count
 from train.predict import main as predict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,14 +27,21 @@ COMMANDS = [
     if command.strip()
 ]
 # These two installations, and this test command, are what .ci/run runs; so is the benchmark.
-IN_CI = {"pip install -e .", "pip install -e '.[test]'", "pytest -n auto", "pytest bench/ --benchmark-only"}
+TORCHRUN = "torchrun --nproc-per-node=2 -m train --tasks seg,parts,sal,normals,edge"
+IN_CI = {
+    "pip install -e .",
+    "pip install -e '.[test]'",
+    "pytest -n auto",
+    "pytest bench/ --benchmark-only",
+    f"{TORCHRUN} --out RUN-2",
+}
 
 
 def test_every_command_is_tried_somewhere():
     for command in COMMANDS:
         assert command in IN_CI or "python -m train" in command, command
     script = (ROOT / ".ci" / "run").read_text()
-    assert "pip install --quiet -e .\n" in script
+    assert "pip install --quiet -e .\n" in script and f"\n{TORCHRUN} " in script
     assert "pip install --quiet -e '.[test]'" in script and "\npytest -n auto\n" in script and "pytest bench/" in script
 
 
@@ -64,10 +73,22 @@ def test_training_commands_run(command, tmp_path, request):
     assert main([*argv, *quick, "--out", str(tmp_path / "run")]) == 0
 
 
+def test_every_promise_names_a_test():
+    promised = re.findall(r"\| `([\w/]+\.py)::(\w+)` \|", README)
+    assert len(promised) > 10
+    for path, name in promised:
+        assert f"\ndef {name}(" in (ROOT / "tests" / "train" / path).read_text(), f"{path}::{name}"
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train.check " in c])
 def test_checking_commands_run(command, tmp_path, pascal_mini):
     argv = shlex.split(command.replace("PASCAL_MT", str(pascal_mini)))[3:]
     assert check([*argv, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train.parameters " in c])
+def test_counting_commands_run(command):
+    assert count(shlex.split(command)[3:]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +111,11 @@ def runs(few_photos, tmp_path_factory):
 def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
     """In their order: what one writes the next may read."""
     monkeypatch.chdir(runs)
-    tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare}
+    tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare, "train.lossdiff": lossdiff}
     quick = {"train.evaluate": ["--ids", "ids", "--partial-labels", "--workers", "0"]}
     commands = [shlex.split(command.replace("PASCAL_MT", str(few_photos))) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for words in commands:
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 

@@ -19,6 +19,7 @@ from train.datasets.pascal.inspection import Finding, inspect_images
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
 from train.files.atomic import make_folder, write_text
+from train.files.folders import require_outside_data
 from train.output.tables import format_table
 from train.protocols.base import finish_labels
 from train.tasks import DEFAULT_TASKS, TASKS, VOID, parse_tasks
@@ -142,6 +143,7 @@ def run(options: Any) -> int:
     if options.workers < 0:
         raise UserError(f"workers is {options.workers}: it must not be negative")
     reader, out = Reader(open_cache(options.cache, tree.root)), Path(options.out)
+    require_outside_data(out)
     make_folder(out)
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
@@ -158,7 +160,8 @@ def run(options: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Check; returns the exit status."""
-    return guarded(lambda: run(build_parser().parse_args(argv)))
+    options = build_parser().parse_args(argv)
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ from typing import Any, NoReturn
 from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import Settings, recipe_names
+from train.config.settings import CHOICES, DECODERS, PRECISIONS, Settings, list_recipes, recipe_names
+from train.files.progress import quiet
+from train.output.tables import format_table
 from train.protocols import PROTOCOLS
+from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS
 
 DESCRIPTION = """\
@@ -31,10 +34,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        self.add_argument("--quiet", action="store_true", help="print errors only")
 
     def error(self, message: str) -> NoReturn:
         """Exits with one line instead of the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
+
+
+class ListRecipes(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(format_table([["recipe", "what it is for"], *list_recipes()], text_columns=2))
+        parser.exit()
 
 
 def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
@@ -74,11 +84,20 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", choices=VITS, help="size of the ViT (vit_base; scenes: vit_micro)")
     group.add_argument(
         "--pretrained",
-        metavar="FILE",
+        metavar="FILE|RUN",
         help="weights of the backbone (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face); "
-        "with them the backbone is frozen, without them it is trained in full",
+        "with them the backbone is frozen, without them it is trained in full; for a decoder also a finished run",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        help="train a decoder on the frozen features of --pretrained, instead of experts in the backbone: fgmoe (a "
+        "reconstruction), mlore, or plain, which is fgmoe without gates (none)",
+    )
+    group.add_argument(
+        "--fg", metavar="N/K/m/K_s", help="fgmoe: experts / active / slices of an expert / shared slices (4/2/4/1)"
+    )
     group.add_argument("--moe", metavar="N/k/S/r", help="experts / active sparse / shared / rank (16/3/1/4), or none")
     group.add_argument("--gating", choices=GATINGS, help="gating of the experts (ase where S > 0, topk where S = 0)")
     group.add_argument("--site", choices=SITES, help="which layers get experts (ffn)")
@@ -96,17 +115,39 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         metavar="NAME|FILE",
         help=f"settings from a yaml file: {', '.join(recipe_names())}; flags override it",
     )
+    group.add_argument("--list-recipes", action=ListRecipes, nargs=0, help="print the recipes and what they are for")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (40)")
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps, instead of epochs")
-    group.add_argument("--batch-size", type=int, metavar="N", help="images per step")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images per step, of all processes")
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="parts in which the batch goes through the model, to save memory (1)",
+    )
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
     group.add_argument("--loss-weights", metavar="T=X,..", help=f"loss weight per task ({Settings.loss_weights})")
     group.add_argument(
         "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"
     )
+    group.add_argument(
+        "--checkpoint-every", type=int, metavar="N", help="checkpoint every N steps too; 0: only as --eval-every says"
+    )
+    group.add_argument("--keep", type=int, metavar="N", help="checkpoints that are kept, the newest (1)")
+    group.add_argument(
+        "--compile", action="store_true", help="compile backbone and heads for training steps (a minute at the start)"
+    )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a whole training step at once; never run on a GPU yet"
+    )
+    group.add_argument("--precision", choices=PRECISIONS, help="type of the products (fp32); parameters stay fp32")
+    group.add_argument(
+        "--on-nonfinite", choices=("stop", "skip"), help="what a loss that is NaN or infinite does to the run (stop)"
+    )
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
+    group.add_argument("--log", choices=CHOICES["log"], help="where loss curves go beside losses.csv (tensorboard)")
     group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
     group.add_argument(
@@ -114,7 +155,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="continue from a checkpoint folder; without FILE from OUT/last",
+        help="continue from a checkpoint folder; without FILE from OUT/last, or from step 0 where there is none",
     )
     group.add_argument("--set", action="append", metavar="key=value", help="any setting by name, see below")
 
@@ -127,6 +168,12 @@ def _epilog(flags: set[str]) -> str:
 def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     """(values by settings name, checkpoint to resume: a path, "" for OUT/last, None for a fresh run)."""
     flags = vars(build_parser().parse_args(argv))
+    flags.pop("quiet", None)
+    return flags_of(flags)
+
+
+def flags_of(flags: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The same of parsed arguments."""
     resume = flags.pop("resume", None)
     for assignment in flags.pop("set", []):
         name, equals, value = assignment.partition("=")
@@ -136,24 +183,30 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
     return flags, resume
 
 
-def guarded(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt."""
+def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
+    """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt, 143 after a
+    SIGTERM that it heard. ``silent`` runs print nothing else."""
     try:
-        return run() or 0
+        with quiet(silent):
+            return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
+    except TerminatedError:
+        return 143
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    silent = options.__dict__.pop("quiet", False)
 
     def run() -> None:
         from train.run.loop import train
 
-        train(*parse(argv))
+        train(*flags_of(vars(options)))
 
-    return guarded(run, "interrupted; the last checkpoint is kept, continue with --resume")
+    return guarded(run, silent)

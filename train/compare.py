@@ -149,7 +149,7 @@ def run(options: Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Compare; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels import UserError
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.cli import Parser, add_cache, guarded
 from train.config.settings import Settings, layer
 from train.datasets.base import DataSet, open_dataset
@@ -53,7 +53,7 @@ class Subject:
     name: str
     about: dict[str, Any]
     settings: Settings
-    model: MultiTaskViT | None = None
+    model: MultiTaskModel | None = None
 
 
 def build_parser() -> Parser:
@@ -102,8 +102,8 @@ def _from_checkpoint(options: Namespace) -> Subject:
     if options.protocol not in (None, settings.protocol) and not protocol.resizes_photos:
         # This protocol does not resize photos: the input grows to hold them, and the position embedding is resampled.
         smallest = max(settings.image_size, protocol.own_size)
-        changes["image_size"] = -(-smallest // model.vit.patch) * model.vit.patch
-    about = {"checkpoint": str(folder), "step": state["step"]}
+        changes["image_size"] = -(-smallest // model.patch) * model.patch
+    about = {"checkpoint": str(folder), "step": state.step}
     return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
 
 
@@ -274,7 +274,7 @@ def run(options: Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

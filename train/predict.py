@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from kernels import UserError
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.cli import Parser, guarded
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
+from train.files.folders import require_outside_data
+from train.files.progress import progress
 from train.files.reading import reading, require_file
 from train.protocols import Protocol
 from train.run import checkpoint
@@ -30,7 +31,8 @@ Predict all tasks of a checkpoint for photos of any size and format. A folder me
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
 probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,
-h, w), at the model's resolution) and sheet.png."""
+h, w), at the model's resolution) and sheet.png.
+Exit status: 0, 1 some photos could not be read, 2 a user's mistake."""
 
 
 def build_parser() -> Parser:
@@ -94,10 +96,10 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def predict(model: MultiTaskViT, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
+def predict(model: MultiTaskModel, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
     """The raw output of each head, (channels, h, w), without the padding around the photo."""
     image, where = protocol.fit_photo(photo)
-    outputs = model(torch.tensor(image, device=model.task_embed.device).permute(2, 0, 1)[None])
+    outputs = model(torch.tensor(image, device=model.device).permute(2, 0, 1)[None])
     return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 
@@ -116,29 +118,41 @@ def write(
     return overlays
 
 
-def run(given: Sequence[str], checkpoint_path: str, out: Path) -> None:
+def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
+    """Predicts all photos that can be read; the exit status is 1 if there are others."""
     from train.output import pictures
 
+    require_outside_data(out)
     photos = list_photos(given)
     settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))
     protocol, classes = settings.source.protocol, settings.source.classes
     make_folder(out)
-    print(f"model     {settings.model} of step {state['step']}: {', '.join(model.tasks)}, protocol {protocol.reported}")
-    shown = {name: photo for i, (name, photo) in enumerate(photos.items()) if i < SHEET}
-    sheet = {}
-    for name, path in tqdm(photos.items(), "predict", leave=False, disable=None):
-        photo = read_any_photo(path)
+    print(f"model     {settings.model} of step {state.step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
+    sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
+    faults: list[str] = []
+    for name, path in progress(photos.items(), "predict", len(photos)):
+        try:
+            photo = read_any_photo(path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
         overlays = write(out, name, photo, predict(model, photo, protocol))
-        if name in shown:
+        if len(sheet) < SHEET:
             sheet[name] = {"image": photo} | overlays
+    if not sheet:
+        raise UserError(faults[0] if len(faults) == 1 else f"none of {len(faults)} photos can be read: {faults[0]}")
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
     pictures.save_contact_sheet(out / "sheet.png", sheet, classes)
-    print(f"{out}/: {len(photos)} photos: PNGs by task, overlays, raw, sheet.png")
+    left_out = f", {len(faults)} left out" if faults else ""
+    print(f"{out}/: {len(photos) - len(faults)} photos{left_out}: PNGs by task, overlays, raw, sheet.png")
+    return 1 if faults else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Predict; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)))
+    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)), options.quiet)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench.aot import DTYPES, compiled
+from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS
 from bench.launches import LAUNCHES
 from bench.static import budget, table
 from bench.static.ffn import adapted, frozen
@@ -26,13 +27,20 @@ from bench.static.model import TARGET, cost
 from kernels.ffn import ALGORITHMS
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
+KERNELS = {**dict.fromkeys(LAUNCHES, POOLS), **dict.fromkeys(EXPERT_LAUNCHES, POOLS + EXPERT_POOLS)}  # pools by kernel
 TOKENS, TASKS = (40_960, 7_880), 5
 HALF = ("bf16", "fp16")  # the types of the assumed rates of cuBLAS
 
 
 def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
-    for n, pool, dtype, kernel in tqdm(list(product(tokens, pools, dtypes, kernels)), "kernels", leave=False):
+    every = pools or list(dict.fromkeys(pool for own in KERNELS.values() for pool in own))
+    combinations = [
+        (n, pool, dtype, kernel)
+        for n, pool, dtype, kernel in product(tokens, every, dtypes, kernels)
+        if pools or pool in KERNELS[kernel]
+    ]
+    for n, pool, dtype, kernel in tqdm(combinations, "kernels", leave=False):
         launch = compiled(kernel, pool, dtype, TARGET, (n // TASKS,) * TASKS)
         setting = {"kernel": kernel, "pool": pool, "dtype": dtype, "tokens": n}
         rows.append(table.kernel_row(setting, launch, cost(launch)))
@@ -42,7 +50,8 @@ def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], token
 def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
     halves = [dtype for dtype in dtypes if dtype in HALF]
-    for n, pool, dtype, algorithm in tqdm(list(product(tokens, pools, halves, ALGORITHMS)), "ratios", leave=False):
+    combinations = list(product(tokens, pools or POOLS, halves, ALGORITHMS))
+    for n, pool, dtype, algorithm in tqdm(combinations, "ratios", leave=False):
         setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
         rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))
     return rows
@@ -54,7 +63,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a kernel exceeds its budget")
     parser.add_argument("--budget", action="store_true", help="renew the budgets")
-    for name, default in (("kernels", LAUNCHES), ("pools", POOLS), ("dtypes", reversed(DTYPES))):
+    for name, default in (("kernels", KERNELS), ("pools", ()), ("dtypes", reversed(DTYPES))):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default))
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     return parser
@@ -66,10 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.static compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     if chosen.budget:
-        budget.renew(chosen.kernels, chosen.pools)
+        for kernel in chosen.kernels:
+            budget.renew([kernel], chosen.pools or KERNELS[kernel])
         return 0
     if chosen.check:
-        lines = budget.exceeded(chosen.kernels, chosen.pools)
+        found = (budget.exceeded([kernel], chosen.pools or KERNELS[kernel]) for kernel in chosen.kernels)
+        lines = [line for each in found for line in each]
         print(
             "\n".join(
                 [*lines, "on purpose? python -m bench.static --budget"] if lines else ["no kernel exceeds its budget"]

@@ -7,11 +7,13 @@ commit.
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
 
 from bench.aot import compiled
+from bench.expert_launches import EXPERT_LAUNCHES
 from bench.launches import LAUNCHES
 from bench.static.model import TARGET, cost
 
@@ -40,11 +42,13 @@ def read(file: Path = FILE) -> Budgets:
     return budgets.get(version(), {})
 
 
-def renew(kernels: list[str], pools: list[str], file: Path = FILE) -> None:
+def renew(kernels: Sequence[str], pools: Sequence[str], file: Path = FILE) -> None:
     """Sets the budgets of these kernels for the installed Triton to what they need now; drops removed kernels."""
     budgets = json.loads(file.read_text())["triton"] if file.exists() else {}
     old = budgets.get(version(), {})
-    budgets[version()] = {kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES if kernel in {*old, *kernels}}
+    budgets[version()] = {
+        kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES | EXPERT_LAUNCHES if kernel in {*old, *kernels}
+    }
     for kernel in kernels:
         budgets[version()][kernel].update((pool, measure(kernel, pool)) for pool in pools)
     file.write_text(dump(budgets))
@@ -60,7 +64,7 @@ def dump(budgets: dict[str, Budgets]) -> str:
     return "{\n" + head + ",\n".join(versions) + "\n }\n}\n"
 
 
-def exceeded(kernels: list[str], pools: list[str], file: Path = FILE) -> list[str]:
+def exceeded(kernels: Sequence[str], pools: Sequence[str], file: Path = FILE) -> list[str]:
     """One line for every kernel that needs more than its budget, or has none."""
     budgets, lines = read(file), []
     for kernel in kernels if budgets else ():

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench.aot import Launch
-from bench.launches import LAUNCHES
 from bench.static import budget, ffn, latency, model, sass, table, ttir
+from bench.static.__main__ import KERNELS
 from bench.static.constants import CONSTANTS
 from kernels.ffn import ALGORITHMS
 
@@ -325,7 +325,7 @@ class TestRatios:
 class TestBudget:
     def test_every_launch_has_a_budget(self):
         for own in json.loads(budget.FILE.read_text())["triton"].values():
-            assert set(own) == set(LAUNCHES)
+            assert set(own) == set(KERNELS)
 
     def test_the_committed_table_is_of_these_launches_and_their_budgets(self):
         results = json.loads((ROOT / "bench" / "results" / "static.json").read_text())
@@ -333,7 +333,7 @@ class TestBudget:
         rows = [
             row for row in results["kernels"] if (row["dtype"], row["tokens"]) == (budget.DTYPE, sum(budget.COUNTS))
         ]
-        assert {row["kernel"] for row in rows} == set(LAUNCHES)
+        assert {row["kernel"] for row in rows} == set(KERNELS)
         for row in rows:
             assert row["instructions_per_token"] == pytest.approx(limits[row["kernel"]][row["pool"]], abs=0.11), row
 

@@ -18,7 +18,11 @@ from model.vit import ViT, ViTConfig  # noqa: E402
 
 IMAGES, TOKENS, WIDTH = (1, 0, 2), 5, 16
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ["triton", "reference"])
-EVERY_CASE = pytest.mark.parametrize(("kernel", "site"), [("triton", "ffn"), ("reference", "ffn"), ("triton", "fc1")])
+# A pool of rank 3 runs through kernels.experts.
+EVERY_CASE = pytest.mark.parametrize(
+    ("kernel", "site", "rank"),
+    [("triton", "ffn", 2), ("reference", "ffn", 2), ("triton", "fc1", 2), ("triton", "ffn", 3)],
+)
 # Norm of the difference over the norm: compilers reorder fp32 sums of some hundred products; rounding is 1e-6.
 CLOSE = 1e-5
 
@@ -38,9 +42,9 @@ def _afresh(monkeypatch):
 class Adapted:
     """Block and routing of a small ViT, as trained: B nonzero, routers that tell experts apart."""
 
-    def __init__(self, kernel, site="ffn"):
+    def __init__(self, kernel, site="ffn", rank=2):
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=2, patch=8), 16)
-        self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), site, kernel=kernel)
+        self.routing = adapt(vit, MoEConfig(6, 2, 1, rank), len(IMAGES), site, kernel=kernel)
         (self.block,) = vit.blocks
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
@@ -83,14 +87,14 @@ def assert_close(actual, expected):
 
 
 @EVERY_CASE
-def test_a_block_is_one_graph_without_breaks(kernel, site, x):
-    explained = torch._dynamo.explain(Adapted(kernel, site).block)(x)
+def test_a_block_is_one_graph_without_breaks(kernel, site, rank, x):
+    explained = torch._dynamo.explain(Adapted(kernel, site, rank).block)(x)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
 @EVERY_CASE
-def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(kernel, site, x):
-    eager = Adapted(kernel, site)
+def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(kernel, site, rank, x):
+    eager = Adapted(kernel, site, rank)
     compiled, counter = eager.compiled()
     for tokens in (x, x.flip(1)):
         eager.prepare(IMAGES)

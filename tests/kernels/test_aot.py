@@ -13,8 +13,11 @@ import torch
 import triton
 
 from bench import aot
-from bench.launches import LAUNCHES, POOLS, parse_pool
+from bench.expert_launches import EXPERT_LAUNCHES
+from bench.grouped_launches import GROUPED_LAUNCHES
+from bench.launches import parse_pool
 from kernels import gelu, reduce, tiles
+from kernels.experts import gate, route
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -22,7 +25,14 @@ RECENT = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)  # older on
 
 # More than 272 columns of ranks and gates leave gate_backward 32 rows: with the 64 that wgmma needs it would spill.
 NARROW = {("gate_backward", "64/12/4/4"), ("gate_backward", "128/8/4/2")}
-NO_PRODUCT = ("reduce", "gate_backward_inplace", "gelu", "gelu_backward")  # nothing there for tensor cores
+NO_PRODUCT = (
+    "reduce",
+    "gate_backward_inplace",
+    "gelu",
+    "gelu_backward",
+    *EXPERT_LAUNCHES,
+    *(f"grouped_{name}" for name in ("count", "prefix", "scatter", "combine", "combine_backward")),
+)  # nothing there for tensor cores
 SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul", "matmul_gelu_backward": "matmul_gelu"}
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
@@ -57,16 +67,14 @@ def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes,
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     lengths = [len(names.split(",")) for names in (pool, dtypes, targets)]
-    assert len(rows) == len(LAUNCHES) * lengths[0] * lengths[1] * lengths[2]
+    assert len(rows) == len(aot.KERNELS) * lengths[0] * lengths[1] * lengths[2]
     for row in rows:
         assert_promises(row, spills=RECENT)
 
 
 @pytest.fixture(scope="module")
 def committed():
-    """The rows of bench/launches.py; those of kernels/grouped have tests of their own."""
-    rows = json.loads((ROOT / "bench" / "results" / "aot.json").read_text())["rows"]
-    return [row for row in rows if row["kernel"] in LAUNCHES]
+    return json.loads((ROOT / "bench" / "results" / "aot.json").read_text())["rows"]
 
 
 def test_committed_results_keep_the_promises(committed):
@@ -76,15 +84,21 @@ def test_committed_results_keep_the_promises(committed):
 
 def test_committed_results_are_of_every_launch(committed):
     measured = [tuple(row[name] for name in ("kernel", "pool", "dtype", "target")) for row in committed]
-    assert sorted(measured) == sorted(product(LAUNCHES, POOLS, aot.DTYPES, aot.TARGETS))
+    pairs = [(kernel, pool) for kernel, pools in aot.KERNELS.items() for pool in pools]
+    assert sorted(measured) == sorted((*pair, *rest) for pair, *rest in product(pairs, aot.DTYPES, aot.TARGETS))
+
+
+def tile_of(sizes):
+    return "x".join(str(n) for name, n in sizes.items() if name.startswith("B"))
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeypatch):
-    """Of every row that the table has for this architecture, its own or the default's."""
+    """Of every row that the table has for this architecture, its own or the default's. The tiles of kernels/grouped are
+    in none; grouped/test_aot.py compares them."""
     monkeypatch.setattr(tiles, "architecture", lambda device: target)
     measured = set()
-    for row in (row for row in committed if row["target"] == target):
+    for row in (row for row in committed if row["target"] == target and row["kernel"] not in GROUPED_LAUNCHES):
         if row["kernel"] in ("gelu", "gelu_backward"):
             assert row["tile"] == f"{gelu.BM}x{gelu.BN}", row
             continue
@@ -92,9 +106,15 @@ def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeyp
             assert row["tile"] == f"{reduce.BP}x{reduce.BN}", row
             continue
         kernel, pool = SAME_TILE.get(row["kernel"], row["kernel"]), parse_pool(row["pool"])
+        if kernel.startswith("experts_gate"):
+            assert row["tile"] == tile_of(gate.launch_options(1, pool.experts, pool.rank)[1]), row
+            continue
+        if kernel.startswith("experts_route"):
+            assert row["tile"] == tile_of(route.launch_options(pool)), row
+            continue
         x = torch.empty(0, dtype=aot.DTYPES[row["dtype"]])
         sizes = tiles.tile(kernel, x, pool)
-        assert row["tile"] == "x".join(str(n) for name, n in sizes.items() if name.startswith("B")), row
+        assert row["tile"] == tile_of(sizes), row
         assert (row["num_warps"], row["num_stages"]) == (sizes["num_warps"], sizes["num_stages"]), row
         limits = tiles._row(kernel, x.device)[str(x.element_size())]
         measured.add((kernel, x.element_size(), min(n for n in map(int, limits) if pool.tile_columns <= n)))

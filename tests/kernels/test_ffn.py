@@ -334,8 +334,8 @@ class TestOperators:
 
 class TestRefusals:
     @pytest.mark.parametrize(("shape", "words"), [
-        (((17, 2, 1, 16), (2,), (8, 16, 8)), ("17 experts of rank 16", "--kernel=reference")),
-        (((4, 1, 1, 3), (2,), (8, 16, 8)), ("rank 3", "--kernel=reference")),
+        (((17, 2, 1, 16), (2,), (8, 16, 8)), ("17 experts of rank 16", "need kernels.lora_moe")),
+        (((4, 1, 1, 3), (2,), (8, 16, 8)), ("4 experts of rank 3", "need kernels.lora_moe")),
     ])  # fmt: skip
     def test_of_pools_that_no_tile_holds(self, shape, words):
         with pytest.raises(UserError) as caught:

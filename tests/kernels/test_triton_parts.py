@@ -23,7 +23,13 @@ from kernels.packed import SplitRouters  # noqa: E402
 from kernels.pool import make_pool  # noqa: E402
 from kernels.reduce import reduce, reduce_reference  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
-from kernels.weight_grad import weight_grad_a, weight_grad_a_reference, weight_grad_b, weight_grad_b_reference  # noqa: E402
+from kernels.weight_grad import (  # noqa: E402
+    partial_sums,
+    weight_grad_a,
+    weight_grad_a_reference,
+    weight_grad_b,
+    weight_grad_b_reference,
+)
 
 ON_GPU = torch.cuda.is_available()
 BF16 = pytest.param(
@@ -121,6 +127,20 @@ def inputs(case, dtype, device):
     return Inputs(case, dtype, device)
 
 
+def parts_b(i, dy):
+    """The partial sums of dB."""
+    db = partial_sums(dy, i.x, i.h, i.segments, i.pool)[0]
+    weight_grad_b(dy, i.h, db, i.segments, i.pool)
+    return db
+
+
+def parts_a(i, x, dh):
+    """The partial sums of dA and dW."""
+    parts = partial_sums(i.dy, x, dh, i.segments, i.pool)[1:]
+    weight_grad_a(x, dh, (split(i.dz, i.dtype), i.dz.abs().amax()), parts, i.segments, i.pool)
+    return parts
+
+
 @EVERY_DTYPE
 @EVERY_CASE
 class TestKernels:
@@ -163,14 +183,14 @@ class TestKernels:
 
     def test_weight_grad_b(self, inputs):
         i = inputs
-        db = weight_grad_b(i.dy, i.h, i.segments, i.pool).sum(0)
+        db = parts_b(i, i.dy).sum((0, 1))
         assert_as_good_as(weight_grad_b_reference, (i.dy, i.h), db)
         assert db.dtype == torch.float32
 
     def test_weight_grad_a(self, inputs):
         i = inputs
-        da, drouters = weight_grad_a(i.x, i.dh, split(i.dz, i.dtype), i.dz.abs().amax(), i.segments, i.pool)
-        da, drouters = da.sum(0), drouters.sum(1)
+        da, drouters = parts_a(i, i.x, i.dh)
+        da, drouters = da.sum((0, 1)), drouters.sum(1)
         assert_as_good_as(weight_grad_a_reference, (i.x, i.dh, i.dz, i.segments), (da, drouters))
         assert da.dtype == drouters.dtype == torch.float32
         absent = [task for task, count in enumerate(i.segments.counts) if count == 0]
@@ -178,20 +198,24 @@ class TestKernels:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "chunks", "shape"), [(1, 1, (16, 8, 3)), (3, 5, (64, 40, 70)), (5, 2, (16, 72, 130))]
+    ("tasks", "chunks", "shape"), [(1, 1, (16, 8, 3)), (3, 5, (64, 40, 70)), (5, 2, (16, 72, 130)), (2, 19, (4, 8, 16))]
 )
 def test_reduce(tasks, chunks, shape, device):
-    """The partial sums of the three gradients, one after the other: the bits of a loop."""
+    """The partial sums of the three gradients: within rounding of fp64, and exactly where nothing is rounded."""
     ranks, d, width = shape
     rng = torch.Generator().manual_seed(0)
-    shapes = (tasks * chunks, width, ranks), (tasks * chunks, ranks, d), (tasks, chunks, 16, d)
-    parts = [torch.randn(shape, generator=rng).to(device) for shape in shapes]
-    loops = [sum(matrix.unbind(axis)) for matrix, axis in zip(parts, (0, 0, 1), strict=True)]
-    sums = reduce(*parts)
-    for actual, place in zip(sums, (1, 0, 2), strict=True):
-        assert torch.equal(actual, loops[place])
-    for actual, expected in zip(sums, reduce_reference(*parts), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    sizes = width * ranks, ranks * d, 16 * d
+
+    def given(numbers):
+        db, da, drouters = numbers.to(device).split(sizes, -1)
+        return db.unflatten(-1, (width, ranks)), da.unflatten(-1, (ranks, d)), drouters.unflatten(-1, (16, d))
+
+    parts = given(torch.randn(tasks, chunks, sum(sizes), generator=rng))
+    for actual, expected in zip(reduce(*parts), reduce_reference(*(p.double() for p in parts)), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-5)
+    parts = given(torch.randint(-1000, 1000, (tasks, chunks, sum(sizes)), generator=rng).float())
+    for actual, expected in zip(reduce(*parts), reduce_reference(*parts), strict=True):
+        assert torch.equal(actual, expected)
 
 
 class Between:
@@ -292,10 +316,10 @@ class TestLayouts:
             (lambda b: expand(i.base, i.h, b, i.segments, i.pool), i.b),
             (lambda b: gate_backward(i.dy, b, i.h, i.z, i.dp, i.segments, i.pool), i.b),
             (lambda dh: expand_backward(None, dh, dz, i.a, i.routers, i.segments, i.pool), i.dh),
-            (lambda dh: weight_grad_a(i.x, dh, dz, i.dz.abs().amax(), i.segments, i.pool), i.dh),
+            (lambda dh: parts_a(i, i.x, dh), i.dh),
             (lambda dy: gate_backward(dy, i.b, i.h, i.z, i.dp, i.segments, i.pool), i.dy),
-            (lambda dy: weight_grad_b(dy, i.h, i.segments, i.pool), i.dy),
-            (lambda x: weight_grad_a(x, i.dh, dz, i.dz.abs().amax(), i.segments, i.pool), i.x),
+            (lambda dy: parts_b(i, dy), i.dy),
+            (lambda x: parts_a(i, x, i.dh), i.x),
             (lambda base: expand_backward(base, i.dh, dz, i.a, i.routers, i.segments, i.pool), i.x),
             (lambda x: matmul(x, i.weight, i.bias, i.segments, i.pool), i.x),
             (lambda weight: matmul(i.x, weight, i.bias, i.segments, i.pool), i.weight),

@@ -138,3 +138,9 @@ def test_pascal_mini_is_whole(pascal_mini, tmp_path):
     assert found["parts"]["upper arm"] == ["0.128", "0.052"]
     assert float(found["normals"]["void"][0]) == pytest.approx(24, abs=1)
     assert found["seg"]["aeroplane"] == ["-", "-"]
+
+
+def test_a_data_set_is_not_written_to(pascal_copy, capsys):
+    before = sorted(pascal_copy.rglob("*"))
+    assert main(["--data", str(pascal_copy), "--out", str(pascal_copy / "check")]) == 2
+    assert "lies inside the data set" in capsys.readouterr().err and sorted(pascal_copy.rglob("*")) == before

@@ -1,10 +1,15 @@
 """A user's mistake: one clear line on stderr, status 2, nothing left behind."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import resources
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from kernels.dispatch import RESOLVED
@@ -13,6 +18,7 @@ from train.cli import build_parser, main
 from train.config.settings import resolve_settings
 from train.run.build import build_model
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]
 
 
@@ -38,6 +44,8 @@ def small_weights(tmp_path):
         (["--resume", "/no/such/run"], "/no/such/run is not a checkpoint"),
         (["--resume"], "--resume alone does not say which run"),
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a GPU: leave it out"),
+        (["--batch-size", "4", "--accumulate", "5"], "needs a batch of 5 images at least, not 4"),
         (["--set", "lora_targets=qvk"], "unknown LoRA target 'qvk'"),
     ],
 )
@@ -84,6 +92,33 @@ def test_weights_with_missing_parameters_are_refused(small_weights, capsys, tmp_
     save_file(weights, small_weights)
     assert main(["--pretrained", str(small_weights), "--out", str(tmp_path / "run"), *QUICK]) == 2
     assert "lacks parameters of vit_micro: norm.bias" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused(small_weights, capsys, tmp_path):
+    weights = ViT(VITS["vit_micro"], 64).state_dict()
+    weights["blocks.1.mlp.fc1.weight"][3, 4] = torch.nan
+    save_file(weights, small_weights)
+    assert main(["--pretrained", str(small_weights), "--out", str(tmp_path / "run"), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == f"error: {small_weights} has a value in blocks.1.mlp.fc1.weight that is not finite: download it again\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["train", "train.evaluate", "train.predict", "train.compare", "train.check"])
+def test_an_interrupt_while_libraries_are_imported_is_quiet(module, tmp_path):
+    """A library that never finishes its import stands for one that takes a second."""
+    (tmp_path / "torch.py").write_text("import os, pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", module], **options)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert error == "\ninterrupted\n" and process.returncode in (-signal.SIGINT, 130)
 
 
 @pytest.mark.parametrize(

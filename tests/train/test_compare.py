@@ -173,3 +173,20 @@ def test_a_score_that_one_column_lacks_is_not_available():
     rows = [line.split() for line in text.splitlines()]
     assert rows[1] == ["seg", "mIoU", "%", "^", "50.00", "n/a"] and rows[2] == ["edge", "loss", "v", "n/a", "0.1000"]
     assert len(rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, "has None as metrics"),
+        ("good", "has 'good' as metrics"),
+        ({"seg": None}, "has None as the metrics of seg"),
+        ({"seg": {"mIoU": "high"}}, "has 'high' as seg mIoU, which is not a number"),
+        ({"seg": {"mIoU": True}}, "has True as seg mIoU, which is not a number"),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_one_line(metrics, message, tiny_run, altered, tmp_path, capsys):
+    path = altered("odd") / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": metrics}))
+    status, _, error = compare(capsys, tmp_path, tiny_run, path.parent)
+    assert status == 2 and f"{path} {message}" in error and error.count("\n") == 1

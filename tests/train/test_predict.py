@@ -1,11 +1,14 @@
 """``python -m train.predict``: photos of any size and kind."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from train.predict import main, read_any_photo
@@ -214,3 +217,41 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, predicted, tiny_run, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert whole == (photos / "odd.webp").read_bytes()
+
+
+def test_photos_that_cannot_be_read_leave_the_others_predicted(predicted, tiny_run, tmp_path, capsys):
+    """One of them has a name that is no UTF-8."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    noise((50, 70)).save(photos / "good.png")
+    shutil.copy(photos / "good.png", os.fsencode(photos) + b"/caf\xe9.png")
+    whole = (photos / "good.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert main([str(tiny_run / "last"), str(photos), "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 1 and "cut.png cannot be read" in printed.err
+    assert f"{out}/: 2 photos, 1 left out" in printed.out
+    assert (out / "sal" / "good.png").is_file() and (out / "sheet.png").is_file()
+    assert os.path.exists(os.fsencode(out / "sal") + b"/caf\xe9.png")
+
+
+def test_a_full_disk_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):
+    noise((50, 70)).save(tmp_path / "photo.png")
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for kind, method in ((Image.Image, "save"), (Figure, "savefig")):
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, method, refuse)
+            assert main([str(tiny_run / "last"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: cannot write ") and "free some space" in error and error.count("\n") == 1
+
+
+def test_a_data_set_is_not_written_to(tiny_run, tmp_path, capsys):
+    (tmp_path / "JPEGImages").mkdir()
+    noise((50, 70)).save(tmp_path / "JPEGImages" / "photo.png")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(tiny_run), str(tmp_path / "JPEGImages"), "--out", str(tmp_path / "JPEGImages" / "out")]) == 2
+    assert "lies inside the data set" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before

@@ -5,8 +5,8 @@ Later layers win: the defaults below (the paper's setting), the checkpoint that 
 
 import difflib
 import typing
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -16,27 +16,60 @@ import yaml
 
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
-from model import HEADS, NORMALISATIONS, VITS
+from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig
 from train.datasets.base import Source
 from train.datasets.pascal.dataset import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
-PRECISIONS = ("fp32", "bf16")
+DECODERS = ("none", "fgmoe", "plain", "mlore")
+PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, Collection[str]] = {
     "model": VITS,
     "head": HEADS,
+    "decoder": DECODERS,
     "site": SITES,
     "kernel": KERNELS,
     "precision": PRECISIONS,
     "normalisation": ("", *NORMALISATIONS),
     "protocol": PROTOCOLS,
+    "device": ("", "cpu", "cuda"),
+    "on_nonfinite": ("stop", "skip"),
+    "log": ("tensorboard", "wandb", "none"),
 }
+MANY = 10**9
+# Least and largest value of every number.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "lora_rank": (0, 4096),
+    "mi_weight": (0, 1e6),
+    "balance_weight": (0, 1e6),
+    "image_size": (0, 16_384),
+    "epochs": (0, MANY),
+    "steps": (0, MANY),
+    "batch_size": (1, 65_536),
+    "lr": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "warmup": (0, 1),
+    "clip_norm": (1e-9, 1e9),
+    "eval_every": (0, MANY),
+    "checkpoint_every": (0, MANY),
+    "keep": (1, MANY),
+    "accumulate": (1, 65_536),
+    "scenes": (1, 10**7),
+    "val_scenes": (1, 10**7),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 1024),
+}
+LARGEST_WEIGHT = 1e6  # of a task's loss
 # The weights and batches of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
     "tasks",
     "model",
     "head",
+    "decoder",
+    "fg",
+    "fg_global",
+    "fg_mixer",
     "moe",
     "gating",
     "site",
@@ -47,6 +80,10 @@ FIXED_ON_RESUME = (
     "seed",
     "normalisation",
     "protocol",
+    "partial_labels",
+    "skip_bad",
+    "scenes",
+    "val_scenes",
 )
 
 
@@ -65,6 +102,10 @@ class Settings:
     recipe: str = ""
     model: str = "vit_base"
     head: str = "up"
+    decoder: str = "none"
+    fg: str = "4/2/4/1"
+    fg_global: bool = True
+    fg_mixer: bool = True
     moe: str = "16/3/1/4"
     gating: str = ""
     site: str = "ffn"
@@ -73,50 +114,51 @@ class Settings:
     lora_rank: int = 4
     lora_targets: str = "qkv,proj"
     mi_weight: float = 0.005
+    balance_weight: float = 1e-4
     image_size: int = 0
     epochs: int = 40
     steps: int = 0
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 5e-4
     weight_decay: float = 1e-4
     warmup: float = 0.05
     clip_norm: float = 10.0
     loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
     precision: str = "fp32"
+    compile: bool = False
+    cuda_graphs: bool = False
+    on_nonfinite: str = "stop"
     eval_every: int = 5
+    checkpoint_every: int = 0
+    keep: int = 1
     scenes: int = 12_800
     val_scenes: int = 240
     seed: int = 0
     workers: int = 1
     device: str = ""
     nvtx: bool = False
+    log: str = "tensorboard"
     out: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(choices)}")
-        for name in ("batch_size", "scenes", "val_scenes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in (
-            "image_size",
-            "epochs",
-            "steps",
-            "workers",
-            "seed",
-            "lora_rank",
-            "lr",
-            "warmup",
-            "eval_every",
-            "mi_weight",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(filter(None, choices))}"
+                )
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # also false for nan
+                raise UserError(f"{name} is {value}: it must be between {least:g} and {most:g}")
         if not (self.epochs or self.steps):
             raise UserError("epochs and steps are both 0: say how long to train with --epochs or --steps")
+        if self.decoder != "none" and self.moe != "none":
+            raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
+        if self.compile and self.decoder != "none":
+            raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
-        _ = self.moe_config, self.task_names, self.task_weights
+        _ = self.moe_config, self.decoder_config, self.task_names, self.task_weights
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
@@ -125,6 +167,18 @@ class Settings:
     @cached_property
     def moe_config(self) -> MoEConfig | None:
         return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
+
+    @cached_property
+    def decoder_config(self) -> FGConfig | MLoREConfig | None:
+        if self.decoder == "none":
+            return None
+        if self.decoder == "mlore":
+            return MLoREConfig.of(VITS[self.model].width, self.gating)
+        return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "")
+
+    @property
+    def regulariser_weights(self) -> dict[str, float]:
+        return {"mi": self.mi_weight, "balance": self.balance_weight}
 
     @cached_property
     def task_weights(self) -> dict[str, float]:
@@ -149,6 +203,8 @@ def parse_loss_weights(text: str) -> dict[str, float]:
             weights[task] = float(value)
         except ValueError:
             raise UserError(f"loss weight {entry!r} is not of the form task=number, for example edge=50") from None
+        if not 0 <= weights[task] <= LARGEST_WEIGHT:
+            raise UserError(f"loss weight {entry!r}: it must be between 0 and {LARGEST_WEIGHT:g}")
     return weights
 
 
@@ -161,7 +217,7 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
     converted = {}
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+            close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
         converted[name] = _convert(name, value, fields[name], source)
@@ -174,16 +230,34 @@ def _truth(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 
+def _whole(value: Any) -> int:
+    """``int(value)`` of a text or of a whole number."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+READ: dict[type, Callable[[Any], Any]] = {bool: _truth, int: _whole, float: float, str: str}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
 def _convert(name: str, value: Any, kind: type, source: str) -> Any:
     try:
-        return _truth(value) if kind is bool else kind(value)
-    except (KeyError, TypeError, ValueError):
-        expected = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise UserError(f"{source}: {name} is {value!r}, which is not {expected}") from None
+        if value is None or isinstance(value, (list, dict)) or isinstance(value, bool) and kind is not bool:
+            raise TypeError
+        return READ[kind](value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{source}: {name} is {value!r}, which is not {EXPECTED[kind]}") from None
 
 
 def recipe_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in _recipes().iterdir())
+
+
+def list_recipes() -> list[list[str]]:
+    """[name, first sentence of the yaml file's heading] of each."""
+    headings = {name: (_recipes() / f"{name}.yaml").read_text().partition("\n#\n")[0] for name in recipe_names()}
+    return [[name, " ".join(text.replace("#", " ").split())] for name, text in headings.items()]
 
 
 def _recipes():
@@ -207,10 +281,11 @@ def read_recipe(name: str) -> dict[str, Any]:
 def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
     """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
 
-    An image size of 0 becomes the protocol's default size.
+    An image size of 0 becomes the protocol's default size. A decoder replaces the default experts of the backbone, and
+    its checkpoint needs the encoder's weights, whose path becomes absolute.
     """
     flags = layer(flags, "command line")
-    below = checkpoint or {}
+    below = checkpoint and asdict(Settings(**layer(checkpoint, "the checkpoint"))) or {}
     recipe = flags.get("recipe", "")
     if not recipe and checkpoint is None and not flags.get("data"):
         recipe = "scenes"
@@ -219,7 +294,19 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
         values["recipe"] = recipe
     if not values.get("image_size"):
         values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
-    for name in FIXED_ON_RESUME:
-        if checkpoint and values[name] != checkpoint[name]:
-            raise UserError(f"{name} was {checkpoint[name]!r} and cannot become {values[name]!r} when a run is resumed")
+    if values.get("decoder", "none") != "none":
+        values.setdefault("moe", "none")
+        if values.get("pretrained"):
+            values["pretrained"] = str(Path(values["pretrained"]).absolute())
+    if below:
+        _require_same_run(below, values)
     return Settings(**values)
+
+
+def _require_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError where a value that is fixed changes. A tree may have moved, but does not become rendered scenes."""
+    for name in FIXED_ON_RESUME:
+        if now[name] != before[name]:
+            raise UserError(f"{name} was {before[name]!r} and cannot become {now[name]!r} when a run is resumed")
+    if bool(now["data"]) != bool(before["data"]):
+        raise UserError(f"data was {before['data']!r} and cannot become {now['data']!r} when a run is resumed")

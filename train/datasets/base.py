@@ -1,5 +1,6 @@
 """The interface of a data set, and the function that opens one."""
 
+import hashlib
 import typing
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -60,6 +61,14 @@ class DataSet(typing.Protocol):
         """{id: loader} of the images on which odsF is defined. A loader is a picklable function that returns the
         LabelMap (H, W) at the photo's size."""
         ...
+
+
+def fingerprint(dataset: DataSet) -> str:
+    """A hash of the images' names and of which of them are labelled for the same tasks."""
+    digest = hashlib.sha256("\n".join(dataset.ids).encode())
+    for group in dataset.groups:
+        digest.update(np.asarray([len(group), *group], np.int64).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,15 @@ of images from each group of images that are labelled for the same tasks. So eac
 step, and the shapes of the tensors never change.
 """
 
+import ctypes
+import io
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -16,10 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastmoe_lora.ranks import rank, world_size
 from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
 from train.protocols import Sample
 from train.tasks import TASKS
+
+PR_SET_PDEATHSIG = 1
 
 
 def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
@@ -90,6 +98,30 @@ class Batch:
         """Labelled images per task."""
         return {task: len(index) for task, index in self.index.items()}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on the tasks alone."""
+        return [self.images, *self.labels.values(), *self.index.values()]
+
+    def parts(self, count: int) -> list["Batch"]:
+        """``count`` batches of every ``count``-th image each, all with every task, where need be without a label."""
+        if count == 1:
+            return [self]
+        return [self._part(first, count) for first in range(count)]
+
+    def _part(self, first: int, count: int) -> "Batch":
+        mine = {task: (index % count == first).nonzero().squeeze(1) for task, index in self.index.items()}
+        return Batch(
+            self.images[first::count],
+            {task: label[mine[task]] for task, label in self.labels.items()},
+            {task: index[mine[task]] // count for task, index in self.index.items()},
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU reads by itself; DataLoader calls it."""
+        pinned = [{task: t.pin_memory() for task, t in tensors.items()} for tensors in (self.labels, self.index)]
+        return Batch(self.images.pin_memory(), *pinned)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
         non_blocking = torch.device(device).type == "cuda"
@@ -103,13 +135,30 @@ class Batch:
 def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
     """Stacks the images of ``samples`` and, per task, the labels that the samples have."""
     present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
-    present = {task: positions for task, positions in present.items() if positions}
+    return _stack(samples, {task: positions for task, positions in present.items() if positions})
+
+
+def collate_slice(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
+    """The same of one process's slice of a batch. It has every task, where need be with no label: the losses of all
+    processes are summed, so that each has to compute all of them."""
+    return _stack(
+        samples, {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
+    )
+
+
+def _stack(samples: Sequence[Sample], present: dict[str, list[int]]) -> Batch:
+    """A batch whose labels of a task are those of the samples at these positions."""
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
     return Batch(
         images.permute(0, 3, 1, 2).contiguous(),
-        {task: torch.from_numpy(np.stack([samples[i][task] for i in at])) for task, at in present.items()},
-        {task: torch.tensor(at) for task, at in present.items()},
+        {task: _labels(task, [samples[i][task] for i in at], images.shape[1:3]) for task, at in present.items()},
+        {task: torch.tensor(at, dtype=torch.int64) for task, at in present.items()},
     )
+
+
+def _labels(task: str, labels: list[NDArray], size: Sequence[int]) -> Tensor:
+    dtype, axes = TASKS[task].label_type
+    return torch.from_numpy(np.stack(labels) if labels else np.empty((0, *axes, *size), dtype))
 
 
 class Loader:
@@ -128,6 +177,8 @@ class Loader:
             collate_fn=partial(_gather_or_report, gather=gather),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_end_with_parent,
+            pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
         )
 
@@ -139,6 +190,29 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """On Linux a worker ends with the process that started it, and prints nothing of the connections it then lacks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys.stderr = _Patient(sys.stderr)
+
+
+class _Patient(io.TextIOBase):
+    """Waits a moment before it first writes. Of a process that is killed, connections break before others are told."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.waited = stream, False
+
+    def write(self, text: str) -> int:
+        if not self.waited:
+            self.waited = True
+            time.sleep(0.2)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 class _Reporting(Dataset[Sample | UserError]):
@@ -162,17 +236,46 @@ def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[
     return faults[0] if faults else gather([sample for sample in samples if not isinstance(sample, UserError)])
 
 
+class Slices:
+    """Of each batch the keys of this process: every ``world_size()``-th, from ``rank()`` on."""
+
+    def __init__(self, batches: Iterable[list[Key]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for keys in self.batches:
+            yield keys[rank() :: world_size()]
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
 def train_loader(
     dataset: DataSet, tasks: Sequence[str], batch_size: int, steps: range, seed: int, workers: int
 ) -> Loader:
-    """The batches of ``steps``; UserError when ``batch_size`` is smaller than the number of groups."""
+    """The batches of ``steps``, or in a data-parallel run this process's slices of them.
+
+    UserError when ``batch_size`` is smaller than the number of groups.
+    """
     counts = compose([len(group) for group in dataset.groups], batch_size)
-    return Loader(dataset, BatchSampler(dataset.groups, counts, steps, seed), workers, partial(collate, tasks=tasks))
+    sampler = BatchSampler(dataset.groups, counts, steps, seed)
+    if world_size() == 1:
+        return Loader(dataset, sampler, workers, partial(collate, tasks=tasks))
+    return Loader(dataset, Slices(sampler), workers, partial(collate_slice, tasks=tasks))
+
+
+def batch_ids(dataset: DataSet, batch_size: int, step: int, seed: int) -> list[str]:
+    """The ids of the images in the training batch of ``step``."""
+    counts = compose([len(group) for group in dataset.groups], batch_size)
+    (keys,) = BatchSampler(dataset.groups, counts, range(step, step + 1), seed)
+    return [dataset.ids[index] for index, _ in keys]
 
 
 def eval_loader(dataset: DataSet, tasks: Sequence[str], batch_size: int, workers: int) -> Loader:
-    """Every image once, in order, at epoch 0; the last batch may be smaller."""
-    return Loader(dataset, _in_order(dataset, batch_size), workers, partial(collate, tasks=tasks))
+    """Every image once, in order, at epoch 0; the last batch may be smaller. In a data-parallel run each process has
+    every ``world_size()``-th batch."""
+    batches = _in_order(dataset, batch_size)[rank() :: world_size()]
+    return Loader(dataset, batches, workers, partial(collate, tasks=tasks))
 
 
 def sample_loader(dataset: DataSet, batch_size: int, workers: int) -> Loader:

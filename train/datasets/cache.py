@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from kernels.errors import UserError
 from train.files.atomic import replacing
@@ -35,11 +36,11 @@ class Cache:
         with reading(source):
             key = hashlib.sha256(source.read_bytes() + derivation.encode()).hexdigest()
         entry = self.folder / f"{key}.png"
-        label = _read(entry)
+        label = _read(entry, key)
         if label is None:
             label = derive(source)
             with replacing(entry, sync=False) as partial:  # an entry that a power cut damages is derived again
-                Image.fromarray(label).save(partial, "PNG")
+                Image.fromarray(label).save(partial, "PNG", pnginfo=_named(key))
         return label
 
 
@@ -62,12 +63,19 @@ def open_cache(folder: str, root: Path) -> Cache:
     return Cache(path)
 
 
-def _read(entry: Path) -> Label | None:
-    """None for an entry that is missing or damaged."""
+def _named(key: str) -> PngInfo:
+    """An entry says which one it is, so that no other file is taken for it."""
+    info = PngInfo()
+    info.add_text("key", key)
+    return info
+
+
+def _read(entry: Path, key: str) -> Label | None:
+    """None for an entry that is missing, damaged or another one."""
     try:
         with Image.open(entry, formats=("PNG",)) as image:
             image.verify()  # its checksums
         with Image.open(entry, formats=("PNG",)) as image:
-            return np.asarray(image) if image.mode == "L" else None
+            return np.asarray(image) if image.mode == "L" and image.info.get("key") == key else None
     except Exception:  # a decoder may raise anything on a damaged file
         return None

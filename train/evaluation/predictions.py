@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from kernels.errors import UserError
-from train.files.atomic import replacing, replacing_folder
+from train.files.atomic import make_folder, replacing, replacing_folder
 from train.files.images import read_image
 from train.files.reading import reading
 from train.tasks import TASKS, Picture, Shape
@@ -43,7 +43,7 @@ def write_pictures(folder: Path, image_id: str, pictures: Mapping[str, Picture])
     """Writes one PNG per task. Class ids get the field's palette, which readers ignore; colours are written as such."""
     for task, picture in pictures.items():
         path, palette = picture_path(folder, task, image_id), TASKS[task].palette
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         image = Image.fromarray(picture)
         if palette is not None and picture.ndim == 2:
             image.putpalette(palette.tobytes())

@@ -45,7 +45,17 @@ def read_results(given: str | Path) -> Results:
     results = read_json(path)
     if not {"protocol", "metrics", "evaluation"} <= results.keys():
         raise UserError(f"{path} does not say which images its scores are over: score again with train.evaluate")
+    for task, scores in _mapping(path, "metrics", results["metrics"]).items():
+        for name, value in _mapping(path, f"the metrics of {task}", scores).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise UserError(f"{path} has {value!r} as {task} {name}, which is not a number: score again")
     return results
+
+
+def _mapping(path: Path, what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} has {value!r} as {what}: score again with train.evaluate")
+    return value
 
 
 def require_comparable(results: Mapping[str, Results]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.errors import UserError
-from model import MultiTaskViT
+from model import MultiTaskModel
 from train.datasets.base import DataSet
 from train.evaluation.predictions import picture_path, read_picture, require_shape, shorten
 from train.evaluation.validate import finite, scores_of
@@ -30,7 +30,7 @@ FAST = 100  # images of a fast odsF
 
 
 def predictions_of_model(
-    model: MultiTaskViT, tasks: Sequence[str], batches: Iterable[list[Sample]], protocol: Protocol, every: bool
+    model: MultiTaskModel, tasks: Sequence[str], batches: Iterable[list[Sample]], protocol: Protocol, every: bool
 ) -> Iterator[Predicted]:
     """The model's predictions of those ``tasks`` that an image is labelled for or, with ``every``, of all ``tasks``."""
     for samples in batches:
@@ -43,10 +43,10 @@ def predictions_of_model(
 
 
 @torch.inference_mode()
-def _predict(model: MultiTaskViT, images: np.ndarray, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def _predict(model: MultiTaskModel, images: np.ndarray, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """``images`` uint8 (B, H, W, 3) -> postprocessed predictions at the ``wanted`` positions of each task, on the
     CPU."""
-    device = model.task_embed.device
+    device = model.device
     index = {task: torch.tensor(positions, device=device) for task, positions in wanted.items()}
     outputs = model(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), index)
     return {task: TASKS[task].postprocess(output).cpu() for task, output in outputs.items()}

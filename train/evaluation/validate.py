@@ -1,38 +1,43 @@
 """Scores during training: a model over collated batches, whose labels have the size of the input."""
 
 import math
+import typing
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
-from model import MultiTaskViT
+from fastmoe_lora.ranks import gathered
+from model import MultiTaskModel
 from train.datasets.batches import Batch
+from train.files.progress import progress
 from train.metrics.base import Metric
 from train.tasks import Classes, Metrics, build_constants, build_metrics
 
 
 @torch.inference_mode()
 def validate(
-    model: MultiTaskViT, batches: Iterable[Batch], classes: Classes, title: str
+    model: MultiTaskModel, batches: Iterable[Batch], classes: Classes, title: str
 ) -> tuple[Metrics, RoutingStatistics | None]:
-    """({task: {metric: value}}, routing statistics) over all batches. The model's training mode is restored."""
-    device = model.task_embed.device
+    """({task: {metric: value}}, routing statistics) over all batches, of all processes of a data-parallel run. The
+    model's training mode is restored."""
+    device = model.device
     metrics = build_metrics(model.tasks, classes)
     statistics = RoutingStatistics() if model.routing is not None else None
     if model.routing is not None:
         model.routing.statistics = statistics
     training = model.training
     model.eval()
-    for batch in tqdm(batches, title, leave=False, disable=None):
+    for batch in progress(batches, title):
         batch = batch.to(device)
         for task, prediction in model(batch.images, batch.index).items():
             metrics[task].update(prediction, batch.labels[task])
     model.train(training)
     if model.routing is not None:
         model.routing.statistics = None
-    return scores_of(metrics), statistics
+        statistics = merged(statistics) if statistics else None
+    return scores_of({task: merged(metric) for task, metric in metrics.items()}), statistics
 
 
 def score_constant(
@@ -40,13 +45,29 @@ def score_constant(
 ) -> Metrics:
     """The metrics of the best constant prediction, fitted on the training labels."""
     constants, metrics = build_constants(tasks, classes), build_metrics(tasks, classes)
-    for batch in tqdm(train_batches, "constant: fit", leave=False, disable=None):
+    for batch in progress(train_batches, "constant: fit"):
         for task, label in batch.labels.items():
             constants[task].update(label)
-    for batch in tqdm(val_batches, "constant: score", leave=False, disable=None):
+    constants = {task: merged(constant) for task, constant in constants.items()}
+    for batch in progress(val_batches, "constant: score"):
         for task, label in batch.labels.items():
             metrics[task].update(constants[task].prediction(label), label)
-    return scores_of(metrics)
+    return scores_of({task: merged(metric) for task, metric in metrics.items()})
+
+
+class Mergeable(typing.Protocol):
+    def merge(self, other: Any, /) -> None: ...
+
+
+M = TypeVar("M", bound=Mergeable)
+
+
+def merged(own: M) -> M:
+    """The sum of every process's accumulator, in the order of ranks."""
+    first, *others = gathered(own)
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def scores_of(metrics: dict[str, Metric]) -> Metrics:

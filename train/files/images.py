@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from kernels.errors import UserError
 from train.files.reading import reading, require_file
@@ -26,7 +26,9 @@ def read_image(path: Path, modes: Sequence[str], formats: tuple[str, ...] = ("PN
 
 
 def image_shape(path: Path) -> tuple[int, int]:
-    """(height, width), read from the header of the file."""
+    """(height, width) as oriented by EXIF, read from the header of the file."""
     require_file(path)
     with reading(path), Image.open(path) as image:
-        return image.size[::-1]
+        width, height = image.size
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (width, height) if lies else (height, width)

@@ -1,6 +1,7 @@
 """The base of all metrics: accumulators whose states add up."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ class Additive:
     def add(self, increment: Tensor) -> None:
         """Adds to ``state``, which moves to the device of ``increment``."""
         self.state = self.state.to(increment.device) + increment
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On its way to another process the state is on the CPU."""
+        return self.__dict__ | {"state": self.state.cpu()}
 
     def merge(self, other: "Additive") -> None:
         """Adds the state of ``other``."""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.errors import UserError
 from train.files.processes import process_map
+from train.files.progress import progress
 from train.metrics.base import Additive
 from train.metrics.boundary import Map, Mask, boundaries, count_matches, smooth, suppress_non_maxima
 from train.metrics.thinning import thin
@@ -162,7 +162,7 @@ def score_boundaries(jobs: Iterable[Load], variant: str, workers: int, title: st
     score = BoundaryScore(variant)
     count = partial(_count_job, variant=variant)
     with process_map(workers, "matches boundaries", preload=__name__) as run:
-        for counts in tqdm(run(count, jobs), title, total=length_hint(jobs) or None, leave=False, disable=None):
+        for counts in progress(run(count, jobs), title, length_hint(jobs) or None):
             score.add_image(counts)
     return score
 

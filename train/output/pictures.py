@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmoe_lora import RoutingStatistics
 from train.datasets.batches import Batch
+from train.files.atomic import replacing
 from train.tasks import TASKS, Classes
 from train.tasks.palette import PALETTE
 
@@ -47,9 +48,16 @@ def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], cla
     for column, half in enumerate(halves):
         for row, (i, image) in enumerate((i, images[i]["image"]) for i in half):
             left, below = column * len(names) * pitch, row * pitch + _fitted(image.shape)[0]
-            axis.text(left + CELL / 2, below + CAPTION / 4, i, ha="center", va="top", fontsize=6, color="dimgrey")
+            shown = i.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
+            axis.text(left + CELL / 2, below + CAPTION / 4, shown, ha="center", va="top", fontsize=6, color="dimgrey")
     _draw_legends(figure, names, classes)
-    figure.savefig(path, dpi=170)
+    _write(figure, path, dpi=170)
+
+
+def _write(figure: Figure, path: Path, dpi: int) -> None:
+    """As a PNG, whole or not at all."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
     plt.close(figure)
 
 
@@ -89,8 +97,7 @@ def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, 
     figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
     _draw_grid(axis, columns)
     _draw_legends(figure, tasks, classes)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _write(figure, path, dpi=120)
 
 
 def _draw_grid(axis: Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
@@ -135,5 +142,36 @@ def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ..
         axis.yaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _write(figure, path, dpi=110)
+
+
+def save_loss_curves(
+    path: Path,
+    steps: Sequence[int],
+    names: Sequence[str],
+    curves: dict[str, list[list[float]]],
+    apart: dict[str, list[float]],
+) -> None:
+    """A column per task: above the loss of each named run, ``curves[task][run][step]``, below their relative
+    difference ``apart[task][step]`` on a logarithmic axis, where equal losses leave a gap."""
+    figure, axes = plt.subplots(
+        2, len(curves), figsize=(2.6 * len(curves) + 0.8, 4), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (above, below), (task, losses) in zip(axes.T, curves.items(), strict=True):
+        for name, values, style in zip(names, losses, ("-", "--"), strict=True):
+            above.plot(steps, values, style, linewidth=1, label=name)
+        above.set_title(task, fontsize=9)
+        differing = [value or float("nan") for value in apart[task]]
+        below.plot(steps, differing, ".", markersize=3, color="black")
+        if any(apart[task]):
+            below.set_yscale("log")
+        else:
+            below.text(0.5, 0.5, "equal", ha="center", va="center", transform=below.transAxes, fontsize=9)
+            below.set_yticks([])
+        below.set_xlabel("step", fontsize=8)
+        for axis in (above, below):
+            axis.tick_params(labelsize=7, which="both")
+    axes[0, 0].set_ylabel("loss", fontsize=8)
+    axes[1, 0].set_ylabel("relative difference", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False)
+    _write(figure, path, dpi=120)

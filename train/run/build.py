@@ -1,6 +1,9 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import add_lora, add_moe
+from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
-from model import NORMALISATIONS, VITS, MultiTaskViT, ViT, load_pretrained, read_weights
+from model import (
+    NORMALISATIONS,
+    VITS,
+    EncoderDecoder,
+    FGMoE,
+    MLoRE,
+    MultiTaskModel,
+    MultiTaskViT,
+    Plain,
+    ViT,
+    load_pretrained,
+    read_weights,
+)
+from model.decoders import Decoder, Frame
 from train.config.settings import Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
 from train.tasks import Classes, output_channels
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 
 
 def build_device(settings: Settings) -> torch.device:
@@ -21,9 +40,27 @@ def build_device(settings: Settings) -> torch.device:
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    device = torch.device(name)
+    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
     resolve_kernel(settings.kernel, device)
     return device
+
+
+def require_possible(settings: Settings, device: torch.device) -> None:
+    """UserError for settings that cannot work together on ``device`` and with so many processes."""
+    least = settings.accumulate * world_size()
+    if least > settings.batch_size:
+        raise UserError(
+            f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
+            f"not {settings.batch_size}"
+        )
+    if settings.log == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--log wandb needs the package wandb: pip install wandb, or choose --log tensorboard")
+    if settings.cuda_graphs and device.type != "cuda":
+        raise UserError("--cuda-graphs needs a GPU: leave it out")
+    if settings.cuda_graphs and (world_size() > 1 or settings.compile):
+        raise UserError("--cuda-graphs is for one process without --compile: leave one of them out")
+    if settings.cuda_graphs and (settings.precision == "fp16" or settings.on_nonfinite == "skip"):
+        raise UserError("--cuda-graphs cannot record a step that may be skipped: use bf16 and --on-nonfinite stop")
 
 
 def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
@@ -34,9 +71,53 @@ def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
     return train, val
 
 
-def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
-    """The adapted multi-task ViT on the CPU; its backbone is frozen if it was pretrained, else trained in full."""
+def build_model(settings: Settings, classes: Classes, counted: bool = False) -> MultiTaskModel:
+    """The model on the CPU: the adapted multi-task ViT, whose backbone is frozen if it was pretrained and else trained
+    in full, or a decoder on a frozen encoder. A model that is only ``counted`` may lack the encoder's weights."""
     torch.manual_seed(settings.seed)
+    if settings.decoder != "none":
+        model: MultiTaskModel = _build_decoder(settings, classes, counted)
+    else:
+        vit, normalisation = _build_vit(settings)
+        model = _adapt(vit, settings, classes)
+        model.set_normalisation(*NORMALISATIONS[normalisation])
+    store_frozen(model, COMPUTE[settings.precision])
+    return model
+
+
+def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskModel:
+    """The model of a checkpoint from its settings and ``tensors``. Only a decoder needs the pretrained weights again,
+    since its checkpoint does not hold them."""
+    if settings.decoder != "none":
+        model: MultiTaskModel = _build_decoder(settings, classes)
+    else:
+        registers = tensors.get("vit.reg_token")
+        config = replace(
+            VITS[settings.model],
+            patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
+            registers=0 if registers is None else registers.shape[1],
+        )
+        model = _adapt(ViT(config, settings.image_size), settings, classes)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
+    settings, model, state = _load(folder, kernel="auto")
+    return settings, model.to(build_device(settings)), state
+
+
+def _load(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    state = checkpoint.read_state(folder)
+    settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
+    weights = checkpoint.read_weights(folder)
+    with checkpoint.undamaged(folder):
+        return settings, rebuild_model(settings, settings.source.classes, weights), state
+
+
+def _build_vit(settings: Settings) -> tuple[ViT, str]:
+    """(the ViT, frozen if it was pretrained; the name of its normalisation)."""
     weights = read_weights(settings.pretrained) if settings.pretrained else None
     config = VITS[settings.model]
     vit = ViT(weights.adjust(config) if weights else config, settings.image_size)
@@ -48,30 +129,17 @@ def build_model(settings: Settings, classes: Classes) -> MultiTaskViT:
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
         print(f"weights   {settings.pretrained}: {report}{overridden}")
         vit.requires_grad_(False)
-    model = _adapt(vit, settings, classes)
-    model.set_normalisation(*NORMALISATIONS[normalisation])
-    return model
+    return vit, normalisation
 
 
-def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tensor]) -> MultiTaskViT:
-    """The model of a checkpoint from its settings and ``tensors``; the pretrained weights file is not needed."""
-    registers = tensors.get("vit.reg_token")
-    config = replace(
-        VITS[settings.model],
-        patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
-        registers=0 if registers is None else registers.shape[1],
-    )
-    model = _adapt(ViT(config, settings.image_size), settings, classes)
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskViT, dict[str, Any]]:
-    """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
-    state = checkpoint.read_state(folder)
-    settings = replace(Settings(**layer(state["settings"], f"checkpoint {folder}")), device="", kernel="auto")
-    model = rebuild_model(settings, settings.source.classes, checkpoint.read_weights(folder))
-    return settings, model.to(build_device(settings)), state
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of products in the type that they are multiplied in: half the memory, and no copy per
+    step. What is trained stays fp32, and so do norms and position embeddings."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+            for parameter in (module.weight, module.bias):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
@@ -83,6 +151,43 @@ def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
     if routing is not None:
         routing.deterministic = settings.deterministic
     return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+
+
+DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
+    "fgmoe": lambda s, config, frame: FGMoE(frame, config, s.fg_mixer, s.fg_global, s.kernel),
+    "plain": lambda s, config, frame: Plain(frame, config, s.fg_mixer, s.fg_global),
+    "mlore": lambda s, config, frame: MLoRE(frame, config),
+}
+
+
+def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) -> EncoderDecoder:
+    """A fresh decoder on the encoder in ``pretrained``: a weights file, or the folder of a run of an adapted ViT."""
+    source = Path(settings.pretrained)
+    if not (settings.pretrained or counted):
+        raise UserError(
+            f"--decoder {settings.decoder} needs a trained encoder: give --pretrained FILE, or the folder of a run"
+        )
+    if not source.exists():
+        raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
+    of_run = settings.pretrained and source.is_dir()
+    encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
+    channels = output_channels(settings.task_names, classes)
+    side = settings.image_size // encoder.patch
+    make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)
+    model = EncoderDecoder(encoder, channels, (side, side), make)
+    if normalisation:
+        model.set_normalisation(*NORMALISATIONS[normalisation])
+    return model
+
+
+def _encoder_of_run(settings: Settings) -> MultiTaskViT:
+    folder = checkpoint.find(Path(settings.pretrained))
+    theirs, model, _ = _load(folder, settings.kernel)
+    if not isinstance(model, MultiTaskViT):
+        raise UserError(f"{folder} holds a decoder: give --pretrained a run without --decoder")
+    if theirs.model != settings.model:
+        raise UserError(f"the encoder in {folder} is a {theirs.model}: give --model {theirs.model}")
+    return model
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:

@@ -1,44 +1,110 @@
 """Checkpoints: folders ``step-N/`` that are complete before they get their name, and ``last``, a link to the newest.
 
     model.safetensors   every parameter and buffer of the model
-    optimizer.pt        the optimiser's state, tensors and numbers only
-    state.json          the step, the run's settings and the metrics gathered before training
+    training.pt         the states of optimiser, gradient scaler and random generators, tensors and numbers only
+    state.json          see :class:`State`
+    SHA256SUMS          the hash of each file above, as sha256sum writes it
 
-A killed run leaves its last complete checkpoint.
+A killed run leaves its last complete checkpoint. Weights that are not finite never get a name.
 """
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kernels import UserError
 from train.files.atomic import remove_partials, replacing, replacing_folder
 
+SUMS = "SHA256SUMS"
+# Written into model.safetensors: a program that takes another order would mix up the experts.
+LAYOUT = {"experts": "expert-major: expert e of rank r owns the rows e r .. (e + 1) r of lora_A (N r, in) and the same "
+          "columns of lora_B (out, N r); row e of a router is its logit; shared experts are the last"}  # fmt: skip
+STEP = re.compile(r"step-\d+")
 
-def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``out/step-N``, point ``out/last`` at it, then remove older checkpoints and partials of killed runs."""
-    folder = out / f"step-{step}"
+
+@dataclass
+class State:
+    """What state.json holds: the run's settings, the metrics gathered before training, a fingerprint of the images of
+    each split, and the names of the checkpoints that the run has written."""
+
+    step: int
+    settings: dict[str, Any]
+    baselines: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+
+
+def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep: int = 1) -> Path:
+    """Write ``out/step-N``, point ``out/last`` at it, then remove what the run wrote before the newest ``keep``.
+
+    ``parts`` are objects with a state_dict, one of which is the optimiser. The new checkpoint joins ``state.written``.
+    UserError where a weight is not finite, or the disk refuses.
+    """
+    folder = out / f"step-{state.step}"
+    training = {name: part.state_dict() for name, part in parts.items()}
+    _require_finite(folder, model.state_dict(), training["optimizer"])
+    state.written = [name for name in state.written if name != folder.name] + [folder.name]
     with replacing_folder(folder) as partial, _failed_writes():
-        save_file(model.state_dict(), partial / "model.safetensors")
-        with (partial / "optimizer.pt").open("wb") as file:
-            torch.save(optimizer.state_dict(), file)
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        save_file(model.state_dict(), partial / "model.safetensors", LAYOUT)
+        with (partial / "training.pt").open("wb") as file:
+            torch.save(training | {"random": _random_states()}, file)
+        (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        names = sorted(path.name for path in partial.iterdir())
+        (partial / SUMS).write_text("".join(f"{_sum(partial / name)}  {name}\n" for name in names))
     with replacing(out / "last") as link:
         link.symlink_to(folder.name)
-    for old in out.glob("step-*"):
-        if old != folder:
-            shutil.rmtree(old)
+    for name in state.written[:-keep]:
+        if STEP.fullmatch(name):  # from a file, so it may say anything
+            shutil.rmtree(out / name, ignore_errors=True)
+    state.written = state.written[-keep:]
     for name in ("step-*", "last"):
         remove_partials(out, name)
     return folder
+
+
+def _require_finite(folder: Path, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
+    tensors = dict(weights)
+    for number, values in moments["state"].items():
+        tensors |= {f"{name} of parameter {number}": value for name, value in values.items()}
+    wrong = _not_finite(tensors)
+    if wrong:
+        last = folder.with_name("last")
+        remedy = f"continue from {last} with --resume and a lower --lr" if last.exists() else "start with a lower --lr"
+        raise UserError(f"{wrong} is not finite, so {folder} is not written: {remedy}")
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of a tensor that holds NaN or infinity; "" if there is none. The device is asked once."""
+    names = [name for name, tensor in tensors.items() if torch.is_tensor(tensor) and tensor.is_floating_point()]
+    if not names:
+        return ""
+    devices = {tensors[name].device for name in names}
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    finite = torch.stack([tensors[name].isfinite().all().to(device) for name in names]).tolist()
+    return next((name for name, good in zip(names, finite, strict=True) if not good), "")
+
+
+def _random_states() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -54,38 +120,90 @@ def _failed_writes() -> Iterator[None]:
         raise
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The contents of state.json."""
-    try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{folder} is not a checkpoint: give a folder step-N or last of an earlier run") from None
-
-
 def find(given: Path) -> Path:
     """The folder step-N, given a run's folder, its ``last`` or step-N itself."""
-    return ((given / "last") if (given / "last").exists() else given).resolve()
+    try:
+        return ((given / "last") if (given / "last").is_symlink() or (given / "last").exists() else given).resolve()
+    except (OSError, RuntimeError):  # a link that points at itself
+        raise UserError(f"{given}/last points nowhere: give a folder step-N") from None
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's parameters and buffers."""
-    with _undamaged(folder):
-        return load_file(folder / "model.safetensors")
+def require_link(out: Path) -> None:
+    """UserError where ``out/last`` is a folder: a copy that followed the link, over which no link can be written."""
+    last = out / "last"
+    if last.is_dir() and not last.is_symlink():
+        raise UserError(
+            f"{last} is a folder and not a link to step-N, perhaps since it was copied: rename it step-N, by the step "
+            f"in its state.json, and give that to --resume"
+        )
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what :func:`save` wrote; the unpickler runs no code of the file."""
+def read_state(folder: Path) -> State:
+    """The contents of state.json."""
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint: give a folder step-N or last of an earlier run")
+    with undamaged(folder):
+        values = json.loads(_verified(folder, "state.json").read_text(encoding="utf-8"))
+        expected = {entry.name: entry for entry in fields(State)}
+        if values.keys() != expected.keys():
+            other = ", ".join(sorted(values.keys() ^ expected.keys()))
+            raise ValueError(f"state.json is of another version, which differs in {other}")
+        state = State(**values)
+        kinds = {"step": int, "settings": dict, "baselines": dict, "images": dict, "written": list}
+        wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
+        if wrong:
+            raise ValueError(f"state.json has a wrong type of {', '.join(wrong)}")
+        return state
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The model's parameters and buffers; UserError where one is not finite."""
+    with undamaged(folder):
+        path = _verified(folder, "model.safetensors")
+        with safe_open(path, "pt") as file:
+            if file.metadata() != LAYOUT:
+                raise ValueError("model.safetensors does not say that its experts are in this program's order")
+        weights = load_file(path)
+    wrong = _not_finite(weights)
+    if wrong:
+        raise UserError(f"{wrong} in checkpoint {folder} is not finite: take an earlier one")
+    return weights
+
+
+def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
+    """Load what :func:`save` wrote, random states too; the unpickler runs no code of the file."""
     weights = read_weights(folder)
-    with _undamaged(folder):
-        moments = torch.load(folder / "optimizer.pt", weights_only=True)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(moments)
+    with undamaged(folder):
+        training = torch.load(_verified(folder, "training.pt"), weights_only=True)
+        random = training["random"]
+        model.load_state_dict(weights)
+        for name, part in parts.items():
+            part.load_state_dict(training[name])
+        torch.set_rng_state(random["cpu"])
+        if torch.cuda.is_available() and len(random["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(random["cuda"])
+
+
+def _verified(folder: Path, name: str) -> Path:
+    """The path of a file of the checkpoint, whose content is what was written."""
+    sums = (folder / SUMS).read_text(encoding="ascii")
+    if not re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n)+", sums):
+        raise ValueError(f"{SUMS} is not a list of hashes")
+    known = {line[66:]: line[:64] for line in sums.splitlines()}
+    if known.get(name) != _sum(folder / name):
+        raise ValueError(f"{name} does not have the hash in {SUMS}")
+    return folder / name
 
 
 @contextmanager
-def _undamaged(folder: Path) -> Iterator[None]:
+def undamaged(folder: Path) -> Iterator[None]:
+    """Turns any exception on the contents of a checkpoint into one line that names it."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # readers raise a dozen kinds on damaged bytes; all mean the same to the user
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {folder} is damaged: {reason}; take another one") from None
+        reason = " ".join(str(error).split())
+        if "weights_only" in reason:  # torch advises to run the file's code
+            reason = "training.pt holds more than tensors and numbers"
+        raise UserError(f"checkpoint {folder} is damaged: {reason[:200]}; take another one") from None

@@ -55,6 +55,7 @@ class Task(ABC):
     delta_key: ClassVar[str]  # the score that enters Delta_m; a protocol may name another for saliency
     folder: ClassVar[str]  # of prediction files: <folder>/<id>.png
     modes: ClassVar[tuple[str, ...]]  # Pillow's modes that such a file may have
+    label_type: ClassVar[tuple[type, tuple[int, ...]]] = (np.uint8, ())  # finished: dtype and the axes before (H, W)
     values: ClassVar[tuple[str, ...]]  # names of the values that label_values() returns
     palette: ClassVar[NDArray[np.uint8] | None] = None  # (256, 3), which colours a file of class ids
     void: ClassVar[int] = VOID  # the value that pads a label
@@ -97,9 +98,17 @@ class Task(ABC):
 
     @staticmethod
     @abstractmethod
-    def loss(prediction: Tensor, label: Tensor, /) -> Tensor:
-        """Of raw output (n, C, H, W) and collated labels, a float32 scalar: the sum over valid pixels / max(#valid, 1).
-        Without valid pixels it is 0 with zero gradients. The host does not wait for the device."""
+    def totals(label: Tensor, /) -> Tensor:
+        """What the loss divides by or weighs with: numbers counted over collated labels, int64 (k,). Those of two sets
+        of labels add up. The host does not wait for the device."""
+
+    @staticmethod
+    @abstractmethod
+    def loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None, /) -> Tensor:
+        """Of raw output (n, C, H, W) and collated labels, a scalar, at least float32: the sum over valid pixels /
+        max(#valid, 1). Without valid pixels it is 0 with zero gradients. The host does not wait for the device.
+
+        ``totals`` are those of a larger batch that these images belong to: then it is their share of its loss."""
 
     def metric(self, classes: Sequence[str]) -> Metric:
         """A fresh accumulator of the task's scores."""
@@ -152,9 +161,19 @@ class Task(ABC):
         """A prediction over its photo."""
 
 
-def mean_over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
-    """The sum of ``per_pixel`` / max(#valid, 1)."""
-    return per_pixel.sum() / valid.sum().clamp(min=1)
+def count_valid(valid: Tensor) -> Tensor:
+    """:meth:`Task.totals` of a loss that is a mean over the valid pixels."""
+    return valid.sum()[None]
+
+
+def over_valid(per_pixel: Tensor, valid: Tensor) -> Tensor:
+    """The sum of ``per_pixel`` / max(``valid``, 1), the number of valid pixels."""
+    return per_pixel.sum() / valid.clamp(min=1)
+
+
+def at_least_fp32(prediction: Tensor) -> Tensor:
+    """The type in which losses are computed."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def resize_channel(channel: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:

@@ -13,7 +13,18 @@ from torch import Tensor
 from kernels.errors import UserError
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant, LabelCounts
-from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task, mean_over_valid, resize_channel
+from train.tasks.base import (
+    GREY,
+    VOID,
+    Headline,
+    Picture,
+    Shape,
+    Task,
+    at_least_fp32,
+    count_valid,
+    over_valid,
+    resize_channel,
+)
 from train.tasks.palette import PALETTE
 
 
@@ -24,11 +35,19 @@ def _outline(ids: Picture) -> NDArray[np.bool_]:
     return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
 
 
-def class_loss(prediction: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+def class_totals(label: Tensor) -> Tensor:
+    """Valid pixels."""
+    return count_valid(label != VOID)
+
+
+def class_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy, family B: sum over valid / max(#valid, 1). ``weight`` (C,) scales the pixels of each class."""
     # Not reduction="sum": on CUDA that has no deterministic implementation.
-    per_pixel = F.cross_entropy(prediction.float(), label.long(), weight, ignore_index=VOID, reduction="none")
-    return mean_over_valid(per_pixel, label != VOID)
+    logits = at_least_fp32(prediction)
+    weight = None if weight is None else weight.to(logits.dtype)
+    per_pixel = F.cross_entropy(logits, label.long(), weight, ignore_index=VOID, reduction="none")
+    (valid,) = class_totals(label) if totals is None else totals
+    return over_valid(per_pixel, valid)
 
 
 class ConfusionIoU(Metric):
@@ -85,6 +104,7 @@ class ClassTask(Task):
     modes = ("L", "P")
     palette = PALETTE
     stretching = cv2.INTER_NEAREST
+    totals = staticmethod(class_totals)
     loss = staticmethod(class_loss)
     metric_type = ConfusionIoU
     constant_type = ConstantClass

@@ -8,13 +8,18 @@ from torch import Tensor
 
 from train.metrics.constant import Constant
 from train.metrics.depth import FARTHEST, NEAREST, DepthErrors
-from train.tasks.base import GREY, Headline, Label, Picture, Task, mean_over_valid
+from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, count_valid, over_valid
 
 BINS_PER_UNIT = 1000  # of log depth
 PAINTED = (0.5, 20.0)  # metres, the brightest and the darkest colour
 
 
-def depth_loss(prediction: Tensor, label: Tensor) -> Tensor:
+def depth_totals(label: Tensor) -> Tensor:
+    """Valid pixels."""
+    return count_valid(label > 0)
+
+
+def depth_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
     """L1 distance of log depths, mean over valid pixels.
 
     The field uses L1 in metres. With logs an error of 10 % weighs the same near and far, any output is a positive
@@ -22,7 +27,8 @@ def depth_loss(prediction: Tensor, label: Tensor) -> Tensor:
     """
     valid = label > 0
     target = torch.where(valid, label, 1).log()
-    return mean_over_valid((prediction[:, 0].float() - target).abs() * valid, valid)
+    (count,) = depth_totals(label) if totals is None else totals
+    return over_valid((at_least_fp32(prediction[:, 0]) - target).abs() * valid, count)
 
 
 class ConstantDepth(Constant):
@@ -54,9 +60,11 @@ class DepthTask(Task):
     headlines = (Headline("rmse", False, "m"), Headline("absRel", False, "%"), Headline("within_1.25", True, "%"))
     delta_key = "rmse"
     folder = "depth"
+    label_type = (np.float32, ())
     modes = ("I;16",)
     values = ("void", "valid")
     void = 0
+    totals = staticmethod(depth_totals)
     loss = staticmethod(depth_loss)
     metric_type = DepthErrors
     constant_type = ConstantDepth

@@ -11,7 +11,17 @@ from torch import Tensor
 from train.metrics.base import Metric
 from train.metrics.constant import LabelCounts
 from train.metrics.thinning import thin
-from train.tasks.base import VOID, Headline, Picture, Task, mean_over_valid, paint_binary, paint_probability
+from train.tasks.base import (
+    VOID,
+    Headline,
+    Picture,
+    Task,
+    at_least_fp32,
+    count_valid,
+    over_valid,
+    paint_binary,
+    paint_probability,
+)
 
 EDGE_WEIGHT = 0.95
 INK = np.array([20, 30, 90])  # the colour of edges over a photo
@@ -27,9 +37,15 @@ def edges_from_label_map(label_map: np.ndarray) -> np.ndarray:
     return thin(laplace(label_map.astype(np.float64), mode="mirror") != 0).astype(np.uint8)
 
 
-def edge_loss(prediction: Tensor, label: Tensor) -> Tensor:
+def edge_totals(label: Tensor) -> Tensor:
+    """Valid pixels."""
+    return count_valid(label != VOID)
+
+
+def edge_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
     """Balanced binary cross-entropy: the mean over valid pixels of 0.95 l_pos + 0.05 l_neg."""
-    return mean_over_valid(balanced_bce(prediction, label), label != VOID)
+    (valid,) = edge_totals(label) if totals is None else totals
+    return over_valid(balanced_bce(prediction, label), valid)
 
 
 def balanced_bce(prediction: Tensor, label: Tensor) -> Tensor:
@@ -39,8 +55,8 @@ def balanced_bce(prediction: Tensor, label: Tensor) -> Tensor:
     """
     positive = label == 1
     weight = torch.where(positive, EDGE_WEIGHT, 1 - EDGE_WEIGHT) * (label != VOID)
-    logit = prediction.squeeze(1).float()
-    return F.binary_cross_entropy_with_logits(logit, positive.float(), weight, reduction="none")
+    logit = at_least_fp32(prediction.squeeze(1))
+    return F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), weight, reduction="none")
 
 
 class EdgeLoss(Metric):
@@ -90,6 +106,7 @@ class EdgeTask(Task):
     folder = "edge"
     modes = ("L",)
     values = ("rest", "edges")
+    totals = staticmethod(edge_totals)
     loss = staticmethod(edge_loss)
     metric_type = EdgeLoss
     constant_type = ConstantEdge

@@ -12,20 +12,30 @@ from torch import Tensor
 
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant
-from train.tasks.base import GREY, Headline, Label, Picture, Task, mean_over_valid
+from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, count_valid, over_valid
 
 BINS_PER_DEGREE = 100
 LIMITS = (11.25, 22.5, 30)  # degrees
 
 
-def normals_loss(prediction: Tensor, label: Tensor) -> Tensor:
+def valid_normals(label: Tensor) -> Tensor:
+    return (label != 0).any(1)
+
+
+def normals_totals(label: Tensor) -> Tensor:
+    """Valid pixels."""
+    return count_valid(valid_normals(label))
+
+
+def normals_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
     """L1 distance of the normalised prediction to the label, summed over the 3 channels / max(#valid pixels, 1).
 
     Family A divides by the number of elements instead: a third of this.
     """
-    valid = (label != 0).any(1)
-    per_pixel = (unit(prediction.float()) - label).abs().sum(1)
-    return mean_over_valid(per_pixel * valid, valid)
+    valid = valid_normals(label)
+    (count,) = count_valid(valid) if totals is None else totals
+    per_pixel = (unit(at_least_fp32(prediction)) - label).abs().sum(1)
+    return over_valid(per_pixel * valid, count)
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -142,9 +152,11 @@ class NormalsTask(Task):
     headlines = (Headline("mErr", False, "deg"),)
     delta_key = "mErr"
     folder = "normals"
+    label_type = (np.float32, (3,))
     modes = ("RGB",)
     values = ("void", "valid")
     void = 0
+    totals = staticmethod(normals_totals)
     loss = staticmethod(normals_loss)
     metric_type = Normals
     constant_type = ConstantNormals

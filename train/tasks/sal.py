@@ -16,10 +16,16 @@ F_THRESHOLDS = torch.arange(1, 20) / 20  # arange(0.05, 1, 0.05), 19 of them
 A_THRESHOLDS = torch.arange(4, 19) / 20  # linspace(0.2, 0.9, 15)
 
 
-def saliency_loss(prediction: Tensor, label: Tensor) -> Tensor:
+def saliency_totals(label: Tensor) -> Tensor:
+    """Negative and valid pixels."""
+    return torch.stack([(label == 0).sum(), (label != VOID).sum()])
+
+
+def saliency_loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
     """Cross-entropy with class weights [1 - w, w], w = N_neg / N_valid over the batch: the rarer class weighs more."""
-    w = (label == 0).sum() / (label != VOID).sum().clamp(min=1)
-    return class_loss(prediction, label, torch.stack([1 - w, w]))
+    negative, valid = saliency_totals(label) if totals is None else totals
+    w = negative / valid.clamp(min=1)
+    return class_loss(prediction, label, valid[None], torch.stack([1 - w, w]))
 
 
 class Saliency(Metric):
@@ -128,6 +134,7 @@ class SaliencyTask(Task):
     folder = "sal"
     modes = ("L",)
     values = ("rest", "salient")
+    totals = staticmethod(saliency_totals)
     loss = staticmethod(saliency_loss)
     metric_type = Saliency
     constant_type = ConstantSaliency

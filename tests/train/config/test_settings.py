@@ -2,11 +2,13 @@
 
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from kernels import UserError
-from train.config.settings import Settings, parse_loss_weights, read_recipe, recipe_names, resolve_settings
+from train.config.settings import BOUNDS, Settings, parse_loss_weights, read_recipe, recipe_names, resolve_settings
 
 
 def test_without_data_the_scenes_recipe_applies():
@@ -74,10 +76,19 @@ def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
     ("text", "message"),
     [
         ("modle: vit_tiny", "unknown key 'modle'; did you mean 'model'?"),
-        ("batch_size: many", "batch_size is 'many', which is not of type int"),
+        ("batch_size: many", "batch_size is 'many', which is not a whole number"),
         ("partial_labels: perhaps", "partial_labels is 'perhaps', which is not true or false"),
         ("model: [", "is not valid yaml"),
         ("just words", "holds no 'key: value' lines"),
+        ("7", "holds no 'key: value' lines"),
+        ("7: 8", "unknown key 7"),
+        ("image_size: 64.7", "image_size is 64.7, which is not a whole number"),
+        ("steps: 1.9", "steps is 1.9, which is not a whole number"),
+        ("eval_every: .inf", "eval_every is inf, which is not a whole number"),
+        ("batch_size: true", "batch_size is True, which is not a whole number"),
+        ("lr: false", "lr is False, which is not a number"),
+        ("data:", "data is None, which is not a text"),
+        ("tasks: [seg, edge]", "tasks is ['seg', 'edge'], which is not a text"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
@@ -91,7 +102,12 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"recipe": "mimi"}, "no recipe 'mimi': give the path of a .yaml file or one of mini, paper, scenes"),
+        ({"recipe": "mimi"}, f"no recipe 'mimi': give the path of a .yaml file or one of {', '.join(recipe_names())}"),
+        ({"decoder": "fcn"}, "unknown decoder 'fcn': choose among none, fgmoe, plain, mlore"),
+        ({"decoder": "fgmoe", "fg": "4/5/4/1"}, "fg 4/5/4/1: the active experts K must be between 1 and N = 4"),
+        ({"decoder": "fgmoe", "gating": "topk"}, "knows no shared experts but S = 1"),
+        ({"decoder": "mlore", "gating": "ase"}, "choose topk or topk-renorm"),
+        ({"decoder": "fgmoe", "moe": "16/3/1/4"}, "--moe 16/3/1/4 adapts the backbone, which --decoder fgmoe freezes"),
         ({"tasks": "seg,flow"}, "unknown task 'flow'"),
         ({"tasks": "seg,semseg"}, "task 'seg' is given twice"),
         ({"moe": "16/16/1/4"}, "the active sparse experts k must be between 1 and N - S = 15"),
@@ -106,6 +122,16 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"normalisation": "none"}, "unknown normalisation 'none'"),
         ({"lr": "nan"}, "lr is nan"),
         ({"image_size": -8}, "image_size is -8"),
+        ({"loss_weights": "seg=-1"}, "loss weight 'seg=-1': it must be between 0 and 1e+06"),
+        ({"loss_weights": "seg=nan"}, "loss weight 'seg=nan': it must be"),
+        ({"clip_norm": "-1"}, "clip_norm is -1.0: it must be between 1e-09 and 1e+09"),
+        ({"clip_norm": "0"}, "clip_norm is 0.0"),
+        ({"weight_decay": "-0.1"}, "weight_decay is -0.1"),
+        ({"warmup": "5"}, "warmup is 5.0: it must be between 0 and 1"),
+        ({"warmup": "inf"}, "warmup is inf"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"scenes": "99999999999999"}, "scenes is 99999999999999: it must be between 1 and 1e+07"),
+        ({"device": "mps"}, "unknown device 'mps': choose among cpu, cuda"),
         ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini"),
     ],
 )
@@ -113,6 +139,27 @@ def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):
     with pytest.raises(UserError) as caught:
         resolve_settings(flags)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_number_has_bounds():
+    """nan and inf are outside of all of them."""
+    kinds = get_type_hints(Settings)
+    assert {name for name, kind in kinds.items() if kind in (int, float)} == BOUNDS.keys()
+
+
+def test_a_decoder_replaces_the_experts_of_the_backbone():
+    settings = resolve_settings({"decoder": "fgmoe", "gating": "ase", "pretrained": "weights.npz"})
+    assert settings.moe == "none" and settings.moe_config is None
+    assert str(settings.decoder_config) == "4/2/4/1" and settings.decoder_config.gating_name == "ase"
+    assert Path(settings.pretrained).is_absolute()
+    assert str(resolve_settings({"decoder": "fgmoe", "pretrained": "weights.npz", "moe": "none"}).moe) == "none"
+
+
+def test_a_resumed_run_keeps_its_decoder():
+    before = asdict(resolve_settings({"decoder": "fgmoe", "pretrained": "weights.npz"}))
+    assert resolve_settings({}, before).decoder == "fgmoe"
+    with pytest.raises(UserError, match="fg was '4/2/4/1' and cannot become '4/2/1/1' when a run is resumed"):
+        resolve_settings({"fg": "4/2/1/1"}, before)
 
 
 def test_loss_weights_that_are_not_named_keep_their_default():

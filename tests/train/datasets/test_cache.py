@@ -90,8 +90,9 @@ def flip_a_bit(path):
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("no picture"),
         lambda path: Image.new("RGB", (50, 37)).save(path),
+        lambda path: Image.new("L", (25, 18)).save(path),
     ],
-    ids=["cut", "a bit flipped", "empty", "text", "colours"],
+    ids=["cut", "a bit flipped", "empty", "text", "colours", "another size"],
 )
 def test_a_damaged_entry_is_derived_again_and_replaced(damage, pascal_tree, tmp_path):
     cache = open_cache(str(tmp_path), pascal_tree)

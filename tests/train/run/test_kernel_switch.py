@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from kernels.dispatch import RESOLVED
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.loop import set_up, training_step
+from train.run.losses import read_losses
+from train.run.start import set_up
+from train.run.step import training_step
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -75,7 +78,7 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
                 "out": str(tmp_path / kernel),
             }
         )
-        run = set_up(settings, fresh=True)
+        run = set_up(settings, None)
         losses = []
         for batch in train_loader(run.data[0], settings.task_names, 2, range(4), 0, 0):
             losses.append(training_step(run, batch))
@@ -88,5 +91,24 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
 @pytest.mark.parametrize("flags", [[], ["--deterministic"]])
 def test_deterministic_reaches_the_routing(tmp_path, flags):
     argv = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", *flags, "--out", str(tmp_path / "run")]
-    run = set_up(resolve_settings(parse(argv)[0]), fresh=True)
+    run = set_up(resolve_settings(parse(argv)[0]), None)
     assert run.model.routing.deterministic == bool(flags)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_follows_an_eager_one(backend, tmp_path, monkeypatch):
+    """The backbone is one graph. Its evaluations are not compiled, so that their last batch may be smaller."""
+    quick = ["--set", "scenes=8", "--set", "val_scenes=3", "--batch-size", "2", "--workers", "0", "--steps", "3"]
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(compile_counted, graphs, torch.compile, backend))
+    torch._dynamo.reset()
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        assert main([*quick, *flags, "--out", str(tmp_path / name)]) == 0
+    assert len(graphs) == 6, "the backbone and five heads"
+    losses = [list(read_losses(tmp_path / name / "losses.csv", 3)[1].values()) for name in ("eager", "compiled")]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-5)
+
+
+def compile_counted(graphs, compile, backend, function, **options):
+    graphs.append(function)
+    return compile(function, backend=backend, **options)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from kernels.errors import UserError
 from train.datasets.pascal.handedness import Asymmetry, asymmetry_of
 from train.datasets.pascal.labels import Reader, read_photo
 from train.datasets.pascal.tree import ImageFiles
 from train.files.processes import process_map
+from train.files.progress import progress
 from train.tasks import TASKS
 
 
@@ -40,7 +40,7 @@ def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, t
     title = f"inspect {title}".strip()
     with process_map(workers, "inspects the images", preload=__name__) as run:
         findings = run(partial(inspect_image, reader=reader), images)
-        return list(tqdm(findings, title, len(images), unit="image", leave=False, disable=None))
+        return list(progress(findings, title, len(images), "image"))
 
 
 def inspect_image(image: ImageFiles, reader: Reader) -> Finding:

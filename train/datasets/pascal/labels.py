@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageOps
 
 from kernels.errors import UserError
 from train.datasets.cache import Cache
@@ -81,8 +82,9 @@ def read_label_map_at(label_map: Path, photo: Path) -> NDArray[np.uint16]:
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
-    """RGB (H, W, 3) of a JPEG or PNG in colour or grey."""
-    return np.asarray(read_image(path, ("RGB", "L"), ("JPEG", "PNG")).convert("RGB"))
+    """RGB (H, W, 3) of a JPEG or PNG in colour or grey, oriented by EXIF: its labels have that orientation too."""
+    image = read_image(path, ("RGB", "L"), ("JPEG", "PNG"))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_seg(path: Path) -> NDArray[np.uint8]:

@@ -1,0 +1,140 @@
+"""The dense Triton kernels of the mixture of experts: against fp64, against their references, and what they save."""
+
+import os
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from kernels import GATINGS, TaskSegments, UserError  # noqa: E402
+from kernels.experts import ops  # noqa: E402
+from kernels.experts.gate import gate, gate_backward, gate_backward_reference, gate_reference  # noqa: E402
+from kernels.experts.route import route, route_backward, route_backward_reference, route_reference  # noqa: E402
+from kernels.pool import make_pool  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the problems are on the CPU, for the interpreter")
+
+# Norm of the error over the norm: as in test_triton.py, sums of up to some hundred products rounded at 6e-8 each.
+FP32_ERROR = 2e-6
+TIMES_PYTORCH = 2.0  # on a single small problem the ratio of two roundings scatters widely
+CASES = [
+    {"rank": 3},
+    {"rank": 5, "sets": 3, "counts": (4, 4, 4)},
+    {"rank": 24, "sets": 3},
+    {"rank": 24, "readers": 2, "biases": "c", "activation": "none"},
+    {"rank": 4, "readers": 5, "sets": 3, "biases": "b"},
+    {"rank": 300, "experts": 5, "readers": 2, "counts": (9,)},  # more columns than a tile
+    {"rank": 16, "experts": 33, "biases": "", "activation": "none", "counts": (1, 10)},
+]
+
+
+def relative_error(actual, exact):
+    difference, size = (actual.double() - exact).norm().item(), exact.norm().item()
+    return difference / size if size else difference
+
+
+def assert_accurate(mixture, dtype):
+    """Within FP32_ERROR, in half precision within two roundings, of an intermediate tensor and of the result; more only
+    where PyTorch errs about as much."""
+    ours, plain = (mixture.to(dtype).everything(kernel) for kernel in ("triton", "reference"))
+    exact = mixture.to(torch.float64).everything("reference")
+    assert torch.equal(ours["g"] > 0, exact["g"] > 0), "the selections differ"
+    for name, right in exact.items():
+        one = FP32_ERROR if dtype == torch.float32 or name in ("g", "P") else 2**0.5 * torch.finfo(dtype).eps / 4
+        allowed = max(one, TIMES_PYTORCH * relative_error(plain[name], right))
+        assert relative_error(ours[name], right) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients_of_every_kind_of_mixture(case, dtype, make_mixture):
+    assert_accurate(make_mixture(**case), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gating", GATINGS)
+def test_outputs_and_gradients_of_every_gating(gating, dtype, make_mixture):
+    assert_accurate(make_mixture(gating), dtype)
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 6), (1, 0, 0), (0, 0, 0)])
+def test_tasks_without_tokens(counts, make_mixture):
+    assert_accurate(make_mixture(counts=counts, sets=3), torch.float32)
+
+
+def test_results_have_the_same_bits_every_time_and_backward_runs_twice(make_mixture):
+    mixture = make_mixture(rank=5, sets=3, readers=2).to(torch.float16)
+    y, _, p = mixture.run("triton")
+    leaves = list(mixture.leaves.values())
+    first, second = (torch.autograd.grad((y, p), leaves, mixture.cotangents(), retain_graph=True) for _ in range(2))
+    again = mixture.to(torch.float16).everything("triton")
+    for name, left, right in zip(mixture.leaves, first, second, strict=True):
+        assert torch.equal(left, right) and torch.equal(left, again[f"d{name}"]), name
+    assert torch.equal(y, again["y"]) and torch.equal(p, again["P"])
+
+
+def test_one_output_alone_may_have_a_gradient(make_mixture):
+    mixture = make_mixture().to(torch.float32)
+    dy, dp = mixture.cotangents()
+    for i, cotangent in ((0, dy), (2, dp)):
+        gradients = [
+            torch.autograd.grad(mixture.run(kernel)[i], mixture.leaves["z"], cotangent)[0].double()
+            for kernel in ("triton", "reference")
+        ]
+        assert relative_error(*gradients) <= FP32_ERROR
+
+
+def test_no_output_of_an_expert_is_saved(make_mixture):
+    """x, U, z and g, and the weights."""
+    mixture, saved = make_mixture(counts=(50, 10), readers=2).to(torch.float32), []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mixture.run("triton")
+    tokens, n, ranks = 60, 6, 18
+    per_token = [t for t in saved if tokens in t.shape]
+    assert sum(t.numel() for t in per_token) == tokens * (10 + ranks + 2 * n + 2 * n)
+
+
+def test_the_kernels_equal_their_references(make_mixture):
+    mixture = make_mixture("topk", readers=2, rank=5).to(torch.float32)
+    z, experts = mixture.leaves["z"].detach(), 6
+    segments, pool = TaskSegments.of(mixture.counts, z.device), make_pool(30, experts, "topk", 2, 0)
+    g, p = route(z, segments, pool)
+    for actual, right in zip((g, p), route_reference(z, segments, mixture.gating), strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-6, atol=1e-6)
+    rng = torch.Generator().manual_seed(3)
+    u, dgated, dp = (torch.randn(*shape, generator=rng) for shape in ((9, 30), (2, 9, 36), (2, 3, experts)))
+    torch.testing.assert_close(gate(u, g, "gelu", True), gate_reference(u, g, "gelu", True), rtol=1e-6, atol=1e-6)
+    actual = gate_backward(u, g, dgated, "gelu", True)
+    for left, right in zip(actual, gate_backward_reference(u, g, dgated, "gelu", True), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    dz = route_backward(z, g, actual[1], dp, segments, pool)
+    expected = route_backward_reference(z, g, actual[1], dp, segments, mixture.gating)
+    torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
+def test_torch_accepts_the_operators(case, make_mixture):
+    mixture = make_mixture(**case).to(torch.float32)
+    t, dy = {name: leaf.detach() for name, leaf in mixture.leaves.items()}, mixture.cotangents()
+    if t["z"].ndim == 2:
+        t["z"], t["base"], dy = t["z"][None], t["base"][None], tuple(each[None] for each in dy)
+    weights, offsets = [t.get(name) for name in "ABbc"], TaskSegments.of(mixture.counts, t["x"].device).offsets
+    static = mixture.counts, mixture.activation, *vars(mixture.gating).values(), "dense"
+    forward = t["x"], t["base"], t["z"], *weights, offsets, *static
+    _, g, _, u = ops.expert_mixture_op(*forward)
+    leaves = [
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in forward
+    ]
+    torch.library.opcheck(ops.expert_mixture_op, leaves)
+    torch.library.opcheck(ops.expert_mixture_backward_op, (*dy, t["x"], u, t["z"], g, *weights, offsets, *static))
+
+
+def test_an_unknown_algorithm_is_refused(make_mixture):
+    mixture = make_mixture().to(torch.float32)
+    t, segments = mixture.leaves, TaskSegments.of(mixture.counts, torch.device("cpu"))
+    with pytest.raises(UserError, match="unknown algorithm 'sparse': choose among dense"):
+        ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")

@@ -1,0 +1,182 @@
+"""Several processes train as one: the same losses, gradients and metrics, whatever slice each of them has."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.run import checkpoint
+from train.run.losses import read_losses
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICK = ["--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
+
+# One step in fp64 from given weights, without an update; writes losses and gradients.
+ONE_STEP = """
+import sys
+import torch
+from train.cli import parse
+from train.config.settings import resolve_settings
+from train.datasets.batches import train_loader
+from train.run.distributed import leads, processes
+from train.run.step import training_step
+from train.run.start import set_up
+
+torch.set_default_dtype(torch.float64)
+with processes():
+    settings = resolve_settings(parse(sys.argv[2:])[0])
+    torch.manual_seed(0)
+    run = set_up(settings, None)
+    run.model.double()
+    (batch,) = train_loader(run.data[0], settings.task_names, settings.batch_size, range(1), settings.seed, 0)
+    norms = []
+    run.optimizer.step = lambda *_: None
+    losses = training_step(run, batch)
+    if leads():
+        gradients = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+        buffers = dict(run.model.named_buffers())
+        torch.save({"losses": losses, "gradients": gradients, "buffers": buffers}, sys.argv[1])
+"""
+
+
+def launch(processes, *command):
+    """The command as torchrun starts it, in so many processes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    whole = [*torchrun, *map(str, command)] if processes > 1 else [sys.executable, *map(str, command)]
+    return subprocess.Popen(whole, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process):
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(params=["scenes", "partial"])
+def flags(request):
+    """Settings of a run; those of the tree have a task that one of two slices has no label of."""
+    if request.param == "scenes":
+        return [*QUICK, "--head", "up"]
+    tree = request.getfixturevalue("pascal_copy")
+    for id in (path.stem for path in (tree / "human_parts").iterdir()):
+        if id.startswith("2008") and id != "2008_000000":  # the training images
+            (tree / f"human_parts/{id}.mat").unlink()
+            (tree / f"pascal-context/trainval/{id}.mat").unlink(missing_ok=True)
+    small = ["--model", "vit_micro", "--image-size", "64", "--workers", "0", "--set", "lora_rank=0"]
+    return ["--data", str(tree), "--protocol", "mini", "--partial-labels", "--batch-size", "4", *small]
+
+
+def test_losses_and_gradients_of_two_processes_are_those_of_one(flags, tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(ONE_STEP)
+    for n in (1, 2):
+        finished(launch(n, script, tmp_path / f"{n}.pt", *flags, "--out", tmp_path / f"run-{n}"))
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-9, atol=1e-9)
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close({name: two["gradients"][name]}, {name: gradient}, rtol=1e-9, atol=1e-9)
+    for name, buffer in one["buffers"].items():
+        torch.testing.assert_close(two["buffers"][name], buffer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parts_of_a_batch_add_up_to_it(processes, tmp_path):
+    """Light heads have no batch norm, and the mutual-information loss is off: each part would have its own."""
+    script = tmp_path / "step.py"
+    script.write_text(ONE_STEP)
+    flags = [*QUICK, "--set", "mi_weight=0", "--head", "light"]
+    finished(launch(1, script, tmp_path / "whole.pt", *flags, "--out", tmp_path / "whole"))
+    parts = [*flags, "--accumulate", "2", "--out", tmp_path / "parts"]
+    finished(launch(processes, script, tmp_path / "parts.pt", *parts))
+    whole, added = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
+    torch.testing.assert_close(added["losses"], whole["losses"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(added["gradients"], whole["gradients"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{number of processes: folder} of a short run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for n in (1, 2):
+        said = finished(launch(n, "-m", "train", *QUICK, "--steps", "6", "--out", folder / str(n)))
+        assert said.count("results.json, last, losses.csv") == 1, "one process speaks"
+    return {n: folder / str(n) for n in (1, 2)}
+
+
+def assert_alike(one, other):
+    rows = [torch.tensor(list(read_losses(out / "losses.csv", 100)[1].values())) for out in (one, other)]
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-5)
+    results = [json.loads((out / "results.json").read_text()) for out in (one, other)]
+    for task, scores in results[0]["metrics"].items():
+        for name, value in scores.items():
+            theirs = results[1]["metrics"][task][name]
+            assert value is None if theirs is None else theirs == pytest.approx(value, rel=1e-2, abs=0.2)
+
+
+def test_a_run_of_two_processes_is_a_run_of_one(runs):
+    assert_alike(runs[1], runs[2])
+    one, two = (json.loads((runs[n] / "results.json").read_text()) for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["metrics_constant"] == two["metrics_constant"]
+
+
+def test_metrics_of_the_same_weights_are_the_same(runs):
+    """The untrained model is scored before the first step, so that its weights have no rounding of their own."""
+    one, two = (json.loads((runs[n] / "results.json").read_text())["metrics_untrained"] for n in (1, 2))
+    for task, scores in one.items():
+        known = {name: value for name, value in scores.items() if value is not None}
+        assert {name: two[task][name] for name in known} == pytest.approx(known, rel=1e-12)
+        assert all(two[task][name] is None for name in scores.keys() - known.keys())
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_is_resumed_with_another_number_of_processes(first, then, runs, tmp_path):
+    out = tmp_path / "run"
+    flags = [*QUICK, "--out", out, "--checkpoint-every", "1", "--keep", "9"]
+    finished(launch(first, "-m", "train", *flags, "--steps", "6"))
+    (out / "last").unlink()
+    (out / "last").symlink_to("step-3")
+    (out / "results.json").unlink()
+    finished(launch(then, "-m", "train", *flags, "--resume", "--steps", "6"))
+    assert_alike(runs[1], out)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_reason(tmp_path, pascal_copy):
+    """The second process meets a damaged photo, and the first would wait for it for ever."""
+    for photo in (pascal_copy / "JPEGImages").iterdir():
+        photo.write_bytes(photo.read_bytes()[:-200])
+    data = ["--data", pascal_copy, "--protocol", "mini", "--partial-labels", "--model", "vit_micro"]
+    small = ["--image-size", "64", "--batch-size", "4", "--workers", "0", "--set", "lora_rank=0", "--steps", "3"]
+    process = launch(2, "-m", "train", *data, *small, "--out", tmp_path / "run")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "JPEGImages" in said and "restore it" in said
+
+
+def test_sigterm_to_all_processes_leaves_one_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    process = launch(2, "-m", "train", *QUICK, "--steps", "3000", "--out", out)
+    while not (out / "losses.csv").exists() or len((out / "losses.csv").read_text().splitlines()) < 11:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = checkpoint.read_state(out / "last").step
+    assert f"stopped at step {step}: continue from {out}/step-{step} with --resume" in said
+    assert load_file(out / "last" / "model.safetensors")
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
+    process = launch(2, "-m", "train", *QUICK[2:], "--batch-size", "1", "--steps", "1", "--out", tmp_path / "run")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "--accumulate 1 in 2 processes needs a batch of 2 images at least, not 1" in said

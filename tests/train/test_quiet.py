@@ -1,0 +1,97 @@
+"""What commands print and where curves go: as much as was asked for, and nothing into a pipe that is for a terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--steps", "2", "--batch-size", "2", "--set", "scenes=8", "--set", "val_scenes=2", "--workers", "0"]
+
+
+def test_quiet_prints_errors_only(tmp_path, capfd):
+    assert main([*QUICK, "--quiet", "--out", str(tmp_path / "run")]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main([*QUICK, "--quiet", "--moe", "1/1/1/1", "--out", str(tmp_path / "other")]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    print("heard")
+    assert capfd.readouterr().out == "heard\n", "stdout is as it was"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "compare", "check", "lossdiff"])
+def test_every_command_has_it(command):
+    module = __import__(f"train.{command}", fromlist=["build_parser"])
+    assert "--quiet" in module.build_parser().format_help()
+
+
+def test_no_bar_is_drawn_into_a_pipe(tmp_path):
+    command = [sys.executable, "-m", "train", *QUICK, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
+
+
+def test_recipes_are_listed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--list-recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0
+    assert any(line.startswith("paper ") and "The setting of ASE" in line for line in lines)
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "none"])
+def test_curves_go_where_they_were_asked_to(log, tmp_path):
+    assert main([*QUICK, "--log", log, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tensorboard").exists() == (log == "tensorboard")
+
+
+FAKE_WANDB = """
+import json, pathlib
+class init:
+    def __init__(self, **given):
+        self.given, self.curves = given, []
+    def __enter__(self):
+        return self
+    def log(self, values, step):
+        self.curves.append([step, values])
+    def __exit__(self, *_):
+        config = {"project": self.given["project"], "lr": self.given["config"]["lr"]}
+        (pathlib.Path(self.given["dir"]) / "wandb.json").write_text(json.dumps([config, self.curves]))
+"""
+
+
+def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
+    """A stand-in for the package, which needs an account."""
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 0
+    config, curves = json.loads((tmp_path / "run" / "wandb.json").read_text())
+    assert config["project"] == "fastmoe_lora" and config["lr"] > 0
+    assert {"loss/seg", "lr"} <= {name for _, values in curves for name in values} and curves[-1][0] == 2
+    sys.modules.pop("wandb", None)
+
+
+def test_weights_and_biases_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 2
+    assert "--log wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("package", ["kernels", "fastmoe_lora", "model", "train.cli"])
+def test_importing_takes_under_two_seconds_of_work_beyond_torch(package):
+    """Processor seconds, which do not grow with what else is running."""
+
+    def seconds(statement):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", statement], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert seconds(f"import torch, {package}") - seconds("import torch") < 2

@@ -1,0 +1,91 @@
+"""losses.csv: the unweighted loss of every task at every step, as the numbers that were computed."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import UserError
+from train.files.atomic import write_text
+from train.files.reading import reading
+
+Row = tuple[float, ...]
+
+
+class LossLog:
+    """The losses of a run, in ``path`` and, as far as they were not written yet, on the device; None writes nothing.
+
+    ``tasks`` names the columns after ``step``. ``earlier`` are the rows of the steps before this log begins.
+    """
+
+    def __init__(self, path: Path | None, tasks: Sequence[str], earlier: dict[int, Row]) -> None:
+        self.path, self.tasks, self.rows = path, tuple(tasks), dict(earlier)
+        self._pending: dict[int, Tensor] = {}
+        lines = [",".join(("step", *self.tasks)), *(_line(step, row) for step, row in self.rows.items())]
+        if path is not None:
+            write_text(path, "".join(f"{line}\n" for line in lines))
+
+    def add(self, step: int, losses: Tensor) -> None:
+        """The losses (tasks,) of ``step``; the host does not wait for them."""
+        self._pending[step] = losses
+
+    def flush(self) -> None:
+        """Write what was added. UserError, after it is written, where a loss is not finite."""
+        if not self._pending:
+            return
+        table = torch.stack(list(self._pending.values())).tolist()
+        new = {step: tuple(row) for step, row in zip(self._pending, table, strict=True)}
+        self._pending.clear()
+        self.rows |= new
+        if self.path is not None:
+            _append(self.path, [f"{_line(step, row)}\n" for step, row in new.items()])
+        for step, row in new.items():
+            for task, loss in zip(self.tasks, row, strict=True):
+                if not math.isfinite(loss):
+                    raise NotFiniteError(step, task, loss)
+
+    @property
+    def skipped(self) -> int:
+        """Steps with a loss that is not finite."""
+        return sum(not all(map(math.isfinite, row)) for row in self.rows.values())
+
+    def mean(self, steps: int) -> dict[str, float]:
+        """Each task's loss, averaged over those of the last ``steps`` steps that are finite; NaN if none is."""
+        finite = [row for row in list(self.rows.values())[-steps:] if all(map(math.isfinite, row))]
+        rows = torch.tensor(finite, dtype=torch.float64).reshape(-1, len(self.tasks))
+        return dict(zip(self.tasks, rows.mean(0).tolist(), strict=True))
+
+
+class NotFiniteError(Exception):
+    """The loss of ``task`` at ``step`` is NaN or infinite."""
+
+    def __init__(self, step: int, task: str, loss: float) -> None:
+        super().__init__(f"the loss of {task} is {loss} at step {step}")
+        self.step, self.task = step, task
+
+
+def read_losses(path: Path, until: int) -> tuple[tuple[str, ...], dict[int, Row]]:
+    """(tasks, {step: losses}) of a losses.csv up to the step ``until``. A line that a kill cut short ends it."""
+    with reading(path):
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        head, *rows = csv.reader(lines)
+        values = {int(row[0]): tuple(map(float, row[1:])) for row in rows}
+        if head[:1] != ["step"] or any(len(row) != len(head) - 1 for row in values.values()):
+            raise ValueError("it is not a table of losses")
+    return tuple(head[1:]), {step: row for step, row in values.items() if step <= until}
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free some space there") from None
+
+
+def _line(step: int, row: Row) -> str:
+    return ",".join((str(step), *map(repr, row)))
