@@ -18,6 +18,7 @@ import triton
 from tqdm import tqdm
 from triton.runtime.autotuner import Autotuner
 
+from bench import algorithms
 from bench.layers import Problem, Shape, check
 from bench.peers import PEERS
 from bench.peers.base import Forward, Peer
@@ -27,6 +28,8 @@ from train.output.tables import format_table
 
 WIDTH, TOKENS = 768, (160, 480)
 CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
+LARGE_CONFIGS = ("64/12/4/16", "64/12/4/64")
+LARGE_PEERS = ("dense", "grouped-mm", "scattermoe")
 OURS = Peer("ours", lambda layer: layer)
 HEAD = ["experts", "subject", "launches: forward", "backward", "bytes a token: forward", "backward", "/ ours"]
 
@@ -65,6 +68,13 @@ def added(config: str, peer: Peer, tokens: int) -> tuple[list[int], list[int]]:
     return [steps(own) - steps(base) for own, base in pairs], [own.everything - base.everything for own, base in pairs]
 
 
+def subjects(config: str) -> list[Peer]:
+    """Who is counted on ``config``; of large pools ours by both algorithms, the reference and the sorted peers."""
+    if config in LARGE_CONFIGS:
+        return [OURS, algorithms.GROUPED, *(PEERS[name] for name in LARGE_PEERS if PEERS[name].countable)]
+    return [OURS, *(peer for peer in PEERS.values() if peer.countable)]
+
+
 def table(rows: list[dict]) -> str:
     ours = {row["config"]: sum(row["bytes_per_token"]) for row in rows if row["subject"] == "ours"}
     lines = [
@@ -83,14 +93,13 @@ def table(rows: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.counted", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "counted.json")
-    parser.add_argument("--configs", type=lambda text: text.split(","), default=CONFIGS)
+    parser.add_argument("--configs", type=lambda text: text.split(","), default=CONFIGS + LARGE_CONFIGS)
     chosen = parser.parse_args(arguments)
     if not triton.knobs.runtime.interpret:
         print("bench.counted counts in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
         return 2
     Autotuner.run = first_configuration
-    subjects = [OURS, *(peer for peer in PEERS.values() if peer.countable)]
-    combinations = [(config, peer) for config in chosen.configs for peer in subjects]
+    combinations = [(config, peer) for config in chosen.configs for peer in subjects(config)]
     rows = [measure(*combination) for combination in tqdm(combinations, "count", leave=False)]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}

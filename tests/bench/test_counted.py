@@ -37,6 +37,15 @@ def test_peers_add_many_times_as_many_bytes(committed):
         assert bytes_of["dense"] > 5 * bytes_of["ours"]
 
 
+def test_of_large_pools_our_sorted_path_adds_fewer_bytes_than_the_sorted_peers(committed):
+    for config in counted.LARGE_CONFIGS:
+        rows = [row for row in committed["rows"] if row["config"] == config]
+        forward, backward = ({row["subject"]: row["bytes_per_token"][i] for row in rows} for i in (0, 1))
+        for peer in ("grouped-mm", "scattermoe"):
+            assert forward["ours-grouped"] < 0.75 * forward[peer], (config, peer)
+            assert backward["ours-grouped"] < 0.5 * backward[peer], (config, peer)
+
+
 def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
     monkeypatch.setattr(counted, "WIDTH", 32)
     monkeypatch.setattr(counted, "TOKENS", (20, 40))
@@ -59,7 +68,10 @@ def test_a_copy_of_the_tokens_is_seen(monkeypatch):
 
 def test_every_peer_that_is_here_and_visible_is_counted(committed):
     here = {name for name, peer in PEERS.items() if not peer.compiled}
-    assert {row["subject"] for row in committed["rows"]} == {"ours", *here}
+    small = {row["subject"] for row in committed["rows"] if row["config"] in counted.CONFIGS}
+    large = {row["subject"] for row in committed["rows"] if row["config"] in counted.LARGE_CONFIGS}
+    assert small == {"ours", *here}
+    assert large == {"ours", "ours-grouped", *counted.LARGE_PEERS}
     assert layers.TASKS == 5
 
 
