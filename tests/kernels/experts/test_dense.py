@@ -88,6 +88,13 @@ def test_one_output_alone_may_have_a_gradient(make_mixture):
         assert relative_error(*gradients) <= FP32_ERROR
 
 
+@pytest.mark.parametrize("sets", [1, 3])
+def test_without_a_base(sets, make_mixture):
+    mixture = make_mixture(sets=sets, counts=(3, 3, 3))
+    del mixture.leaves["base"]
+    assert_accurate(mixture, torch.float32)
+
+
 def test_no_output_of_an_expert_is_saved(make_mixture):
     """x, U, z and g, and the weights."""
     mixture, saved = make_mixture(counts=(50, 10), readers=2).to(torch.float32), []
