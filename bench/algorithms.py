@@ -1,10 +1,11 @@
-"""Our layer with each algorithm of the fused FFN, whichever of them kernels/tables.json chooses."""
+"""Our layer with each algorithm of the fused FFN and of large pools, whichever of them the layer chooses itself."""
 
 import importlib.util
 from functools import partial
 
 from torch import Tensor
 
+from bench.grouped_experts import grouped
 from bench.peers.base import Forward, Peer, rows_of
 from fastmoe_lora import LoRAMoE
 
@@ -18,6 +19,9 @@ def run(algorithm: str, layer: LoRAMoE) -> Forward:
         return lora_moe_packed(x, packed, lora, layer.routers, rows_of(layer, x), gating, algorithm)[0]
 
     return forward
+
+
+GROUPED = Peer("ours-grouped", grouped, package="triton", install="its wheels are for Linux", gpu=True)
 
 
 def subjects() -> dict[str, Peer]:

@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS, make_expert_tensors
+from bench.grouped_launches import GROUPED_LAUNCHES, GROUPED_POOLS, make_call
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
 from kernels import tiles
 from kernels.segments import TaskSegments
@@ -42,7 +43,12 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTS, WIDTH = (64, 64), 768
-KERNELS = {**dict.fromkeys(LAUNCHES, POOLS), **dict.fromkeys(EXPERT_LAUNCHES, EXPERT_POOLS)}  # pools by kernel
+# Pools by kernel.
+KERNELS = (
+    dict.fromkeys(LAUNCHES, POOLS)
+    | dict.fromkeys(EXPERT_LAUNCHES, EXPERT_POOLS)
+    | dict.fromkeys(GROUPED_LAUNCHES, GROUPED_POOLS)
+)
 COLUMNS = (
     "kernel",
     "pool",
@@ -78,11 +84,13 @@ class Deviceless:
 
 @dataclass(frozen=True)
 class Launch:
-    """A compiled kernel, with the grid and the arguments of its launch, including constants and options."""
+    """A compiled kernel, with the grid and the arguments of its launch, including constants and options, and what the
+    assembler printed."""
 
     binary: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    log: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -98,8 +106,10 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
     def record(self, *args, grid, warmup, **options):
         self.device_caches.clear()  # a kernel that does not depend on the pool was compiled before, and has no log
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(Launch(binary, grid, dict(zip(self.arg_names, args, strict=False)) | options))
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            binary = run(self, *args, grid=grid, warmup=True, **options)
+        arguments = dict(zip(self.arg_names, args, strict=False)) | options
+        launches.append(Launch(binary, grid, arguments, log.getvalue()))
         return binary
 
     driver.set_active(Deviceless(target))
@@ -113,23 +123,28 @@ def recording(target: str) -> Iterator[list[Launch]]:
 def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:
     """The launch named ``kernel`` over ``counts[t]`` tokens of task t. Tensors have no memory, so any number of tokens
     is possible. Later launches of the same launcher, such as a reduction of partial results, are left out."""
+    like, segments = torch.empty(0, dtype=DTYPES[dtype], device="meta"), TaskSegments.of(counts, torch.device("cpu"))
+    if kernel in GROUPED_LAUNCHES:
+        launcher, index = GROUPED_LAUNCHES[kernel]
+        with recording(target):  # the inputs are sorted by launches too
+            call = make_call(pool, segments, WIDTH, like)
+        with recording(target) as launches:
+            launcher(call)
+        return launches[index]
     shape = parse_pool(pool)
-    of_experts = kernel in EXPERT_LAUNCHES
-    make, launch = (make_expert_tensors if of_experts else make_tensors), (LAUNCHES | EXPERT_LAUNCHES)[kernel]
-    t = make(shape, counts, WIDTH, torch.empty(0, dtype=DTYPES[dtype], device="meta"))
+    make = make_expert_tensors if kernel in EXPERT_LAUNCHES else make_tensors
     with recording(target) as launches:
-        launch(t, TaskSegments.of(counts, torch.device("cpu")), shape)
+        (LAUNCHES | EXPERT_LAUNCHES)[kernel](make(shape, counts, WIDTH, like), segments, shape)
     return launches[0]
 
 
 def measure(kernel: str, pool: str, dtype: str, target: str) -> dict:
     """One row of the table. ``spills`` is in bytes on NVIDIA, in registers on AMD; wgmma and tf32 count PTX lines."""
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        launch = compiled(kernel, pool, dtype, target)
+    launch = compiled(kernel, pool, dtype, target)
     binary = launch.binary
     if TARGETS[target][0].backend == "cuda":
         text = binary.asm["ptx"]
-        registers, spills = _ptxas(log.getvalue())
+        registers, spills = _ptxas(launch.log)
     else:
         text = binary.asm["amdgcn"]
         registers = int(find(r"\.vgpr_count:\s+(\d+)", text)[1])

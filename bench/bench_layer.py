@@ -26,6 +26,14 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 SHAPES = [(w, t) for w in (384, 768, 1024) for t in (1_575, 7_880, 40_960)] if ON_GPU else [(192, 985)]
 CONFIGS = ["16/3/1/4", "32/6/2/2", "64/12/4/1", "16/4/0/4"]
 SUBJECTS = {"ours": Peer("ours", lambda layer: layer), **algorithms.subjects(), **PEERS}
+# Pools beyond one register tile, by the algorithm that their width chooses, by the sorted one, and by the sorted peers.
+LARGE_CONFIGS = ["64/12/4/16", "64/12/4/64"]
+LARGE_SHAPES = [(768, 7_880), (768, 40_960)] if ON_GPU else SHAPES
+LARGE_SUBJECTS = {
+    "ours": SUBJECTS["ours"],
+    "ours-grouped": algorithms.GROUPED,
+    **{name: PEERS[name] for name in ("dense", "dense-compiled", "grouped-mm", "quack", "scattermoe")},
+}
 
 
 @cache
@@ -71,11 +79,26 @@ STEPS = {"forward": forward_step, "forward+backward": training_step}
 def bench_ffn(
     benchmark: BenchmarkFixture, kernel: str, subject: str, width: int, tokens: int, config: str, direction: str
 ) -> None:
-    peer, p = SUBJECTS[subject], problem(width, tokens, config, kernel)
+    bench(benchmark, kernel, SUBJECTS[subject], problem(width, tokens, config, kernel), direction)
+
+
+@pytest.mark.parametrize("direction", STEPS)
+@pytest.mark.parametrize("config", LARGE_CONFIGS)
+@pytest.mark.parametrize(("width", "tokens"), LARGE_SHAPES)
+@pytest.mark.parametrize("subject", LARGE_SUBJECTS)
+def bench_large_pool(
+    benchmark: BenchmarkFixture, kernel: str, subject: str, width: int, tokens: int, config: str, direction: str
+) -> None:
+    bench(benchmark, kernel, LARGE_SUBJECTS[subject], problem(width, tokens, config, kernel), direction)
+
+
+def bench(benchmark: BenchmarkFixture, kernel: str, peer: Peer, p: layers.Problem, direction: str) -> None:
+    """One row: the check, then the times."""
+    width, tokens, config = p.shape.width, p.shape.tokens, p.shape.config
     benchmark.group = f"FFN {direction}, {config}, {p.shape.group}"
     benchmark.extra_info |= {
         "suite": "layer",
-        "subject": subject,
+        "subject": peer.name,
         "width": width,
         "tokens": tokens,
         "config": config,

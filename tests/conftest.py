@@ -10,7 +10,8 @@ SHARED = TESTS.parents[1] / "shared"
 # The marker of a file's tests by its place under tests/: the first pattern that fits, "" for the unit tier. A test that
 # costs more than its file says is marked where it stands.
 COSTS = {
-    "kernels/test_aot.py": "aot",
+    "kernels/*test_aot.py": "aot",
+    "kernels/grouped/test_crossover.py": "",
     "kernels/test_gpu.py": "gpu",
     "kernels/test_dispatch.py": "",
     "kernels/test_nvtx.py": "",

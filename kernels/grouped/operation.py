@@ -28,11 +28,9 @@ class Gradients(NamedTuple):
     output_bias: Tensor | None
 
 
-def grouped_reference(
-    x: Tensor, base: Tensor | None, experts: Experts, g: Tensor, selected: Tensor, segments: TaskSegments
-) -> Tensor:
-    """y (M, D), dense over the experts and differentiable: an expert that is not selected has gate 0."""
-    gates = g * selected
+def grouped_reference(x: Tensor, base: Tensor | None, experts: Experts, g: Tensor, segments: TaskSegments) -> Tensor:
+    """y (M, D), dense over the experts and differentiable; g (M, N) has no gradient where it is 0."""
+    gates = g * (g != 0)
     tokens, rank = len(x), experts.down.shape[1] // g.shape[1]
     task = torch.repeat_interleave(torch.tensor(segments.counts)).repeat(len(g) // tokens)
     which = task if experts.sets > 1 else torch.zeros_like(task)
@@ -48,27 +46,30 @@ def grouped_reference(
 
 
 def grouped_forward(
-    x: Tensor, base: Tensor | None, experts: Experts, g: Tensor, selected: Tensor, segments: TaskSegments, slots: int
+    x: Tensor, base: Tensor | None, experts: Experts, g: Tensor, segments: TaskSegments, slots: int
 ) -> tuple[Tensor, Tensor, Sorted]:
-    """(y (M, D) in x's type, U (places, r) in x's type, the order of the pairs); the backward pass needs the last two.
+    """(y (G, T, D) in x's type, U (places, r) in x's type, the order of the pairs); backward takes the last two.
 
-    x (T, d) and ``base`` (M, D), None for 0, have one type and any row stride; A and B have it too. A row i T + t is
-    token t under gate i, M = G T. g (M, N) is fp32. ``selected`` (M, N) bool has at most ``slots`` experts in a row:
-    k and the shared ones; of more, those of the highest index are ignored. Biases may have another type.
+    x (T, d), ``base`` (G, T, D) or None for 0, A and B have one type, biases any. The gates g (G, T, N) are fp32 and
+    contiguous, and at most ``slots`` of a row are not 0: k and the shared ones. Of more, those of the highest index are
+    ignored. x has any row stride.
     """
-    order = sort.sort(selected, segments, slots, experts.sets)
-    u, gated = shrink.shrink(x, experts, g, order)
-    return expand.combine(expand.expand(gated, experts, g, order), base, len(g), order), u, order
+    rows = g.flatten(0, 1)
+    order = sort.sort(rows, segments, slots, experts.sets)
+    u, gated = shrink.shrink(x, experts, rows, order)
+    out = expand.expand(gated, experts, rows, order)
+    y = expand.combine(out, None if base is None else base.flatten(0, 1), len(rows), order)
+    return y.unflatten(0, g.shape[:2]), u, order
 
 
-def grouped_backward(dy: Tensor, x: Tensor, experts: Experts, g: Tensor, u: Tensor, order: Sorted) -> Gradients:
-    """All gradients but that of ``base``, which is dy (M, D); dy has x's type and any row stride.
+def grouped_backward(dy: Tensor, x: Tensor, u: Tensor, experts: Experts, g: Tensor, order: Sorted) -> Gradients:
+    """All gradients but that of ``base``, which is dy (G, T, D); dy has x's type. dg is 0 where g is.
 
-    ``u`` and ``order`` are those of :func:`grouped_forward`. dg is 0 where no expert is selected.
+    ``u`` and ``order`` are those of :func:`grouped_forward`; the order may also be sorted anew from the same g.
     """
-    sets = experts.sets
-    du, gated, dg = shrink.shrink_backward(dy, experts, g, u, order)
-    up, output_bias = weight_grad.weight_grad_b(dy, gated, g, order, sets, experts.output_bias is not None)
+    sets, rows, dy = experts.sets, g.flatten(0, 1), dy.flatten(0, 1)
+    du, gated, dg = shrink.shrink_backward(dy, experts, rows, u, order)
+    up, output_bias = weight_grad.weight_grad_b(dy, gated, rows, order, sets, experts.output_bias is not None)
     down, hidden_bias = weight_grad.weight_grad_a(x, du, order, sets, experts.hidden_bias is not None)
     dx = expand.combine(expand.expand_backward(du, experts, order), None, len(x), order)
-    return Gradients(dx, dg, down, up, hidden_bias, output_bias)
+    return Gradients(dx, dg.view(g.shape), down, up, hidden_bias, output_bias)

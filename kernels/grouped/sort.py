@@ -1,6 +1,7 @@
 """sort: a stable counting sort of (row, slot) pairs by expert on the device, with every expert's pairs in whole blocks.
 
-A row is one token under one of its G gates: row i T + t is token t under gate i, M = G T rows in all. A slot is one of
+A row is one token under one of its G gates: row i T + t is token t under gate i, M = G T rows in all. An expert is
+selected for a row where its gate g is not 0, since one with gate 0 adds nothing and gets no gradient. A slot is one of
 the at most K experts that are selected for a row, lowest index first. Expert id = set N + e, E = sets N ids. The sorted
 order has places: each id owns consecutive blocks of BLOCK places, its rows in ascending order, and the rest of its last
 block stays empty. So a program that computes one block multiplies by the weights of one expert.
@@ -9,7 +10,7 @@ block stays empty. So a program that computes one block multiplies by the weight
     prefix   exclusive sums over the chunks       grid (id)
     scatter  the row of every place, the place of every pair, and where every id's blocks end
 
-The number of places is static, so nothing waits for the device. Bytes: 2 M N of the selection read, 4 M K + 4 places
+The number of places is static, so nothing waits for the device. Bytes: 8 M N of the gates read, 4 M K + 4 places
 written.
 """
 
@@ -58,10 +59,10 @@ def most_blocks(pairs: int, ids: int) -> int:
     return pairs // BLOCK + min(ids, pairs)
 
 
-def sort_reference(selected: Tensor, segments: TaskSegments, slots: int, sets: int) -> Sorted:
+def sort_reference(g: Tensor, segments: TaskSegments, slots: int, sets: int) -> Sorted:
     """See :func:`sort`."""
-    rows, experts = selected.shape
-    chosen = selected & (selected.cumsum(1) <= slots)
+    rows, experts = g.shape
+    chosen = (g != 0) & ((g != 0).cumsum(1) <= slots)
     task = torch.repeat_interleave(torch.tensor(segments.counts)).repeat(rows // sum(segments.counts))
     row, expert = chosen.nonzero(as_tuple=True)
     ids = expert + (task[row] * experts if sets > 1 else 0)
@@ -79,11 +80,11 @@ def sort_reference(selected: Tensor, segments: TaskSegments, slots: int, sets: i
 
 
 @triton.jit
-def chosen_experts(selected, T, offsets, column, N: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr):
+def chosen_experts(g, T, offsets, column, N: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr):
     """(chosen, slot, rows, inside) of this program's chunk: chosen (BT, NP) is 1 at a row's first SLOTS experts."""
     rows, inside = task_rows(offsets, tl.program_id(0), BT)
     rows += tl.program_id(2).to(tl.int64) * T
-    marked = (tl.load(selected + rows * N + column, inside & (column < N), 0) != 0).to(tl.int32)
+    marked = (tl.load(g + rows * N + column, inside & (column < N), 0.0) != 0).to(tl.int32)
     slot = tl.cumsum(marked, 1) - 1
     return marked * (slot < SLOTS).to(tl.int32), slot, rows, inside
 
@@ -104,11 +105,11 @@ def chunk_index(N: tl.constexpr, PER_TASK: tl.constexpr):
 
 @triton.jit
 def count_kernel(
-    selected, offsets, counts, T,
+    g, offsets, counts, T,
     N: tl.constexpr, NP: tl.constexpr, SLOTS: tl.constexpr, PER_TASK: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, NP)[None, :]
-    chosen, _, _, _ = chosen_experts(selected, T, offsets, column, N, SLOTS, BT)
+    chosen, _, _, _ = chosen_experts(g, T, offsets, column, N, SLOTS, BT)
     first, index, count = chunk_index(N, PER_TASK)
     tl.store(counts + (first + column) * count + index, tl.sum(chosen, 0)[None, :], column < N)
 
@@ -128,12 +129,12 @@ def prefix_kernel(counts, totals, count, BP: tl.constexpr):
 
 @triton.jit
 def scatter_kernel(
-    selected, offsets, counts, totals, row_of_place, places, ends, T,
+    g, offsets, counts, totals, row_of_place, places, ends, T,
     N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SLOTS: tl.constexpr, SP: tl.constexpr,
     PER_TASK: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     column, all_ids = tl.arange(0, NP)[None, :], tl.arange(0, EP)
-    chosen, slot, rows, inside = chosen_experts(selected, T, offsets, column, N, SLOTS, BT)
+    chosen, slot, rows, inside = chosen_experts(g, T, offsets, column, N, SLOTS, BT)
     first, index, count = chunk_index(N, PER_TASK)
     before = tl.sum(tl.cdiv(tl.load(totals + all_ids, all_ids < first, 0), BM), 0)  # blocks of the sets before
     blocks = tl.cdiv(tl.load(totals + first + column, column < N, 0), BM)
@@ -148,25 +149,24 @@ def scatter_kernel(
     tl.store(places + rows * SLOTS + unused, -1, inside & (unused < SLOTS) & (unused >= tl.sum(chosen, 1)[:, None]))
 
 
-def sort(selected: Tensor, segments: TaskSegments, slots: int, sets: int) -> Sorted:
-    """The pairs of ``selected`` (M, N) bool by expert; a row's experts beyond ``slots``, K, are ignored.
+def sort(g: Tensor, segments: TaskSegments, slots: int, sets: int) -> Sorted:
+    """The pairs with a gate in g (M, N), contiguous, by expert; a row's experts beyond ``slots``, K, are ignored.
 
     With ``sets`` > 1 there is a set of experts for each task of ``segments``, whose tokens are those of one gate.
     """
-    rows, experts = selected.shape
+    rows, experts = g.shape
     tokens, ids = sum(segments.counts), sets * experts
     chunks, tasks = segments.grid(CHUNK)
     grid = (max(1, chunks), tasks, max(1, rows // max(1, tokens)))
     parts = grid[0] * grid[2] * (1 if sets > 1 else tasks)
-    empty = partial(torch.empty, dtype=torch.int32, device=selected.device)
+    empty = partial(torch.empty, dtype=torch.int32, device=g.device)
     counts, totals, ends, places = empty(ids, parts), empty(ids), empty(ids), empty(rows, slots)
     row_of_place = empty(most_blocks(rows * slots, ids) * BLOCK).fill_(-1)
-    marks = selected.view(torch.uint8)
     constants = {"N": experts, "NP": triton.next_power_of_2(experts), "SLOTS": slots, "PER_TASK": sets > 1, "BT": CHUNK}
-    count_kernel[grid](marks, segments.offsets, counts, tokens, **constants, **OPTIONS)
+    count_kernel[grid](g, segments.offsets, counts, tokens, **constants, **OPTIONS)
     prefix_kernel[(ids,)](counts, totals, parts, BP=PART, **OPTIONS)
     scatter_kernel[grid](
-        marks, segments.offsets, counts, totals, row_of_place, places, ends, tokens, E=ids,
+        g, segments.offsets, counts, totals, row_of_place, places, ends, tokens, E=ids,
         EP=triton.next_power_of_2(ids), SP=triton.next_power_of_2(slots), BM=BLOCK, **constants, **OPTIONS,
     )  # fmt: skip
     return Sorted(row_of_place, places, ends, experts)

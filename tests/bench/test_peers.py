@@ -70,3 +70,9 @@ def test_a_wrong_peer_is_refused(build):
 @pytest.mark.parametrize("name", algorithms.subjects())
 def test_every_algorithm_of_ours_has_the_layer_s_outputs_and_gradients(name):
     layers.check(algorithms.subjects()[name], layers.Problem(shape("16/3/1/4"), "triton"))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="has a GPU")
+@pytest.mark.parametrize("config", ["16/3/1/4", "64/12/4/16"])
+def test_the_sorted_algorithm_has_the_layer_s_outputs_and_gradients(config):
+    layers.check(algorithms.GROUPED, layers.Problem(shape(config), "triton"))

@@ -16,13 +16,12 @@ from kernels.experts import Experts
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One call; tensors are fp64, but for the selection."""
+    """One call in fp64. base, g and dy are (G, T, ..)."""
 
     x: Tensor
     base: Tensor
     experts: Experts
     g: Tensor
-    selected: Tensor
     segments: TaskSegments
     slots: int
     dy: Tensor
@@ -77,9 +76,10 @@ def _make_problem(
         activation,
     )
     selected = _select(kind, rows, experts, slots, rng)
-    g = torch.rand(rows, experts, generator=rng, dtype=torch.float64) * selected
+    g = (0.1 + torch.rand(rows, experts, generator=rng, dtype=torch.float64)) * selected
     segments = TaskSegments.of(tuple(counts), torch.device("cpu"))
-    return Problem(normal(tokens, d), normal(rows, width), weights, g, selected, segments, slots, normal(rows, width))
+    base, g, dy = (t.unflatten(0, (gates, tokens)) for t in (normal(rows, width), g, normal(rows, width)))
+    return Problem(normal(tokens, d), base, weights, g, segments, slots, dy)
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,8 @@ DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=str)
 
 def run(p):
     """y and every gradient of the kernels."""
-    y, u, order = grouped_forward(p.x, p.base, p.experts, p.g, p.selected, p.segments, p.slots)
-    return {"y": y, **grouped_backward(p.dy, p.x, p.experts, p.g, u, order)._asdict()}
+    y, u, order = grouped_forward(p.x, p.base, p.experts, p.g, p.segments, p.slots)
+    return {"y": y, **grouped_backward(p.dy, p.x, u, p.experts, p.g, order)._asdict()}
 
 
 def exact(p):
@@ -48,9 +48,8 @@ def exact(p):
     p = p.to(torch.float64)
     weights = [getattr(p.experts, name) for name in Gradients._fields[2:]]
     leaves = [None if t is None else t.detach().requires_grad_() for t in (p.x, p.g, *weights)]
-    y = grouped_reference(
-        leaves[0], p.base, Experts(*leaves[2:], p.experts.activation), leaves[1], p.selected, p.segments
-    )
+    experts, base, g = Experts(*leaves[2:], p.experts.activation), p.base.flatten(0, 1), leaves[1].flatten(0, 1)
+    y = grouped_reference(leaves[0], base, experts, g, p.segments).view(p.dy.shape)
     given = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], p.dy))
     gradients = (None if t is None else next(given) for t in leaves)
     return {"y": y.detach(), **dict(zip(Gradients._fields, gradients, strict=True))}
@@ -80,21 +79,21 @@ def test_y_is_that_of_the_reference_of_all_experts(make_problem, sets, gates):
     counts, gating = (20, 0, 13), Gating("ase", 2, 1)
     p = make_problem(experts=5, slots=3, counts=counts, sets=sets, gates=gates, **BIASED)
     z = torch.randn(gates, 33, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    y, g, _ = expert_mixture(p.x, p.base.view(gates, 33, -1), p.experts, z, p.segments, gating)
-    p = replace(p, g=g.flatten(0, 1), selected=g.flatten(0, 1) != 0).to(torch.float32)
-    assert_close(run(p)["y"], y.flatten(0, 1), LIMITS[torch.float32])
+    y, g, _ = expert_mixture(p.x, p.base, p.experts, z, p.segments, gating)
+    p = replace(p, g=g).to(torch.float32)
+    assert_close(run(p)["y"], y, LIMITS[torch.float32])
 
 
 def test_without_base_y_is_the_experts_sum(make_problem):
     p = make_problem().to(torch.float32)
-    y = grouped_forward(p.x, None, p.experts, p.g, p.selected, p.segments, p.slots)[0]
+    y = grouped_forward(p.x, None, p.experts, p.g, p.segments, p.slots)[0]
     assert_close(y, exact(p)["y"] - p.base, LIMITS[torch.float32])
 
 
 def test_what_is_not_selected_gets_no_gradient(make_problem):
     p = make_problem(kind="first experts", **BIASED).to(torch.float32)
     actual = run(p)
-    assert not actual["g"][:, p.slots :].any()
+    assert not actual["g"][..., p.slots :].any()
     for name, dim, each in (("down", 1, 16), ("up", 2, 16), ("hidden_bias", 1, 16), ("output_bias", 1, 1)):
         idle = actual[name].narrow(dim, p.slots * each, (4 - p.slots) * each)
         assert not idle.any() and actual[name].any()
@@ -116,15 +115,15 @@ def row_by_row(a, b, dtype):
 def test_a_tokens_bits_do_not_depend_on_the_other_tokens(make_problem, dtype, monkeypatch):
     monkeypatch.setattr(np, "matmul", row_by_row)
     p, few = make_problem(counts=(80,), **BIASED).to(dtype), slice(30, 41)
-    tokens = {name: getattr(p, name)[few] for name in ("x", "base", "g", "selected", "dy")}
+    tokens = {"x": p.x[few]} | {name: getattr(p, name)[:, few].contiguous() for name in ("base", "g", "dy")}
     whole, alone = run(p), run(replace(p, segments=TaskSegments.of((11,), p.x.device), **tokens))
     for name in ("y", "x", "g"):
-        assert torch.equal(whole[name][few], alone[name]), name
+        assert torch.equal(whole[name][..., few, :], alone[name]), name
 
 
 def test_any_row_stride(make_problem):
     p = make_problem(**BIASED).to(torch.float32)
-    wide = {name: torch.nn.functional.pad(getattr(p, name), (3, 2))[:, 3:-2] for name in ("x", "base", "dy")}
+    wide = {name: torch.nn.functional.pad(getattr(p, name), (3, 2))[..., 3:-2] for name in ("x", "base", "dy")}
     assert not wide["x"].is_contiguous()
     expected, actual = run(p), run(replace(p, **wide))
     for name, value in expected.items():
@@ -134,11 +133,16 @@ def test_any_row_stride(make_problem):
 # ---- every kernel beside its reference ----
 
 
+def flat(p):
+    """With the rows of all gates in one dimension."""
+    return replace(p, base=p.base.flatten(0, 1), g=p.g.flatten(0, 1), dy=p.dy.flatten(0, 1))
+
+
 @pytest.mark.parametrize("setting", [{}, BIASED | {"sets": 2, "gates": 2, "kind": "ragged"}], ids=["lora", "experts"])
 def test_every_kernel_agrees_with_its_reference(make_problem, setting):
-    p = make_problem(**setting).to(torch.float32)
+    p = flat(make_problem(**setting).to(torch.float32))
     q, limit = p.to(torch.float64), LIMITS[torch.float32]
-    order = sort.sort(p.selected, p.segments, p.slots, p.experts.sets)
+    order = sort.sort(p.g, p.segments, p.slots, p.experts.sets)
     used = of_places(order)[2]
 
     def check(actual, right, mask=None):
@@ -154,7 +158,8 @@ def test_every_kernel_agrees_with_its_reference(make_problem, setting):
     check([expand.expand(gated.float(), p.experts, p.g, order)], [out], used)
     combined = expand.combine_reference(out, q.base, len(q.g), order)
     check([expand.combine(out.float(), p.base, len(p.g), order)], [combined])
-    assert_close(combined, exact(p)["y"], 1e-12)
+    right = grouped_reference(q.x, q.base, q.experts, q.g, q.segments)
+    assert_close(combined, right, 1e-12)
 
     du, gated, dg = right = shrink.shrink_backward_reference(q.dy, q.experts, q.g, u, order)
     actual = shrink.shrink_backward(p.dy, p.experts, p.g, u.float(), order)
@@ -170,7 +175,8 @@ def test_weight_gradients_agree_with_their_reference(make_problem, parts, monkey
     """Experts with one to three blocks in up to three parts, of which some are empty."""
     monkeypatch.setattr(weight_grad, "MOST_PARTS", parts)
     p = make_problem(counts=(150, 130), experts=4, kind="ragged", slots=4, **BIASED).to(torch.float32)
-    order = sort.sort(p.selected, p.segments, p.slots, 1)
+    p = flat(p)
+    order = sort.sort(p.g, p.segments, p.slots, 1)
     _, gated = (t.where(of_places(order)[2], 0) for t in shrink.shrink(p.x, p.experts, p.g, order))
     limit = LIMITS[torch.float32]
     wide, narrow, gates = p.dy.double(), gated.double(), p.g.double()

@@ -1,0 +1,84 @@
+"""Every launch of kernels/grouped on random tensors, for programs that compile them one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.launches import parse_pool
+from kernels.experts import Experts
+from kernels.grouped.expand import combine, expand, expand_backward
+from kernels.grouped.shrink import shrink, shrink_backward
+from kernels.grouped.sort import Sorted, sort
+from kernels.grouped.weight_grad import weight_grad_a, weight_grad_b
+from kernels.segments import TaskSegments
+
+# LoRA pools of N/k/S/r, and slices of a hidden layer: experts with GELU, biases and a set for each task.
+GROUPED_POOLS = ("64/12/4/16", "64/12/4/64", "16/4/2/256 gelu")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The inputs of every launch: x (T, d), rows (T, d) that serve as dY and base, hidden rows and outputs by place."""
+
+    x: Tensor
+    rows: Tensor
+    experts: Experts
+    g: Tensor
+    segments: TaskSegments
+    slots: int
+    order: Sorted
+    hidden: Tensor
+    out: Tensor
+
+
+def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Call:
+    """Random inputs for the pool named ``pool``; ``like`` gives the dtype and the device."""
+    numbers, _, activation = pool.partition(" ")
+    shape, wide = parse_pool(numbers), bool(activation)
+    counts = segments.counts
+    tokens, sets, slots = sum(counts), len(counts) if wide else 1, shape.gating.k + shape.gating.shared
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=like.device).to(like.dtype)
+
+    experts = Experts(
+        normal(sets, shape.ranks, width),
+        normal(sets, width, shape.ranks),
+        normal(sets, shape.ranks) if wide else None,
+        normal(sets, shape.experts, width) if wide else None,
+        activation or "none",
+    )
+    scores = torch.rand(tokens, shape.experts, device=like.device)
+    g = scores * (scores >= scores.topk(slots).values[:, -1:])
+    order = sort(g, segments, slots, sets)
+    places = len(order.rows)
+    x, rows = normal(tokens, width), normal(tokens, width)
+    return Call(x, rows, experts, g, segments, slots, order, normal(places, shape.rank), normal(places, width))
+
+
+def _sort(c: Call) -> object:
+    return sort(c.g, c.segments, c.slots, c.experts.sets)
+
+
+# By name: a launcher, and which of its launches is meant.
+GROUPED_LAUNCHES: dict[str, tuple[Callable[[Call], object], int]] = {
+    "grouped_count": (_sort, 0),
+    "grouped_prefix": (_sort, 1),
+    "grouped_scatter": (_sort, 2),
+    "grouped_shrink": (lambda c: shrink(c.x, c.experts, c.g, c.order), 0),
+    "grouped_expand": (lambda c: expand(c.hidden, c.experts, c.g, c.order), 0),
+    "grouped_combine": (lambda c: combine(c.out, c.rows, len(c.rows), c.order), 0),
+    "grouped_shrink_backward": (lambda c: shrink_backward(c.rows, c.experts, c.g, c.hidden, c.order), 0),
+    "grouped_weight_grad_b": (
+        lambda c: weight_grad_b(c.rows, c.hidden, c.g, c.order, c.experts.sets, c.experts.output_bias is not None),
+        0,
+    ),
+    "grouped_weight_grad_a": (
+        lambda c: weight_grad_a(c.x, c.hidden, c.order, c.experts.sets, c.experts.hidden_bias is not None),
+        0,
+    ),
+    "grouped_expand_backward": (lambda c: expand_backward(c.hidden, c.experts, c.order), 0),
+    "grouped_combine_backward": (lambda c: combine(c.out, None, len(c.x), c.order), 0),
+}

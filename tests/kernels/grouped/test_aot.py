@@ -1,0 +1,72 @@
+"""What compilers for four GPUs make of the grouped path's kernels, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench import aot
+from bench.grouped_launches import GROUPED_LAUNCHES
+from bench.launches import parse_pool
+from kernels.grouped import expand, shrink, sort, weight_grad
+
+ROOT = Path(__file__).resolve().parents[3]
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_experts_with_activation_and_biases_compile_without_spills(target, tmp_path):
+    """tests/kernels/test_aot.py compiles pools of LoRA."""
+    out = tmp_path / "aot.json"
+    chosen = [
+        "--kernels",
+        ",".join(GROUPED_LAUNCHES),
+        "--pools",
+        "16/4/2/256 gelu",
+        "--dtypes",
+        "bf16,fp32",
+        "--targets",
+        target,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.aot", "--out", out, *chosen],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["kernel"] for row in rows} == set(GROUPED_LAUNCHES) and len(rows) == 2 * len(GROUPED_LAUNCHES)
+    for row in rows:
+        assert row["spills"] == 0 and row["shared"] <= row["shared_limit"], row
+
+
+@pytest.fixture(scope="module")
+def committed():
+    rows = json.loads((ROOT / "bench" / "results" / "aot.json").read_text())["rows"]
+    return [row for row in rows if row["kernel"] in GROUPED_LAUNCHES]
+
+
+def test_committed_results_are_of_the_tiles_that_ship(committed):
+    tiles = {
+        "shrink": shrink.tile, "shrink_backward": shrink.tile, "expand": expand.tile, "expand_backward": expand.tile,
+        "weight_grad_a": weight_grad.tile, "weight_grad_b": weight_grad.tile,
+    }  # fmt: skip
+    for row in committed:
+        kernel = row["kernel"].removeprefix("grouped_")
+        if kernel in tiles:
+            rank = parse_pool(row["pool"].split()[0]).rank
+            sizes = tiles[kernel](torch.empty(0, dtype=aot.DTYPES[row["dtype"]]), rank)
+            sides = [sort.BLOCK, *(n for name, n in sizes.items() if name.startswith("B"))]
+            assert sorted(row["tile"].split("x")) == sorted(map(str, sides)), row
+            assert (row["num_warps"], row["num_stages"]) == (sizes["num_warps"], sizes["num_stages"]), row
