@@ -5,9 +5,10 @@ from functools import partial
 
 from torch import Tensor
 
-from bench.grouped_experts import grouped
 from bench.peers.base import Forward, Peer, rows_of
 from fastmoe_lora import LoRAMoE
+from kernels.experts import Experts, expert_mixture
+from kernels.reference import router_logits
 
 
 def run(algorithm: str, layer: LoRAMoE) -> Forward:
@@ -17,6 +18,18 @@ def run(algorithm: str, layer: LoRAMoE) -> Forward:
         packed = layer.packing.for_pass(layer.linears, layer.adapters)
         lora, gating = (layer.lora_A, layer.lora_B), layer.config.gating
         return lora_moe_packed(x, packed, lora, layer.routers, rows_of(layer, x), gating, algorithm)[0]
+
+    return forward
+
+
+def grouped(layer: LoRAMoE) -> Forward:
+    """The experts beside the frozen base, sorted by expert whatever the pool."""
+
+    def forward(x: Tensor) -> Tensor:
+        segments, gating = rows_of(layer, x), layer.config.gating
+        z = router_logits(x, layer.routers, segments)
+        experts = Experts(layer.lora_A[None], layer.lora_B[None])
+        return expert_mixture(x, layer.base(x), experts, z, segments, gating, "triton", "grouped")[0]
 
     return forward
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.gating import Gating
-from kernels.jit_helpers import gates, marks, per_rank, softmax, softmax_backward, sum_ranks, task_length, task_rows
+from kernels.jit_helpers import gates, gates_backward, marks, per_rank, sum_ranks, task_length, task_rows
 from kernels.pool import Pool
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
@@ -78,15 +78,9 @@ def gate_backward_kernel(
     dgate = sum_ranks(hidden.to(tl.float32) * dgated, NP, RANK)
     tl.store(gated + place, (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype), here)
 
-    through = tl.where(column < C, gate * dgate, 0.0)
-    # p is recomputed: keeping it from above would take registers from dH'.
-    p = softmax(logits, tl.broadcast_to(column < C, logits.shape))
     c = tl.load(dp + tl.program_id(1) * C + column, column < C, 0.0) / task_length(offsets)
-    passed = tl.sum(through, 1)[:, None]
-    if GATING == "ase" or GATING == "topk-renorm":
-        dlogits = through - gate * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
-    else:
-        dlogits = through - p * passed + softmax_backward(p, tl.broadcast_to(c, p.shape))
+    # The softmax of z is computed again there: keeping it from above would take registers from dH'.
+    dlogits = gates_backward(logits, gate, dgate, c, C, GATING)
     if dz.dtype.element_ty == tl.bfloat16:
         high = dlogits.to(tl.bfloat16)
         tl.store(dz + rows * (2 * C) + column, high, inside & (column < C))

@@ -25,8 +25,8 @@ def expert_mixture(
     (G, T, C) there are G gates per token, and base, y, g and P have G as their first dimension too. The gates g are for
     statistics and have no gradient.
 
-    ``algorithm`` is one of :data:`ALGORITHMS`, for the Triton kernels; by default it is chosen by pool and width.
-    UserError if ``kernel="triton"`` cannot run.
+    ``algorithm`` is that of the Triton kernels, ``dense`` or ``grouped`` (:mod:`kernels.experts.algorithms`); by
+    default it is chosen by pool and widths. UserError if ``kernel="triton"`` cannot run.
     """
     if resolve_kernel(kernel, x.device) == "triton":
         from kernels.experts import ops  # imports Triton, which not every machine has

@@ -1,7 +1,7 @@
 """The mixture of experts as a PyTorch custom operator, with its fake version and its autograd.
 
-    forward     route, then the algorithm's forward pass        :mod:`kernels.experts.dense`
-    backward    the algorithm's backward pass, route_backward
+    forward     route, then the forward pass of one of :mod:`kernels.experts.algorithms`
+    backward    its backward pass, then route_backward
     saved       x, U, z and g; the output of an expert never is
 
 Backward does not write to its inputs, so it may run twice.
@@ -15,14 +15,12 @@ from torch import Tensor
 from kernels.custom_ops import check_type
 from kernels.eager import differentiable
 from kernels.errors import UserError
-from kernels.experts.dense import dense_backward, dense_forward
+from kernels.experts import algorithms
 from kernels.experts.reference import Experts
 from kernels.experts.route import route, route_backward
 from kernels.gating import Gating
 from kernels.pool import make_pool
 from kernels.segments import TaskSegments
-
-ALGORITHMS = {"dense": (dense_forward, dense_backward)}
 
 
 @torch.library.custom_op("fastmoe_lora::expert_mixture", mutates_args=())
@@ -46,19 +44,20 @@ def expert_mixture_op(
     segments, pool = TaskSegments(tuple(counts), offsets), make_pool(down.shape[1], z.shape[2], gating, k, shared)
     experts = Experts(down, up, hidden_bias, output_bias, activation)
     g, p = route(z.contiguous(), segments, pool)
-    y, u = ALGORITHMS[algorithm][0](x, base, experts, g, segments)
+    y, u = algorithms.forward(algorithm, (x, base, g), experts, segments, pool.gating)
     return y, g, p, u
 
 
 @expert_mixture_op.register_fake
 def _(x, base, z, down, up, hidden_bias, output_bias, offsets, counts, activation, gating, k, shared, algorithm):
     readers, tokens, columns = z.shape
-    experts = Gating(gating, k, shared).experts(columns)
+    number = Gating(gating, k, shared).experts(columns)
+    pairs = readers * tokens * (k + shared)
     return (
         x.new_empty(readers, tokens, up.shape[1]),
-        z.new_empty(readers, tokens, experts),
+        z.new_empty(readers, tokens, number),
         z.new_empty(readers, len(counts), columns),
-        x.new_empty(tokens, down.shape[1]),
+        x.new_empty(algorithms.saved_shape(algorithm, tokens, Experts(down, up), number, pairs)),
     )
 
 
@@ -85,7 +84,7 @@ def expert_mixture_backward_op(
     """(dx, dz, dA, dB, db, dc), the last four in the types of their parameters and empty where there is none."""
     segments, pool = TaskSegments(tuple(counts), offsets), make_pool(down.shape[1], z.shape[2], gating, k, shared)
     experts = Experts(down, up, hidden_bias, output_bias, activation)
-    dx, dg, da, db, *dbiases = ALGORITHMS[algorithm][1](dy, x, u, experts, g, segments)
+    dx, dg, da, db, *dbiases = algorithms.backward(algorithm, dy, (x, u, g), experts, segments, pool.gating)
     dz = route_backward(z.contiguous(), g, dg, dp.contiguous(), segments, pool)
     dhidden, doutput = (
         x.new_empty(0) if bias is None or gradient is None else gradient.to(bias.dtype).contiguous()
@@ -133,12 +132,12 @@ def expert_mixture(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.experts.reference.expert_mixture`, in fp32, fp16 or bf16; g has no gradient."""
     check_type(x)
-    algorithm = algorithm or "dense"
-    if algorithm not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {algorithm!r}: choose among {', '.join(ALGORITHMS)}")
+    if algorithm not in ("", *algorithms.ALGORITHMS):
+        raise UserError(f"unknown algorithm {algorithm!r}: choose among {', '.join(algorithms.ALGORITHMS)}")
     single, logits = z.ndim == 2, z.float()
     if single:
         logits, base = logits[None], None if base is None else base[None]
+    algorithm = algorithm or algorithms.choose(experts, gating.experts(logits.shape[2]), gating, len(logits))
     weights = experts.down, experts.up, experts.hidden_bias, experts.output_bias
     static = segments.counts, experts.activation, gating.name, gating.k, gating.shared, algorithm
     y, g, p, _ = _expert_mixture(x, base, logits, *weights, segments.offsets, *static)

@@ -641,10 +641,10 @@ class TestWholeModel:
 
     IMAGES = (1, 0, 2)
 
-    def run(self, name, kernel, device):
+    def run(self, name, kernel, device, experts=8, rank=2):
         torch.manual_seed(0)
         vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
-        config = MoEConfig(8, 2, 1 if name in WITH_SHARED else 0, 2, name)
+        config = MoEConfig(experts, 2, 1 if name in WITH_SHARED else 0, rank, name)
         routing = add_moe(vit, config, len(self.IMAGES), kernel=kernel)
         with torch.no_grad():  # as trained: B nonzero, routers that tell experts apart
             for parameter_name, parameter in vit.named_parameters():
@@ -660,9 +660,12 @@ class TestWholeModel:
         ((y * weight).sum() + mi_loss).backward()
         yield {parameter_name: parameter.grad for parameter_name, parameter in vit.named_parameters()}
 
-    @EVERY_GATING
-    def test_outputs_loss_and_gradients_are_those_of_the_reference(self, name, device):
-        (outputs, gradients), (expected, exact) = (list(self.run(name, k, device)) for k in ("triton", "reference"))
+    @pytest.mark.parametrize(
+        ("name", "pool"), [*((name, (8, 2)) for name in GATINGS), ("ase", (64, 16)), ("naive-shared", (8, 3))], ids=str
+    )
+    def test_outputs_loss_and_gradients_are_those_of_the_reference(self, name, pool, device):
+        runs = (list(self.run(name, kernel, device, *pool)) for kernel in ("triton", "reference"))
+        (outputs, gradients), (expected, exact) = runs
         for left, right in zip(outputs, expected, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
         assert gradients.keys() == exact.keys()
@@ -684,6 +687,14 @@ class TestWholeModel:
             "reduce_kernel",
             "expand_backward_kernel",
         ]
+
+    def test_a_layer_of_a_pool_beyond_one_register_tile_launches_two_kernels_in_each_direction(self, device, launches):
+        run = self.run("ase", "triton", device, 64, 16)
+        next(run)
+        assert launches == 2 * ["route_kernel", "gate_kernel"]
+        launches.clear()
+        next(run)
+        assert launches == 2 * ["gate_backward_kernel", "route_backward_kernel"]
 
     def test_the_reference_launches_none(self, device, launches):
         list(self.run("ase", "reference", device))

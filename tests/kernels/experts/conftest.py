@@ -30,10 +30,10 @@ class Mixture:
         down, up, *biases = (self.leaves.get(name) for name in ("A", "B", "b", "c"))
         return Experts(down, up, *biases, self.activation)
 
-    def run(self, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, kernel: str, algorithm: str = "") -> tuple[Tensor, Tensor, Tensor]:
         t = self.leaves
         segments = TaskSegments.of(self.counts, t["x"].device)
-        return expert_mixture(t["x"], t.get("base"), self.experts, t["z"], segments, self.gating, kernel)
+        return expert_mixture(t["x"], t.get("base"), self.experts, t["z"], segments, self.gating, kernel, algorithm)
 
     def cotangents(self) -> tuple[Tensor, Tensor]:
         """Gradients of a loss by y and P, representable in fp16; neither drowns the other in dz."""
@@ -43,9 +43,9 @@ class Mixture:
         dp = torch.randn(*z.shape[:-2], len(self.counts), z.shape[-1], generator=rng) * sum(self.counts)
         return dy.to(self.leaves["x"]), dp.half().to(z)
 
-    def everything(self, kernel: str) -> dict[str, Tensor]:
+    def everything(self, kernel: str, algorithm: str = "") -> dict[str, Tensor]:
         """y, g, P and the gradients of all leaves."""
-        y, g, p = self.run(kernel)
+        y, g, p = self.run(kernel, algorithm)
         gradients = torch.autograd.grad((y, p), list(self.leaves.values()), self.cotangents())
         names = ("y", "g", "P", *(f"d{name}" for name in self.leaves))
         return dict(zip(names, (y.detach(), g, p.detach(), *gradients), strict=True))

@@ -27,7 +27,7 @@ def measure(mixture) -> tuple[Traffic, Traffic]:
     mixture, tokens = mixture.to(torch.float16), sum(mixture.counts)
     cotangents = mixture.cotangents()
     with counting(tokens) as forward:
-        y, _, p = mixture.run("triton")
+        y, _, p = mixture.run("triton", "dense")
     with counting(tokens) as backward:
         torch.autograd.grad((y, p), list(mixture.leaves.values()), cotangents)
     return forward, backward

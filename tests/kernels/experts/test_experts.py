@@ -1,4 +1,4 @@
-"""The dense Triton kernels of the mixture of experts: against fp64, against their references, and what they save."""
+"""The Triton kernels of the mixture of experts, by both algorithms: against fp64, and what they save and choose."""
 
 import os
 
@@ -10,8 +10,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import GATINGS, TaskSegments, UserError  # noqa: E402
-from kernels.experts import ops  # noqa: E402
+from kernels import GATINGS, Gating, TaskSegments, UserError  # noqa: E402
+from kernels.experts import Experts, ops  # noqa: E402
+from kernels.experts.algorithms import ALGORITHMS, choose  # noqa: E402
 from kernels.experts.gate import gate, gate_backward, gate_backward_reference, gate_reference  # noqa: E402
 from kernels.experts.route import route, route_backward, route_backward_reference, route_reference  # noqa: E402
 from kernels.pool import make_pool  # noqa: E402
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the problems 
 # Norm of the error over the norm: as in test_triton.py, sums of up to some hundred products rounded at 6e-8 each.
 FP32_ERROR = 2e-6
 TIMES_PYTORCH = 2.0  # on a single small problem the ratio of two roundings scatters widely
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 CASES = [
     {"rank": 3},
     {"rank": 5, "sets": 3, "counts": (4, 4, 4)},
@@ -37,10 +40,10 @@ def relative_error(actual, exact):
     return difference / size if size else difference
 
 
-def assert_accurate(mixture, dtype):
+def assert_accurate(mixture, dtype, algorithm):
     """Within FP32_ERROR, in half precision within two roundings, of an intermediate tensor and of the result; more only
     where PyTorch errs about as much."""
-    ours, plain = (mixture.to(dtype).everything(kernel) for kernel in ("triton", "reference"))
+    ours, plain = mixture.to(dtype).everything("triton", algorithm), mixture.to(dtype).everything("reference")
     exact = mixture.to(torch.float64).everything("reference")
     assert torch.equal(ours["g"] > 0, exact["g"] > 0), "the selections differ"
     for name, right in exact.items():
@@ -49,29 +52,33 @@ def assert_accurate(mixture, dtype):
         assert relative_error(ours[name], right) <= allowed, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@EVERY_ALGORITHM
+@EVERY_DTYPE
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients_of_every_kind_of_mixture(case, dtype, make_mixture):
-    assert_accurate(make_mixture(**case), dtype)
+def test_outputs_and_gradients_of_every_kind_of_mixture(case, dtype, algorithm, make_mixture):
+    assert_accurate(make_mixture(**case), dtype, algorithm)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@EVERY_ALGORITHM
+@EVERY_DTYPE
 @pytest.mark.parametrize("gating", GATINGS)
-def test_outputs_and_gradients_of_every_gating(gating, dtype, make_mixture):
-    assert_accurate(make_mixture(gating), dtype)
+def test_outputs_and_gradients_of_every_gating(gating, dtype, algorithm, make_mixture):
+    assert_accurate(make_mixture(gating), dtype, algorithm)
 
 
+@EVERY_ALGORITHM
 @pytest.mark.parametrize("counts", [(0, 0, 6), (1, 0, 0), (0, 0, 0)])
-def test_tasks_without_tokens(counts, make_mixture):
-    assert_accurate(make_mixture(counts=counts, sets=3), torch.float32)
+def test_tasks_without_tokens(counts, algorithm, make_mixture):
+    assert_accurate(make_mixture(counts=counts, sets=3), torch.float32, algorithm)
 
 
-def test_results_have_the_same_bits_every_time_and_backward_runs_twice(make_mixture):
+@EVERY_ALGORITHM
+def test_results_have_the_same_bits_every_time_and_backward_runs_twice(algorithm, make_mixture):
     mixture = make_mixture(rank=5, sets=3, readers=2).to(torch.float16)
-    y, _, p = mixture.run("triton")
+    y, _, p = mixture.run("triton", algorithm)
     leaves = list(mixture.leaves.values())
     first, second = (torch.autograd.grad((y, p), leaves, mixture.cotangents(), retain_graph=True) for _ in range(2))
-    again = mixture.to(torch.float16).everything("triton")
+    again = mixture.to(torch.float16).everything("triton", algorithm)
     for name, left, right in zip(mixture.leaves, first, second, strict=True):
         assert torch.equal(left, right) and torch.equal(left, again[f"d{name}"]), name
     assert torch.equal(y, again["y"]) and torch.equal(p, again["P"])
@@ -88,14 +95,51 @@ def test_one_output_alone_may_have_a_gradient(make_mixture):
         assert relative_error(*gradients) <= FP32_ERROR
 
 
+@EVERY_ALGORITHM
+@pytest.mark.parametrize("sets", [1, 3])
+def test_without_a_base(sets, algorithm, make_mixture):
+    mixture = make_mixture(sets=sets, counts=(3, 3, 3))
+    del mixture.leaves["base"]
+    assert_accurate(mixture, torch.float32, algorithm)
+
+
 def test_no_output_of_an_expert_is_saved(make_mixture):
     """x, U, z and g, and the weights."""
     mixture, saved = make_mixture(counts=(50, 10), readers=2).to(torch.float32), []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mixture.run("triton")
+        mixture.run("triton", "dense")
     tokens, n, ranks = 60, 6, 18
     per_token = [t for t in saved if tokens in t.shape]
     assert sum(t.numel() for t in per_token) == tokens * (10 + ranks + 2 * n + 2 * n)
+
+
+def test_the_grouped_algorithm_saves_only_the_pairs_that_are_active(make_mixture):
+    """k + S = 2 of 30 experts of rank 16: U in place of (T, R) has a row for each pair, and incomplete blocks."""
+    mixture, saved = make_mixture("topk", 30, 16, counts=(600,), biases="").to(torch.float32), []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mixture.run("triton", "grouped")
+    (u,) = (t for t in saved if t.ndim == 2 and t.shape[1] == 16)
+    assert u.shape == ((600 * 2 // 64 + 30) * 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("pool", "width", "algorithm"),
+    [
+        (("ase", 64, 16, 12, 4), 768, "dense"),  # R = 1,024, 16 experts for each token
+        (("topk", 16, 384, 4, 0), 768, "grouped"),  # R = 6,144, 4 experts
+    ],
+)
+def test_few_active_experts_of_a_large_pool_are_computed_by_the_grouped_algorithm(pool, width, algorithm):
+    name, experts, rank, k, shared = pool
+    like = torch.empty(1, experts * rank, width, device="meta")
+    assert choose(Experts(like, like.mT), experts, Gating(name, k, shared), 1) == algorithm
+
+
+def test_by_default_the_algorithm_is_the_chosen_one(make_mixture, monkeypatch):
+    mixture = make_mixture().to(torch.float32)
+    for algorithm in ALGORITHMS:
+        monkeypatch.setattr("kernels.experts.algorithms.choose", lambda *given, name=algorithm: name)
+        assert torch.equal(mixture.run("triton")[0], mixture.run("triton", algorithm)[0])
 
 
 def test_the_kernels_equal_their_references(make_mixture):
@@ -116,25 +160,46 @@ def test_the_kernels_equal_their_references(make_mixture):
     torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
-def test_torch_accepts_the_operators(case, make_mixture):
+# The rows of U that complete a block of the grouped algorithm are never written, so that two runs differ there.
+ALL_BUT_EQUAL_OUTPUTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [(CASES[1], "dense"), (CASES[3], "dense"), (CASES[1], "grouped"), (CASES[6], "grouped")],
+    ids=str,
+)
+def test_torch_accepts_the_operators(case, algorithm, make_mixture):
     mixture = make_mixture(**case).to(torch.float32)
     t, dy = {name: leaf.detach() for name, leaf in mixture.leaves.items()}, mixture.cotangents()
     if t["z"].ndim == 2:
         t["z"], t["base"], dy = t["z"][None], t["base"][None], tuple(each[None] for each in dy)
     weights, offsets = [t.get(name) for name in "ABbc"], TaskSegments.of(mixture.counts, t["x"].device).offsets
-    static = mixture.counts, mixture.activation, *vars(mixture.gating).values(), "dense"
+    static = mixture.counts, mixture.activation, *vars(mixture.gating).values(), algorithm
     forward = t["x"], t["base"], t["z"], *weights, offsets, *static
     _, g, _, u = ops.expert_mixture_op(*forward)
     leaves = [
         a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in forward
     ]
-    torch.library.opcheck(ops.expert_mixture_op, leaves)
-    torch.library.opcheck(ops.expert_mixture_backward_op, (*dy, t["x"], u, t["z"], g, *weights, offsets, *static))
+    checks = {} if algorithm == "dense" else {"test_utils": ALL_BUT_EQUAL_OUTPUTS}
+    torch.library.opcheck(ops.expert_mixture_op, leaves, **checks)
+    backward = *dy, t["x"], u, t["z"], g, *weights, offsets, *static
+    torch.library.opcheck(ops.expert_mixture_backward_op, backward, **checks)
+
+
+@EVERY_ALGORITHM
+def test_compiled_into_one_graph_it_has_the_bits_of_eager_mode(algorithm, make_mixture):
+    mixture = make_mixture(readers=2).to(torch.float32)
+    eager = mixture.everything("triton", algorithm)
+    compiled = torch.compile(lambda: mixture.run("triton", algorithm), backend="aot_eager", fullgraph=True)
+    y, g, p = compiled()
+    gradients = torch.autograd.grad((y, p), list(mixture.leaves.values()), mixture.cotangents())
+    for actual, expected in zip((y, g, p, *gradients), eager.values(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_an_unknown_algorithm_is_refused(make_mixture):
     mixture = make_mixture().to(torch.float32)
     t, segments = mixture.leaves, TaskSegments.of(mixture.counts, torch.device("cpu"))
-    with pytest.raises(UserError, match="unknown algorithm 'sparse': choose among dense"):
+    with pytest.raises(UserError, match="unknown algorithm 'sparse': choose among dense, grouped"):
         ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")
