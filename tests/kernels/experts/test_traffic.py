@@ -19,7 +19,7 @@ WIDTHS = 48, 40
 CASES = [
     {"experts": 64, "rank": 16, "biases": "", "activation": "none"},  # a pool of LoRA
     {"experts": 16, "rank": 24},  # slices of an MLP
-    {"experts": 16, "rank": 24, "readers": 3},
+    {"experts": 16, "rank": 8, "readers": 3},
 ]
 
 
