@@ -5,7 +5,7 @@ from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, 
 from model.heads import HEADS
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
-from model.weights import NORMALISATIONS, LoadReport, Weights, load_pretrained, read_weights
+from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_weights
 
 __all__ = [
     "HEADS",
@@ -23,6 +23,7 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "Weights",
+    "derive_config",
     "load_pretrained",
     "read_weights",
 ]

@@ -23,6 +23,7 @@ FAMILIES = {  # family -> the normalisation its weights were trained with
     "DeiT": "imagenet",
     "DINO": "imagenet",
     "DINOv2": "imagenet",
+    "DINOv3": "imagenet",
 }
 
 
@@ -41,13 +42,8 @@ class Weights:
         return FAMILIES[self.family]
 
     def adjust(self, config: ViTConfig) -> ViTConfig:
-        """``config`` with the patch size and the number of register tokens of these weights."""
-        kernel, registers = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("reg_token")
-        return replace(
-            config,
-            patch=kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else config.patch,
-            registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
-        )
+        """``config`` with the patch size, register tokens and kind of positions of these weights."""
+        return derive_config(config, self.tensors, rope=self.family == "DINOv3")
 
 
 @dataclass(frozen=True)
@@ -79,16 +75,28 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(path, family, tensors)
 
 
+def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) -> ViTConfig:
+    """``config`` for tensors by timm's names: their patch size and register tokens. ``rope`` means those of DINOv3."""
+    kernel, registers = tensors.get("patch_embed.proj.weight"), tensors.get("reg_token")
+    return replace(
+        config,
+        patch=kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else config.patch,
+        registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
+        rope=rope,
+        eps=1e-5 if rope else config.eps,
+    )
+
+
 def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
 
     :class:`UserError`: as :func:`read_weights`, values that are not finite, and weights of another architecture, that
     is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are returned, and the
-    caller decides.
+    caller decides. Rotary periods that the file does not hold keep their default.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
-    if "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
+    if vit.pos_embed is not None and "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
         side = isqrt(vit.pos_embed.shape[1] - 1)
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
     _check_architecture(weights.path, tensors, own)
@@ -99,7 +107,7 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
         for name in own.keys() & tensors.keys():
             own[name].copy_(tensors[name])
     return LoadReport(
-        missing=tuple(name for name in own if name not in tensors),
+        missing=tuple(name for name in own if name not in tensors and name != "rope.periods"),
         unexpected=tuple(name for name in tensors if name not in own),
         family=weights.family,
         normalisation=weights.normalisation,
@@ -110,6 +118,8 @@ def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
     """Recognised by parameter names, else by the wrapper or the file's name, else AugReg, as most of timm's are."""
     if path.suffix == ".npz":
         return "AugReg"
+    if any(name.endswith(("storage_tokens", "rope_embed.periods", "attention.o_proj.weight")) for name in names):
+        return "DINOv3"
     if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
         return "DINOv2"
     if wrapper in ("teacher", "student") or "dino" in path.name.lower():
@@ -145,11 +155,12 @@ def _is_square(count: int) -> bool:
 
 
 def _check_architecture(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Shared names must agree in shape; blocks and registers change every feature, so they must be in both."""
+    """Shared names must agree in shape. What changes every feature must be in both."""
+    always = ("blocks.", "reg_token", "pos_embed", "norm_pre.")
     wrong = []
     for name in dict.fromkeys([*own, *tensors]):
         theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (tensors, own))
-        if theirs != ours and (name.startswith(("blocks.", "reg_token")) or "absent" not in (theirs, ours)):
+        if theirs != ours and (name.startswith(always) or "absent" not in (theirs, ours)):
             wrong.append(f"{name} is {theirs} there and {ours} in this model")
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -21,6 +21,7 @@ from model import (
     MultiTaskViT,
     Plain,
     ViT,
+    derive_config,
     load_pretrained,
     read_weights,
 )
@@ -71,12 +72,8 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     if settings.decoder != "none":
         model: MultiTaskModel = _build_decoder(settings, classes)
     else:
-        registers = tensors.get("vit.reg_token")
-        config = replace(
-            VITS[settings.model],
-            patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
-            registers=0 if registers is None else registers.shape[1],
-        )
+        backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
+        config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
         model = _adapt(ViT(config, settings.image_size), settings, classes)
     model.load_state_dict(tensors)
     return model.eval()
