@@ -3,6 +3,7 @@
 from model.base import MultiTaskModel
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
 from model.heads import HEADS
+from model.hub import is_repository
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
 from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_weights
@@ -24,6 +25,7 @@ __all__ = [
     "ViTConfig",
     "Weights",
     "derive_config",
+    "is_repository",
     "load_pretrained",
     "read_weights",
 ]

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import UserError
 from model.formats import read_tensors
+from model.hub import download, is_repository
 from model.names import at_least_fp32, to_timm
 from model.vit import ViT, ViTConfig, resize_pos_embed
 
@@ -30,16 +32,12 @@ FAMILIES = {  # family -> the normalisation its weights were trained with
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a file, under timm's names. LayerScale is folded into the linear maps. The positional embedding
-    has one row for the class token, then one per patch."""
+    has one row for the class token, then one per patch. ``normalisation`` is a key of :data:`NORMALISATIONS`."""
 
     path: Path
     family: str
+    normalisation: str
     tensors: Mapping[str, Tensor]
-
-    @property
-    def normalisation(self) -> str:
-        """The family's key in :data:`NORMALISATIONS`."""
-        return FAMILIES[self.family]
 
     def adjust(self, config: ViTConfig) -> ViTConfig:
         """``config`` with the patch size, register tokens and kind of positions of these weights."""
@@ -63,16 +61,23 @@ class LoadReport:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, in any known naming scheme.
+    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, or in a repository ``owner/name`` of the Hugging
+    Face Hub, in any known naming scheme.
 
-    :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code.
+    :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code; those of
+    :func:`model.hub.download`.
     """
+    name = Path(path).name
+    config: dict[str, Any] = {}
+    if is_repository(path):
+        name = str(path)
+        path, config = download(name)
     path = Path(path)
     raw, wrapper = read_tensors(path)
-    family = _family(path, wrapper, tuple(raw))
+    family = _family(name, wrapper, tuple(raw))
     tensors = to_timm(raw)
     _unify_pos_embed(tensors)
-    return Weights(path, family, tensors)
+    return Weights(path, family, _declared_normalisation(path, config) or FAMILIES[family], tensors)
 
 
 def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) -> ViTConfig:
@@ -88,7 +93,7 @@ def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) 
 
 
 def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
-    """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
+    """Fill ``vit`` from what :func:`read_weights` reads, its positional embedding resized to vit's grid.
 
     :class:`UserError`: as :func:`read_weights`, values that are not finite, and weights of another architecture, that
     is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are returned, and the
@@ -114,17 +119,33 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     )
 
 
-def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
-    """Recognised by parameter names, else by the wrapper or the file's name, else AugReg, as most of timm's are."""
-    if path.suffix == ".npz":
+def _declared_normalisation(path: Path, config: Mapping[str, Any]) -> str:
+    """The normalisation that timm's config.json declares, "" where it declares none."""
+    declared = config.get("pretrained_cfg")
+    if not isinstance(declared, dict) or not {"mean", "std"} <= declared.keys():
+        return ""
+    values = tuple(declared["mean"]), tuple(declared["std"])
+    for name, known in NORMALISATIONS.items():
+        if values == known:
+            return name
+    raise UserError(
+        f"{path.with_name('config.json')} declares mean and std {values}: known are {', '.join(NORMALISATIONS)}; "
+        "give the path of the weights beside it, with --set normalisation=NAME"
+    )
+
+
+def _family(file: str, wrapper: str, names: tuple[str, ...]) -> str:
+    """Recognised by parameter names, else by the wrapper or the name of the file or repository, else AugReg, as most
+    of timm's are."""
+    if file.endswith(".npz"):
         return "AugReg"
     if any(name.endswith(("storage_tokens", "rope_embed.periods", "attention.o_proj.weight")) for name in names):
         return "DINOv3"
     if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
         return "DINOv2"
-    if wrapper in ("teacher", "student") or "dino" in path.name.lower():
+    if wrapper in ("teacher", "student") or "dino" in file.lower():
         return "DINO"
-    if wrapper == "model" or "deit" in path.name.lower() or any(name.startswith("deit.") for name in names):
+    if wrapper == "model" or "deit" in file.lower() or any(name.startswith("deit.") for name in names):
         return "DeiT"
     return "Hugging Face ViT" if any("encoder.layer." in name for name in names) else "AugReg"
 

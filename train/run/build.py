@@ -22,6 +22,7 @@ from model import (
     Plain,
     ViT,
     derive_config,
+    is_repository,
     load_pretrained,
     read_weights,
 )
@@ -104,7 +105,7 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
         if report.missing:
             raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
-        print(f"weights   {settings.pretrained}: {report}{overridden}")
+        print(f"weights   {weights.path}: {report}{overridden}")
         vit.requires_grad_(False)
     return vit, normalisation
 
@@ -138,13 +139,13 @@ DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
 
 
 def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) -> EncoderDecoder:
-    """A fresh decoder on the encoder in ``pretrained``: a weights file, or the folder of a run of an adapted ViT."""
+    """A fresh decoder on the encoder in ``pretrained``: weights, or the folder of a run of an adapted ViT."""
     source = Path(settings.pretrained)
     if not (settings.pretrained or counted):
         raise UserError(
             f"--decoder {settings.decoder} needs a trained encoder: give --pretrained FILE, or the folder of a run"
         )
-    if not source.exists():
+    if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
     of_run = settings.pretrained and source.is_dir()
     encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
