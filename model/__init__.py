@@ -2,6 +2,7 @@
 
 from model.base import MultiTaskModel
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
+from model.exporting import ExportedModel, export_program, load_program, save_program
 from model.heads import HEADS
 from model.hub import is_repository
 from model.multitask import MultiTaskViT
@@ -11,6 +12,7 @@ from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, lo
 __all__ = [
     "HEADS",
     "EncoderDecoder",
+    "ExportedModel",
     "FGConfig",
     "FGMoE",
     "MLoRE",
@@ -25,7 +27,10 @@ __all__ = [
     "ViTConfig",
     "Weights",
     "derive_config",
+    "export_program",
     "is_repository",
     "load_pretrained",
+    "load_program",
     "read_weights",
+    "save_program",
 ]

@@ -1,5 +1,6 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from model import (
     NORMALISATIONS,
     VITS,
     EncoderDecoder,
+    ExportedModel,
     FGMoE,
     MLoRE,
     MultiTaskModel,
@@ -24,6 +26,7 @@ from model import (
     derive_config,
     is_repository,
     load_pretrained,
+    load_program,
     read_weights,
 )
 from model.decoders import Decoder, Frame
@@ -82,11 +85,20 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
 
 def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
     """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
-    settings, model, state = _load(folder, kernel="auto")
+    settings, model, state = load_on_cpu(folder, kernel="auto")
     return settings, model.to(build_device(settings)), state
 
 
-def _load(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+def load_exported(path: Path) -> tuple[Settings, ExportedModel, int]:
+    """(settings, model, step) of a .pt2 file of :mod:`train.export`, which must be trusted: it can run any code."""
+    program, config = load_program(path)
+    state = json.loads(config)
+    settings = Settings(**layer(state["settings"], str(path)))
+    return settings, ExportedModel(program, settings.task_names), state["step"]
+
+
+def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    """(settings, model, state) of a checkpoint, with the given implementation of the experts."""
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
     weights = checkpoint.read_weights(folder)
@@ -160,7 +172,7 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
 
 def _encoder_of_run(settings: Settings) -> MultiTaskViT:
     folder = checkpoint.find(Path(settings.pretrained))
-    theirs, model, _ = _load(folder, settings.kernel)
+    theirs, model, _ = load_on_cpu(folder, settings.kernel)
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder: give --pretrained a run without --decoder")
     if theirs.model != settings.model:
