@@ -10,6 +10,7 @@ from torch import Tensor
 # Each table maps old text to new text, applied in order. Then q, k and v are concatenated to one tensor.
 PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers|dinov3_vit)\.)+")
 META = {"register_tokens": "reg_token", "storage_tokens": "reg_token", "rope_embed.": "rope."}
+TIMM_EVA = {".gamma_1": ".ls1.gamma", ".gamma_2": ".ls2.gamma"}  # of timm's class Eva, which DINOv3 is there
 HUGGING_FACE = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -75,6 +76,8 @@ def to_timm(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = _renamed(raw)
     _fuse_qkv(tensors)
     _mask_biases(tensors)
+    if any(name.endswith(".gamma_1") for name in raw):
+        _join_biases(tensors)
     _fold_layer_scales(tensors)
     return tensors
 
@@ -84,7 +87,8 @@ def _renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {_rename(name, JAX): _torch_layout(name, tensor) for name, tensor in raw.items()}
     names = {name: PREFIX.sub("", name) for name in raw}
     schemes = {"encoder.layer.": HUGGING_FACE, "layer.": HUGGING_FACE_DINOV3, "model.layer.": HUGGING_FACE_DINOV3}
-    scheme = next((schemes[start] for start in schemes if any(n.startswith(start) for n in names.values())), META)
+    ours = META | TIMM_EVA
+    scheme = next((schemes[start] for start in schemes if any(n.startswith(start) for n in names.values())), ours)
     return {_rename(names[name], scheme): tensor for name, tensor in raw.items()}
 
 
@@ -112,6 +116,14 @@ def _fuse_qkv(tensors: dict[str, Tensor]) -> None:
         shapes = {tensors[name].shape if name in tensors else None for name in names}
         if len(shapes) == 1:
             tensors[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat([tensors.pop(name) for name in names])
+
+
+def _join_biases(tensors: dict[str, Tensor]) -> None:
+    """One bias of qkv from timm's q_bias and v_bias; each of them that the file lacks is 0, and so is that of k."""
+    for weight in [name for name in tensors if name.endswith(".attn.qkv.weight")]:
+        block, zero = weight.removesuffix("qkv.weight"), torch.zeros_like(tensors[weight][:, 0]).chunk(3)[0]
+        q, v = (tensors.pop(f"{block}{part}_bias", zero) for part in "qv")
+        tensors.setdefault(f"{block}qkv.bias", torch.cat([q, zero, v]))
 
 
 def _mask_biases(tensors: dict[str, Tensor]) -> None:

@@ -141,6 +141,8 @@ def _family(file: str, wrapper: str, names: tuple[str, ...]) -> str:
         return "AugReg"
     if any(name.endswith(("storage_tokens", "rope_embed.periods", "attention.o_proj.weight")) for name in names):
         return "DINOv3"
+    if "reg_token" in names and "pos_embed" not in names and any(name.endswith(".gamma_1") for name in names):
+        return "DINOv3"  # timm's
     if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
         return "DINOv2"
     if wrapper in ("teacher", "student") or "dino" in file.lower():

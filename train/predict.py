@@ -38,10 +38,11 @@ Exit status: 0, 1 some photos could not be read, 2 a user's mistake."""
 
 
 def build_parser() -> Parser:
-    parser = Parser("train.predict", DESCRIPTION)
+    usage = "python -m train.predict (CHECKPOINT | --exported FILE) IMAGE|FOLDER ... [--out DIR]"
+    parser = Parser("train.predict", DESCRIPTION, usage=usage)
     parser.add_argument(
         "inputs",
-        metavar="[CHECKPOINT] IMAGE|FOLDER",
+        metavar="CHECKPOINT IMAGE|FOLDER",
         nargs="+",
         help="CHECKPOINT is a run's folder, its 'last', a folder step-N or one of train.export",
     )

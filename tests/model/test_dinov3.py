@@ -50,13 +50,30 @@ def official(state: dict[str, Tensor], periods: Tensor) -> dict[str, Tensor]:
     return out
 
 
-@pytest.fixture(scope="module", params=["hugging face", "in memory", "official"])
+def timm(state: dict[str, Tensor], periods: Tensor) -> dict[str, Tensor]:
+    """Their file under the names of timm's ``vit_*_patch16_dinov3_qkvb``, which has no periods."""
+    renamed = {"storage_tokens": "reg_token", "ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+    out = official(state, periods)
+    for old, new in renamed.items():
+        out = {name.replace(old, new): tensor for name, tensor in out.items()}
+    for i in range(DEPTH):
+        q, _, v = out.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        out |= {f"blocks.{i}.attn.q_bias": q.contiguous(), f"blocks.{i}.attn.v_bias": v.contiguous()}
+    return {name: tensor for name, tensor in out.items() if not name.endswith(("periods", "bias_mask"))}
+
+
+@pytest.fixture(scope="module", params=["hugging face", "in memory", "official", "timm"])
 def path(request, theirs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov3")
     theirs.save_pretrained(folder)
     state, path = load_file(folder / "model.safetensors"), folder / "written.safetensors"
     periods = 1 / theirs.rope_embeddings.inv_freq
-    wrap = {"hugging face": lambda: state, "in memory": theirs.state_dict, "official": lambda: official(state, periods)}
+    wrap = {
+        "hugging face": lambda: state,
+        "in memory": theirs.state_dict,
+        "official": lambda: official(state, periods),
+        "timm": lambda: timm(state, periods),
+    }
     save_file(wrap[request.param](), path)
     return path
 
@@ -98,6 +115,22 @@ def test_the_periods_of_a_file_win_over_the_default_base(theirs, tmp_path):
     periods = RoPE(WIDTH // HEADS, base=20.0).periods
     save_file(official(load_file(tmp_path / "model.safetensors"), periods), tmp_path / "other.safetensors")
     assert torch.equal(load(tmp_path / "other.safetensors").rope.periods, periods)
+
+
+def test_biases_that_timm_leaves_out_are_zero(theirs, tmp_path):
+    """The names of timm's ``vit_*_patch16_dinov3``, whose release has zeros there."""
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    zero = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in state.items()
+        if name.endswith(("q_proj.bias", "v_proj.bias"))
+    }
+    save_file(state | zero, tmp_path / "zeros.safetensors")
+    written = timm(state, torch.ones(1))
+    save_file({name: t for name, t in written.items() if not name.endswith("_bias")}, tmp_path / "timm.safetensors")
+    ours, expected = (load(tmp_path / f"{name}.safetensors").state_dict() for name in ("timm", "zeros"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_angles_are_two_pi_times_the_coordinate_over_the_period():
