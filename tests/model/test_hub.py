@@ -109,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     with Hub() as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
