@@ -75,9 +75,11 @@ class Routing:
     def segments(self, tokens: int, device: torch.device) -> TaskSegments:
         """The tasks' segments of a matrix of ``tokens`` tokens; every image has equally many.
 
-        Under torch.export, where the size of the batch is a symbol, every task has all images.
+        Under torch.export the number of images may be a symbol, so it must be the same for every task.
         """
         if torch.compiler.is_exporting():
+            if any(n != self._images[0] for n in self._images):
+                raise ValueError(f"torch.export needs equally many images of every task, not {self._images}")
             offsets = torch.empty(0, dtype=torch.int32, device=device)  # the reference reads counts alone
             return TaskSegments((tokens // self.tasks,) * self.tasks, offsets)
         images = sum(self._images)

@@ -56,6 +56,14 @@ def test_the_program_has_operators_of_pytorch_only_and_leaves_the_model_as_it_is
     assert any(isinstance(module, LoRAMoE) for module in model.modules())
 
 
+def test_tasks_with_different_numbers_of_images_are_refused():
+    """Their counts would be lost: in the program they follow from the number of tokens."""
+    model = adapted().requires_grad_(True)
+    index = {"seg": torch.arange(2), "normals": torch.arange(1)}
+    with pytest.raises(ValueError, match=r"torch.export needs equally many images of every task, not \(2, 1\)"):
+        torch.export.export(model, (torch.zeros(2, 3, 16, 16), index), strict=False)
+
+
 @pytest.fixture(scope="module")
 def program(tiny_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("program") / "new" / "model.pt2"
