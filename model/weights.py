@@ -18,7 +18,9 @@ from model.vit import ViT, ViTConfig, resize_pos_embed
 NORMALISATIONS = {  # (mean, std) of RGB in [0, 1]
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
 }
+SATELLITE = "sat493m"  # in the names of DINOv3's files that were trained on satellite images
 FAMILIES = {  # family -> the normalisation its weights were trained with
     "AugReg": "inception",
     "Hugging Face ViT": "inception",
@@ -77,7 +79,8 @@ def read_weights(path: str | Path) -> Weights:
     family = _family(name, wrapper, tuple(raw))
     tensors = to_timm(raw)
     _unify_pos_embed(tensors)
-    return Weights(path, family, _declared_normalisation(path, config) or FAMILIES[family], tensors)
+    usual = "satellite" if family == "DINOv3" and SATELLITE in name.lower() else FAMILIES[family]
+    return Weights(path, family, _declared_normalisation(path, config) or usual, tensors)
 
 
 def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) -> ViTConfig:

@@ -92,6 +92,12 @@ def test_patch_registers_and_positions_are_derived(path):
     assert load_pretrained(load(path), weights).unexpected == ("mask_token",)
 
 
+def test_weights_for_satellite_images_have_their_normalisation(path, tmp_path):
+    renamed = tmp_path / f"dinov3_vitl16_pretrain_sat493m-eadcf0ff{path.suffix}"
+    renamed.symlink_to(path)
+    assert read_weights(renamed).normalisation == "satellite"
+
+
 @pytest.mark.parametrize("size", [(32, 32), (16, 40), (60, 8), (4, 4)])
 def test_features_are_those_of_hugging_face(path, theirs, size):
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))

@@ -220,6 +220,7 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
         ("timm/vit_tiny.augreg", None, "AugReg", "inception"),
         ("facebook/dino-vits16", None, "DINO", "imagenet"),
         ("facebook/deit-tiny", None, "DeiT", "imagenet"),
+        ("facebook/dinov3-like-sat493m", ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)), "DINO", "satellite"),
         ("timm/vit_base.mae", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "AugReg", "imagenet"),
     ],
 )
