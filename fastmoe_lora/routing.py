@@ -73,7 +73,15 @@ class Routing:
         self._images = tuple(images)
 
     def segments(self, tokens: int, device: torch.device) -> TaskSegments:
-        """The tasks' segments of a matrix of ``tokens`` tokens; every image has equally many."""
+        """The tasks' segments of a matrix of ``tokens`` tokens; every image has equally many.
+
+        Under torch.export the number of images may be a symbol, so it must be the same for every task.
+        """
+        if torch.compiler.is_exporting():
+            if any(n != self._images[0] for n in self._images):
+                raise ValueError(f"torch.export needs equally many images of every task, not {self._images}")
+            offsets = torch.empty(0, dtype=torch.int32, device=device)  # the reference reads counts alone
+            return TaskSegments((tokens // self.tasks,) * self.tasks, offsets)
         images = sum(self._images)
         if images == 0 or tokens % images:
             raise ValueError(f"{tokens} tokens do not divide among the assigned {images} images: call assign() first")

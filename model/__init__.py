@@ -2,14 +2,17 @@
 
 from model.base import MultiTaskModel
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
+from model.exporting import ExportedModel, export_program, load_program, save_program
 from model.heads import HEADS
+from model.hub import is_repository
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
-from model.weights import NORMALISATIONS, LoadReport, Weights, load_pretrained, read_weights
+from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_weights
 
 __all__ = [
     "HEADS",
     "EncoderDecoder",
+    "ExportedModel",
     "FGConfig",
     "FGMoE",
     "MLoRE",
@@ -23,6 +26,11 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "Weights",
+    "derive_config",
+    "export_program",
+    "is_repository",
     "load_pretrained",
+    "load_program",
     "read_weights",
+    "save_program",
 ]

@@ -26,7 +26,7 @@ class MultiTaskViT(MultiTaskModel):
         self.task_embed = nn.Parameter(torch.empty(len(self.tasks), vit.width).normal_(std=0.02))
         self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
         # What training steps call; see compile_training().
-        self._encode: Callable[[Tensor], Tensor] = self.vit.encode
+        self._encode: Callable[[Tensor, tuple[int, int]], Tensor] = self.vit.encode
         self._heads: dict[str, Callable[..., Tensor]] = dict(self.heads.items())
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
 
@@ -39,11 +39,11 @@ class MultiTaskViT(MultiTaskModel):
         """Predictions by task; see :class:`MultiTaskModel`."""
         if index is None:
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
+        grid = self.vit.grid(images)
         with span("backbone"):
             pairs = self.embed_pairs(images, index)
             encode = self._encode if self.training else self.vit.encode
-            runs = encode(pairs).split([len(index[task]) if task in index else 0 for task in self.tasks])
-        grid = images.shape[-2] // self.vit.patch, images.shape[-1] // self.vit.patch
+            runs = encode(pairs, grid).split([len(index[task]) if task in index else 0 for task in self.tasks])
         heads = self._heads if self.training else dict(self.heads.items())
         with span("heads"):
             return {task: heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 # Each table maps old text to new text, applied in order. Then q, k and v are concatenated to one tensor.
-PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers)\.)+")
-META = {"register_tokens": "reg_token"}
+PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers|dinov3_vit)\.)+")
+META = {"register_tokens": "reg_token", "storage_tokens": "reg_token", "rope_embed.": "rope."}
+TIMM_EVA = {".gamma_1": ".ls1.gamma", ".gamma_2": ".ls2.gamma"}  # of timm's class Eva, which DINOv3 is there
 HUGGING_FACE = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -28,6 +29,22 @@ HUGGING_FACE = {
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
     "layernorm.": "norm.",
+}
+HUGGING_FACE_DINOV3 = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.patch_embeddings.": "patch_embed.proj.",
+    "model.layer.": "layer.",  # in memory, and files written from there
+    "layer.": "blocks.",
+    "attention.q_proj": "attn.q",
+    "attention.k_proj": "attn.k",
+    "attention.v_proj": "attn.v",
+    "attention.o_proj": "attn.proj",
+    "mlp.up_proj": "mlp.fc1",
+    "mlp.down_proj": "mlp.fc2",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
 }
 JAX = {
     "/": ".",
@@ -58,6 +75,9 @@ def to_timm(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     tensors = _renamed(raw)
     _fuse_qkv(tensors)
+    _mask_biases(tensors)
+    if any(name.endswith(".gamma_1") for name in raw):
+        _join_biases(tensors)
     _fold_layer_scales(tensors)
     return tensors
 
@@ -66,7 +86,9 @@ def _renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any("/" in name for name in raw):
         return {_rename(name, JAX): _torch_layout(name, tensor) for name, tensor in raw.items()}
     names = {name: PREFIX.sub("", name) for name in raw}
-    scheme = HUGGING_FACE if any(name.startswith("encoder.layer.") for name in names.values()) else META
+    schemes = {"encoder.layer.": HUGGING_FACE, "layer.": HUGGING_FACE_DINOV3, "model.layer.": HUGGING_FACE_DINOV3}
+    ours = META | TIMM_EVA
+    scheme = next((schemes[start] for start in schemes if any(n.startswith(start) for n in names.values())), ours)
     return {_rename(names[name], scheme): tensor for name, tensor in raw.items()}
 
 
@@ -86,11 +108,31 @@ def _torch_layout(name: str, tensor: Tensor) -> Tensor:
 
 
 def _fuse_qkv(tensors: dict[str, Tensor]) -> None:
+    """One linear map instead of three. DINOv3's keys have no bias: it is 0."""
     for query in [name for name in tensors if ".attn.q." in name]:
         names = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if query.endswith(".bias"):
+            tensors.setdefault(names[1], torch.zeros_like(tensors[query]))
         shapes = {tensors[name].shape if name in tensors else None for name in names}
         if len(shapes) == 1:
             tensors[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat([tensors.pop(name) for name in names])
+
+
+def _join_biases(tensors: dict[str, Tensor]) -> None:
+    """One bias of qkv from timm's q_bias and v_bias; each of them that the file lacks is 0, and so is that of k."""
+    for weight in [name for name in tensors if name.endswith(".attn.qkv.weight")]:
+        block, zero = weight.removesuffix("qkv.weight"), torch.zeros_like(tensors[weight][:, 0]).chunk(3)[0]
+        q, v = (tensors.pop(f"{block}{part}_bias", zero) for part in "qv")
+        tensors.setdefault(f"{block}qkv.bias", torch.cat([q, zero, v]))
+
+
+def _mask_biases(tensors: dict[str, Tensor]) -> None:
+    """DINOv3's own files hold a bias that is multiplied by a mask, which is 0 for the keys."""
+    for name in [name for name in tensors if name.endswith(".bias_mask")]:
+        bias = tensors.get(name.removesuffix("_mask"))
+        if bias is not None and bias.shape == tensors[name].shape:
+            mask = tensors.pop(name)
+            tensors[name.removesuffix("_mask")] = torch.where(mask == 0, torch.zeros_like(bias), bias * mask)
 
 
 def _fold_layer_scales(tensors: dict[str, Tensor]) -> None:

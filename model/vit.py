@@ -1,4 +1,4 @@
-"""A plain vision transformer with timm's parameter names, and its sizes by name."""
+"""A vision transformer with timm's parameter names, and its sizes by name."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import UserError
+from model.rope import RoPE, Rotation, rotate
 
 
 @dataclass(frozen=True)
 class ViTConfig:
+    """Sizes of a ViT. With ``rope`` patches have rotary positions, as in DINOv3, and no learned ones."""
+
     width: int
     depth: int
     heads: int
     patch: int = 16
     registers: int = 0
+    rope: bool = False
+    eps: float = 1e-6  # of the layer norms
 
 
 VITS = {
@@ -59,8 +64,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -76,21 +83,25 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation)
         return x + self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
     """``embed`` makes tokens of images, ``encode`` runs the blocks over tokens; what happens between (a task
-    embedding, one copy per task) is left to the caller."""
+    embedding, one copy per task) is left to the caller.
+
+    Positions are learned and added to the tokens (``pos_embed``), or rotate queries and keys (``rope``); the other one
+    is None.
+    """
 
     def __init__(self, config: ViTConfig, image_size: int) -> None:
         super().__init__()
@@ -100,10 +111,11 @@ class ViT(nn.Module):
         side = image_size // config.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width)) if config.registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, config.width))
+        self.pos_embed = None if config.rope else nn.Parameter(torch.zeros(1, 1 + side * side, config.width))
+        self.rope = RoPE(config.width // config.heads) if config.rope else None
         self.patch_embed = PatchEmbed(config.patch, config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.eps) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -111,33 +123,49 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
 
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (B, 3, H, W)."""
+        return images.shape[-2] // self.patch, images.shape[-1] // self.patch
+
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, 1 + registers + H*W/patch^2, width): class token, registers (which have no
         position), then patches row by row."""
-        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)
-        tokens = tokens + resize_pos_embed(self.pos_embed, grid)
+        if self.pos_embed is not None:
+            tokens = tokens + resize_pos_embed(self.pos_embed, self.grid(images))
         if self.reg_token is None:
             return tokens
         registers = self.reg_token.expand(len(images), -1, -1)
         return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """(B, L, width) -> (B, L, width)."""
+    def encode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, L, width) -> (B, L, width). A ViT with rotary positions needs to know the ``grid`` of its patches."""
+        rotation = self._rotation(grid)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, rotation)
         return self.norm(tokens)
 
-    def taps(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """(B, L, width) -> TAPS times (B, L, width): after evenly spaced blocks, the last one through ``norm``."""
-        every, taps = len(self.blocks) // TAPS, []
+    def taps(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
+        """(B, L, width) -> TAPS times (B, L, width): after evenly spaced blocks, the last one through ``norm``.
+
+        ``grid`` as in :meth:`encode`.
+        """
+        every, taps, rotation = len(self.blocks) // TAPS, [], self._rotation(grid)
         for i, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+            tokens = block(tokens, rotation)
             if i % every == 0:
                 taps.append(tokens)
         return *taps[:-1], self.norm(taps[-1])
+
+    def _rotation(self, grid: tuple[int, int] | None) -> Rotation | None:
+        if self.rope is None:
+            return None
+        if grid is None:
+            raise ValueError("this ViT has rotary positions: pass the grid of patches, vit.grid(images)")
+        return self.rope(grid)

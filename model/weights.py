@@ -4,50 +4,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import UserError
 from model.formats import read_tensors
+from model.hub import download, is_repository
 from model.names import at_least_fp32, to_timm
 from model.vit import ViT, ViTConfig, resize_pos_embed
 
 NORMALISATIONS = {  # (mean, std) of RGB in [0, 1]
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
 }
+SATELLITE = "sat493m"  # in the names of DINOv3's files that were trained on satellite images
 FAMILIES = {  # family -> the normalisation its weights were trained with
     "AugReg": "inception",
     "Hugging Face ViT": "inception",
     "DeiT": "imagenet",
     "DINO": "imagenet",
     "DINOv2": "imagenet",
+    "DINOv3": "imagenet",
 }
 
 
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a file, under timm's names. LayerScale is folded into the linear maps. The positional embedding
-    has one row for the class token, then one per patch."""
+    has one row for the class token, then one per patch. ``normalisation`` is a key of :data:`NORMALISATIONS`."""
 
     path: Path
     family: str
+    normalisation: str
     tensors: Mapping[str, Tensor]
 
-    @property
-    def normalisation(self) -> str:
-        """The family's key in :data:`NORMALISATIONS`."""
-        return FAMILIES[self.family]
-
     def adjust(self, config: ViTConfig) -> ViTConfig:
-        """``config`` with the patch size and the number of register tokens of these weights."""
-        kernel, registers = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("reg_token")
-        return replace(
-            config,
-            patch=kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else config.patch,
-            registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
-        )
+        """``config`` with the patch size, register tokens and kind of positions of these weights."""
+        return derive_config(config, self.tensors, rope=self.family == "DINOv3")
 
 
 @dataclass(frozen=True)
@@ -67,28 +63,48 @@ class LoadReport:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, in any known naming scheme.
+    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, or in a repository ``owner/name`` of the Hugging
+    Face Hub, in any known naming scheme.
 
-    :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code.
+    :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code; those of
+    :func:`model.hub.download`.
     """
+    name = Path(path).name
+    config: dict[str, Any] = {}
+    if is_repository(path):
+        name = str(path)
+        path, config = download(name)
     path = Path(path)
     raw, wrapper = read_tensors(path)
-    family = _family(path, wrapper, tuple(raw))
+    family = _family(name, wrapper, tuple(raw))
     tensors = to_timm(raw)
     _unify_pos_embed(tensors)
-    return Weights(path, family, tensors)
+    usual = "satellite" if family == "DINOv3" and SATELLITE in name.lower() else FAMILIES[family]
+    return Weights(path, family, _declared_normalisation(path, config) or usual, tensors)
+
+
+def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) -> ViTConfig:
+    """``config`` for tensors by timm's names: their patch size and register tokens. ``rope`` means those of DINOv3."""
+    kernel, registers = tensors.get("patch_embed.proj.weight"), tensors.get("reg_token")
+    return replace(
+        config,
+        patch=kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else config.patch,
+        registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
+        rope=rope,
+        eps=1e-5 if rope else config.eps,
+    )
 
 
 def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
-    """Fill ``vit`` from a file, its positional embedding resized to vit's grid.
+    """Fill ``vit`` from what :func:`read_weights` reads, its positional embedding resized to vit's grid.
 
     :class:`UserError`: as :func:`read_weights`, values that are not finite, and weights of another architecture, that
     is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are returned, and the
-    caller decides.
+    caller decides. Rotary periods that the file does not hold keep their default.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
-    if "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
+    if vit.pos_embed is not None and "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
         side = isqrt(vit.pos_embed.shape[1] - 1)
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
     _check_architecture(weights.path, tensors, own)
@@ -99,22 +115,42 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
         for name in own.keys() & tensors.keys():
             own[name].copy_(tensors[name])
     return LoadReport(
-        missing=tuple(name for name in own if name not in tensors),
+        missing=tuple(name for name in own if name not in tensors and name != "rope.periods"),
         unexpected=tuple(name for name in tensors if name not in own),
         family=weights.family,
         normalisation=weights.normalisation,
     )
 
 
-def _family(path: Path, wrapper: str, names: tuple[str, ...]) -> str:
-    """Recognised by parameter names, else by the wrapper or the file's name, else AugReg, as most of timm's are."""
-    if path.suffix == ".npz":
+def _declared_normalisation(path: Path, config: Mapping[str, Any]) -> str:
+    """The normalisation that timm's config.json declares, "" where it declares none."""
+    declared = config.get("pretrained_cfg")
+    if not isinstance(declared, dict) or not {"mean", "std"} <= declared.keys():
+        return ""
+    values = tuple(declared["mean"]), tuple(declared["std"])
+    for name, known in NORMALISATIONS.items():
+        if values == known:
+            return name
+    raise UserError(
+        f"{path.with_name('config.json')} declares mean and std {values}: known are {', '.join(NORMALISATIONS)}; "
+        "give the path of the weights beside it, with --set normalisation=NAME"
+    )
+
+
+def _family(file: str, wrapper: str, names: tuple[str, ...]) -> str:
+    """Recognised by parameter names, else by the wrapper or the name of the file or repository, else AugReg, as most
+    of timm's are."""
+    if file.endswith(".npz"):
         return "AugReg"
+    if any(name.endswith(("storage_tokens", "rope_embed.periods", "attention.o_proj.weight")) for name in names):
+        return "DINOv3"
+    if "reg_token" in names and "pos_embed" not in names and any(name.endswith(".gamma_1") for name in names):
+        return "DINOv3"  # timm's
     if any(name.endswith(("ls1.gamma", "layer_scale1.lambda1")) for name in names):
         return "DINOv2"
-    if wrapper in ("teacher", "student") or "dino" in path.name.lower():
+    if wrapper in ("teacher", "student") or "dino" in file.lower():
         return "DINO"
-    if wrapper == "model" or "deit" in path.name.lower() or any(name.startswith("deit.") for name in names):
+    if wrapper == "model" or "deit" in file.lower() or any(name.startswith("deit.") for name in names):
         return "DeiT"
     return "Hugging Face ViT" if any("encoder.layer." in name for name in names) else "AugReg"
 
@@ -145,11 +181,12 @@ def _is_square(count: int) -> bool:
 
 
 def _check_architecture(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Shared names must agree in shape; blocks and registers change every feature, so they must be in both."""
+    """Shared names must agree in shape. What changes every feature must be in both."""
+    always = ("blocks.", "reg_token", "pos_embed", "norm_pre.")
     wrong = []
     for name in dict.fromkeys([*own, *tensors]):
         theirs, ours = (tuple(side[name].shape) if name in side else "absent" for side in (tensors, own))
-        if theirs != ours and (name.startswith(("blocks.", "reg_token")) or "absent" not in (theirs, ours)):
+        if theirs != ours and (name.startswith(always) or "absent" not in (theirs, ours)):
             wrong.append(f"{name} is {theirs} there and {ours} in this model")
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -12,6 +12,7 @@ from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
 from train.evaluate import main as evaluate
+from train.export import main as export
 from train.lossdiff import main as lossdiff
 from train.output.scores import score_table
 from train.parameters import main as count
@@ -111,11 +112,17 @@ def runs(few_photos, tmp_path_factory):
 def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
     """In their order: what one writes the next may read."""
     monkeypatch.chdir(runs)
-    tools = {"train.evaluate": evaluate, "train.predict": predict, "train.compare": compare, "train.lossdiff": lossdiff}
+    tools = {
+        "train.evaluate": evaluate,
+        "train.predict": predict,
+        "train.compare": compare,
+        "train.export": export,
+        "train.lossdiff": lossdiff,
+    }
     quick = {"train.evaluate": ["--ids", "ids", "--partial-labels", "--workers", "0"]}
     commands = [shlex.split(command.replace("PASCAL_MT", str(few_photos))) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 

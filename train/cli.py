@@ -84,9 +84,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", choices=VITS, help="size of the ViT (vit_base; scenes: vit_micro)")
     group.add_argument(
         "--pretrained",
-        metavar="FILE|RUN",
-        help="weights of the backbone (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face); "
-        "with them the backbone is frozen, without them it is trained in full; for a decoder also a finished run",
+        metavar="FILE|NAME|RUN",
+        help="weights of the backbone: a file (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face), or "
+        "owner/name of a repository on the Hugging Face Hub; with them the backbone is frozen, without them it is "
+        "trained in full; for a decoder also a finished run",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
     group.add_argument(

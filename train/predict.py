@@ -1,6 +1,7 @@
 """``python -m train.predict CHECKPOINT IMAGE ... --out DIR``: predicts all tasks for any photos, and draws them."""
 
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from kernels import UserError
-from model import MultiTaskModel
+from model import ExportedModel, MultiTaskModel
 from train.cli import Parser, guarded
+from train.config.settings import Settings
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
@@ -21,7 +23,7 @@ from train.files.progress import progress
 from train.files.reading import reading, require_file
 from train.protocols import Protocol
 from train.run import checkpoint
-from train.run.build import load_checkpoint
+from train.run.build import load_checkpoint, load_exported
 from train.tasks import TASKS
 
 SHEET = 24  # photos on the contact sheet
@@ -36,9 +38,19 @@ Exit status: 0, 1 some photos could not be read, 2 a user's mistake."""
 
 
 def build_parser() -> Parser:
-    parser = Parser("train.predict", DESCRIPTION)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, its 'last' or a folder step-N")
-    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
+    usage = "python -m train.predict (CHECKPOINT | --exported FILE) IMAGE|FOLDER ... [--out DIR]"
+    parser = Parser("train.predict", DESCRIPTION, usage=usage)
+    parser.add_argument(
+        "inputs",
+        metavar="CHECKPOINT IMAGE|FOLDER",
+        nargs="+",
+        help="CHECKPOINT is a run's folder, its 'last', a folder step-N or one of train.export",
+    )
+    parser.add_argument(
+        "--exported",
+        metavar="FILE",
+        help="a .pt2 file of train.export instead of CHECKPOINT; it can run any code: use only what you trust",
+    )
     parser.add_argument("--out", metavar="DIR", default="runs/predict", help="(%(default)s)")
     return parser
 
@@ -96,7 +108,9 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def predict(model: MultiTaskModel, photo: NDArray[np.uint8], protocol: Protocol) -> dict[str, NDArray[np.float32]]:
+def predict(
+    model: MultiTaskModel | ExportedModel, photo: NDArray[np.uint8], protocol: Protocol
+) -> dict[str, NDArray[np.float32]]:
     """The raw output of each head, (channels, h, w), without the padding around the photo."""
     image, where = protocol.fit_photo(photo)
     outputs = model(torch.tensor(image, device=model.device).permute(2, 0, 1)[None])
@@ -118,16 +132,27 @@ def write(
     return overlays
 
 
-def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
+def load(options: Namespace) -> tuple[Settings, MultiTaskModel | ExportedModel, int]:
+    """(settings, model, step) of the checkpoint or the exported file."""
+    if options.exported:
+        return load_exported(Path(options.exported))
+    settings, model, state = load_checkpoint(checkpoint.find(Path(options.inputs[0])))
+    return settings, model, state.step
+
+
+def run(options: Namespace) -> int:
     """Predicts all photos that can be read; the exit status is 1 if there are others."""
     from train.output import pictures
 
+    out, given = Path(options.out), options.inputs if options.exported else options.inputs[1:]
+    if not given:
+        raise UserError(f"give photos after {options.inputs[0]}")
     require_outside_data(out)
     photos = list_photos(given)
-    settings, model, state = load_checkpoint(checkpoint.find(Path(checkpoint_path)))
+    settings, model, step = load(options)
     protocol, classes = settings.source.protocol, settings.source.classes
     make_folder(out)
-    print(f"model     {settings.model} of step {state.step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
+    print(f"model     {settings.model} of step {step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
     sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
     faults: list[str] = []
     for name, path in progress(photos.items(), "predict", len(photos)):
@@ -152,7 +177,7 @@ def run(given: Sequence[str], checkpoint_path: str, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Predict; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options.images, options.checkpoint, Path(options.out)), options.quiet)
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

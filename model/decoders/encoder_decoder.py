@@ -65,15 +65,15 @@ class EncoderDecoder(MultiTaskModel):
         return self.decoder.regularisers()
 
     def _encode(self, images: Tensor, index: Mapping[str, Tensor]) -> Features:
-        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        per_task = isinstance(self.encoder, MultiTaskViT)
+        vit = self.encoder.vit if isinstance(self.encoder, MultiTaskViT) else self.encoder
+        grid, per_task = vit.grid(images), isinstance(self.encoder, MultiTaskViT)
         if isinstance(self.encoder, MultiTaskViT):
-            taps = self.encoder.vit.taps(self.encoder.embed_pairs(images, index))
+            taps = vit.taps(self.encoder.embed_pairs(images, index), grid)
             runs = {task: len(index[task]) for task in self.encoder.tasks if task in index}
             rows = torch.arange(sum(runs.values()), device=images.device).split(list(runs.values()))
             index = dict(zip(runs, rows, strict=True))
         else:
-            taps = self.encoder.taps(self.encoder.embed(self.normalise(images)))
+            taps = vit.taps(vit.embed(self.normalise(images)), grid)
         cells = grid[0] * grid[1]
         maps = tuple(tap[:, -cells:].transpose(1, 2).unflatten(2, grid) for tap in taps)
         return Features(maps, index, per_task)

@@ -16,7 +16,7 @@ import yaml
 
 from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
-from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig
+from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
 from train.datasets.base import Source
 from train.datasets.pascal.dataset import Access
 from train.protocols import PROTOCOLS, build_protocol
@@ -296,7 +296,7 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
         values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
     if values.get("decoder", "none") != "none":
         values.setdefault("moe", "none")
-        if values.get("pretrained"):
+        if values.get("pretrained") and not is_repository(values["pretrained"]):
             values["pretrained"] = str(Path(values["pretrained"]).absolute())
     if below:
         _require_same_run(below, values)

@@ -1,6 +1,7 @@
 """From settings to the objects of a run: data sets, model, optimiser, learning rate."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,17 @@ from model import (
     NORMALISATIONS,
     VITS,
     EncoderDecoder,
+    ExportedModel,
     FGMoE,
     MLoRE,
     MultiTaskModel,
     MultiTaskViT,
     Plain,
     ViT,
+    derive_config,
+    is_repository,
     load_pretrained,
+    load_program,
     read_weights,
 )
 from model.decoders import Decoder, Frame
@@ -91,12 +96,8 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     if settings.decoder != "none":
         model: MultiTaskModel = _build_decoder(settings, classes)
     else:
-        registers = tensors.get("vit.reg_token")
-        config = replace(
-            VITS[settings.model],
-            patch=tensors["vit.patch_embed.proj.weight"].shape[-1],
-            registers=0 if registers is None else registers.shape[1],
-        )
+        backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
+        config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
         model = _adapt(ViT(config, settings.image_size), settings, classes)
     model.load_state_dict(tensors)
     return model.eval()
@@ -104,11 +105,20 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
 
 def load_checkpoint(folder: Path) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
     """(settings, model, state) of a checkpoint, for evaluation with this machine's device and kernels."""
-    settings, model, state = _load(folder, kernel="auto")
+    settings, model, state = load_on_cpu(folder, kernel="auto")
     return settings, model.to(build_device(settings)), state
 
 
-def _load(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+def load_exported(path: Path) -> tuple[Settings, ExportedModel, int]:
+    """(settings, model, step) of a .pt2 file of :mod:`train.export`, which must be trusted: it can run any code."""
+    program, config = load_program(path)
+    state = json.loads(config)
+    settings = Settings(**layer(state["settings"], str(path)))
+    return settings, ExportedModel(program, settings.task_names), state["step"]
+
+
+def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, checkpoint.State]:
+    """(settings, model, state) of a checkpoint, with the given implementation of the experts."""
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
     weights = checkpoint.read_weights(folder)
@@ -127,7 +137,7 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
         if report.missing:
             raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
-        print(f"weights   {settings.pretrained}: {report}{overridden}")
+        print(f"weights   {weights.path}: {report}{overridden}")
         vit.requires_grad_(False)
     return vit, normalisation
 
@@ -161,13 +171,13 @@ DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
 
 
 def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) -> EncoderDecoder:
-    """A fresh decoder on the encoder in ``pretrained``: a weights file, or the folder of a run of an adapted ViT."""
+    """A fresh decoder on the encoder in ``pretrained``: weights, or the folder of a run of an adapted ViT."""
     source = Path(settings.pretrained)
     if not (settings.pretrained or counted):
         raise UserError(
             f"--decoder {settings.decoder} needs a trained encoder: give --pretrained FILE, or the folder of a run"
         )
-    if not source.exists():
+    if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
     of_run = settings.pretrained and source.is_dir()
     encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
@@ -182,7 +192,7 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
 
 def _encoder_of_run(settings: Settings) -> MultiTaskViT:
     folder = checkpoint.find(Path(settings.pretrained))
-    theirs, model, _ = _load(folder, settings.kernel)
+    theirs, model, _ = load_on_cpu(folder, settings.kernel)
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder: give --pretrained a run without --decoder")
     if theirs.model != settings.model:

@@ -5,6 +5,7 @@
     state.json          see :class:`State`
     SHA256SUMS          the hash of each file above, as sha256sum writes it
 
+An exported folder (:func:`publish`) has the state in config.json and no training.pt: it can be scored, not resumed.
 A killed run leaves its last complete checkpoint. Weights that are not finite never get a name.
 """
 
@@ -27,6 +28,7 @@ from kernels import UserError
 from train.files.atomic import remove_partials, replacing, replacing_folder
 
 SUMS = "SHA256SUMS"
+STATES = ("state.json", "config.json")  # of a checkpoint of a run, of an exported one
 # Written into model.safetensors: a program that takes another order would mix up the experts.
 LAYOUT = {"experts": "expert-major: expert e of rank r owns the rows e r .. (e + 1) r of lora_A (N r, in) and the same "
           "columns of lora_B (out, N r); row e of a router is its logit; shared experts are the last"}  # fmt: skip
@@ -60,8 +62,7 @@ def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep:
         with (partial / "training.pt").open("wb") as file:
             torch.save(training | {"random": _random_states()}, file)
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        names = sorted(path.name for path in partial.iterdir())
-        (partial / SUMS).write_text("".join(f"{_sum(partial / name)}  {name}\n" for name in names))
+        _write_sums(partial)
     with replacing(out / "last") as link:
         link.symlink_to(folder.name)
     for name in state.written[:-keep]:
@@ -71,6 +72,18 @@ def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep:
     for name in ("step-*", "last"):
         remove_partials(out, name)
     return folder
+
+
+def publish(folder: Path, state: State, to: Path) -> None:
+    """Write the weights of the checkpoint ``folder``, with ``state`` as config.json, to the empty folder ``to``."""
+    shutil.copyfile(_verified(folder, "model.safetensors"), to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps(asdict(state), indent=1))
+    _write_sums(to)
+
+
+def _write_sums(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / SUMS).write_text("".join(f"{_sum(folder / name)}  {name}\n" for name in names))
 
 
 def _require_finite(folder: Path, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
@@ -139,20 +152,21 @@ def require_link(out: Path) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """The contents of state.json."""
-    if not (folder / "state.json").is_file():
+    """The state of a checkpoint, or of an exported one."""
+    file = next((name for name in STATES if (folder / name).is_file()), None)
+    if file is None:
         raise UserError(f"{folder} is not a checkpoint: give a folder step-N or last of an earlier run")
     with undamaged(folder):
-        values = json.loads(_verified(folder, "state.json").read_text(encoding="utf-8"))
+        values = json.loads(_verified(folder, file).read_text(encoding="utf-8"))
         expected = {entry.name: entry for entry in fields(State)}
         if values.keys() != expected.keys():
             other = ", ".join(sorted(values.keys() ^ expected.keys()))
-            raise ValueError(f"state.json is of another version, which differs in {other}")
+            raise ValueError(f"{file} is of another version, which differs in {other}")
         state = State(**values)
         kinds = {"step": int, "settings": dict, "baselines": dict, "images": dict, "written": list}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong:
-            raise ValueError(f"state.json has a wrong type of {', '.join(wrong)}")
+            raise ValueError(f"{file} has a wrong type of {', '.join(wrong)}")
         return state
 
 
@@ -173,6 +187,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
     """Load what :func:`save` wrote, random states too; the unpickler runs no code of the file."""
     weights = read_weights(folder)
+    if not (folder / "training.pt").exists() and (folder / "config.json").exists():
+        raise UserError(f"{folder} was exported without the optimiser's state: resume from the run it came from")
     with undamaged(folder):
         training = torch.load(_verified(folder, "training.pt"), weights_only=True)
         random = training["random"]

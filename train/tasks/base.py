@@ -55,6 +55,7 @@ class Task(ABC):
     delta_key: ClassVar[str]  # the score that enters Delta_m; a protocol may name another for saliency
     folder: ClassVar[str]  # of prediction files: <folder>/<id>.png
     modes: ClassVar[tuple[str, ...]]  # Pillow's modes that such a file may have
+    content: ClassVar[str]  # what the values of such a file mean, for people
     label_type: ClassVar[tuple[type, tuple[int, ...]]] = (np.uint8, ())  # finished: dtype and the axes before (H, W)
     values: ClassVar[tuple[str, ...]]  # names of the values that label_values() returns
     palette: ClassVar[NDArray[np.uint8] | None] = None  # (256, 3), which colours a file of class ids

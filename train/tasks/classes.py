@@ -102,6 +102,7 @@ class ClassTask(Task):
     headlines = (Headline("mIoU", True, "%"), Headline("mIoU_field", True, "%", variant_of="mIoU"))
     delta_key = "mIoU"
     modes = ("L", "P")
+    content = "class ids, 8 bits"
     palette = PALETTE
     stretching = cv2.INTER_NEAREST
     totals = staticmethod(class_totals)

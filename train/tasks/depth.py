@@ -62,6 +62,7 @@ class DepthTask(Task):
     folder = "depth"
     label_type = (np.float32, ())
     modes = ("I;16",)
+    content = "millimetres, 16 bits"
     values = ("void", "valid")
     void = 0
     totals = staticmethod(depth_totals)

@@ -105,6 +105,7 @@ class EdgeTask(Task):
     delta_key = "odsF"
     folder = "edge"
     modes = ("L",)
+    content = "255 times the probability, 8 bits"
     values = ("rest", "edges")
     totals = staticmethod(edge_totals)
     loss = staticmethod(edge_loss)

@@ -154,6 +154,7 @@ class NormalsTask(Task):
     folder = "normals"
     label_type = (np.float32, (3,))
     modes = ("RGB",)
+    content = "255 (n + 1) / 2, 8 bits; n is a unit vector, +x left, +y up, +z towards the camera"
     values = ("void", "valid")
     void = 0
     totals = staticmethod(normals_totals)

@@ -133,6 +133,7 @@ class SaliencyTask(Task):
     delta_key = "mIoU"
     folder = "sal"
     modes = ("L",)
+    content = "255 times the probability, 8 bits"
     values = ("rest", "salient")
     totals = staticmethod(saliency_totals)
     loss = staticmethod(saliency_loss)

@@ -1,0 +1,122 @@
+"""``python -m train.export RUN --to FOLDER|FILE.pt2``: a folder to publish, or one program for PyTorch alone."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import UserError
+from model import MultiTaskViT, export_program, is_repository, load_program, save_program
+from train.cli import Parser, guarded
+from train.config.settings import Settings
+from train.evaluation.results import Results, read_results
+from train.files.atomic import make_folder, replacing, replacing_folder, write_text
+from train.files.folders import require_outside_data
+from train.output.card import write_card
+from train.run import checkpoint
+from train.run.build import load_checkpoint, load_on_cpu
+
+DESCRIPTION = """\
+Write the newest checkpoint of RUN to a folder that can be uploaded to the Hugging Face Hub as it is, or, with the
+suffix .pt2, to a file of torch.export.
+
+FOLDER receives model.safetensors, config.json (settings, without folders of this machine), SHA256SUMS and README.md, a
+card with protocol, image set, scores, outputs, command and versions. train.predict and train.evaluate read FOLDER as
+they read a run. The scores are those of RUN/results.json or, with --results, those of train.evaluate, which alone stand
+beside published tables.
+
+FILE.pt2 is a program (B, 3, H, W), float RGB in 0..255 -> {task: raw output} for any B. It needs PyTorch alone:
+torch.export.load(FILE).module(). It is compared with the model before it gets its name."""
+
+RTOL = 1e-4  # of the largest output: the program's products are those of the model in another order
+
+
+def build_parser() -> Parser:
+    parser = Parser("train.export", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--to", metavar="FOLDER|FILE.pt2", required=True, help="what does not exist yet")
+    parser.add_argument("--results", metavar="DIR", help="results of train.evaluate on the same checkpoint")
+    return parser
+
+
+def public_settings(settings: Settings) -> Settings:
+    """``settings`` without the folders of this machine: the last part of paths, nothing of outputs and caches."""
+    data, recipe, weights = (Path(path).name for path in (settings.data, settings.recipe, settings.pretrained))
+    pretrained = settings.pretrained if is_repository(settings.pretrained) else weights
+    return replace(settings, data=data, recipe=recipe, pretrained=pretrained, cache="", out="")
+
+
+def results_of(options: Namespace, step: int) -> Results:
+    """Scores of the checkpoint of ``step``, with the command that trained it as ``training_command``."""
+    training = read_results(options.run)
+    results = read_results(options.results) if options.results else training
+    scored = results.get("step", results.get("steps"))
+    if scored != step:
+        raise UserError(
+            f"{options.results or options.run} has scores of step {scored}, and {options.run} is at step {step}: score "
+            "it with python -m train.evaluate, and give that folder as --results"
+        )
+    return results | {"training_command": training.get("command", "unknown"), "versions": training["versions"]}
+
+
+def run(options: Namespace) -> None:
+    """Writes the folder or the file."""
+    to = Path(options.to)
+    require_outside_data(to)
+    if to.exists():
+        raise UserError(f"{to} exists already and is not overwritten: choose another --to")
+    folder = checkpoint.find(Path(options.run))
+    if to.suffix == ".pt2":
+        write_program(folder, to)
+    else:
+        write_folder(folder, to, options)
+
+
+def write_folder(folder: Path, to: Path, options: Namespace) -> None:
+    settings, model, state = load_checkpoint(folder)
+    settings = public_settings(settings)
+    results = results_of(options, state.step)
+    card = write_card(settings, results, state.step, model.patch)
+    with replacing_folder(to) as partial:
+        checkpoint.publish(folder, replace(state, settings=asdict(settings), written=[]), partial)
+        write_text(partial / "README.md", card)
+    print(f"{to}/: model.safetensors, config.json, SHA256SUMS, README.md of step {state.step} of {options.run}")
+
+
+def write_program(folder: Path, to: Path) -> None:
+    settings, model, state = load_on_cpu(folder, kernel="reference")
+    if not isinstance(model, MultiTaskViT):
+        raise UserError(f"{folder} holds a decoder, and --to FILE.pt2 takes an adapted ViT: give a folder as --to")
+    program = export_program(model, settings.image_size)
+    state = replace(state, settings=asdict(public_settings(settings)), written=[])
+    make_folder(to.parent)
+    with replacing(to) as partial:
+        save_program(program, partial, json.dumps(asdict(state), indent=1))
+        difference = largest_difference(model, load_program(partial)[0], settings.image_size)
+    print(f"{to}: step {state.step} of {folder}, outputs within {difference:.1e} of the model's largest")
+
+
+@torch.inference_mode()
+def largest_difference(model: MultiTaskViT, program: Callable[[Tensor], dict[str, Tensor]], side: int) -> float:
+    """Over all tasks, relative to the largest output, on three images of noise. RuntimeError above RTOL."""
+    images = torch.randint(0, 256, (3, 3, side, side), generator=torch.Generator().manual_seed(0)).float()
+    ours, theirs = model(images), program(images)
+    worst = max(float((theirs[task] - y).abs().max() / y.abs().max()) for task, y in ours.items())
+    if not worst <= RTOL:
+        raise RuntimeError(f"the exported program differs from the model by {worst:.1e}")
+    return worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    return guarded(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
