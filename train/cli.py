@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import DECODERS, PRECISIONS, Settings, recipe_names
+from train.config.settings import DECODERS, PRECISIONS, SITES, Settings, recipe_names
 from train.protocols import PROTOCOLS
 from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS

@@ -18,7 +18,7 @@ from model.vit import ViT, ViTConfig  # noqa: E402
 
 IMAGES, TOKENS, WIDTH = (1, 0, 2), 5, 16
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ["triton", "reference"])
-EVERY_CASE = pytest.mark.parametrize(("kernel", "site"), [("triton", "ffn"), ("reference", "ffn"), ("triton", "fc1")])
+EVERY_CASE = pytest.mark.parametrize(("kernel", "site"), [("triton", "mlp"), ("reference", "mlp"), ("triton", "fc1")])
 # Norm of the difference over the norm: compilers reorder fp32 sums of some hundred products; rounding is 1e-6.
 CLOSE = 1e-5
 
@@ -38,9 +38,9 @@ def _afresh(monkeypatch):
 class Adapted:
     """Block and routing of a small ViT, as trained: B nonzero, routers that tell experts apart."""
 
-    def __init__(self, kernel, site="ffn"):
+    def __init__(self, kernel, site="mlp"):
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=2, patch=8), 16)
-        self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), site, kernel=kernel)
+        self.routing = adapt(vit, MoEConfig(6, 2, 1, 2), len(IMAGES), f"*.{site}", lora_rank=4, kernel=kernel)
         (self.block,) = vit.blocks
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
