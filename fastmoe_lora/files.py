@@ -130,7 +130,7 @@ def _copy(tensors: dict[str, Tensor], adapters: dict[str, nn.Parameter], path: s
     made = {name: tuple(parameter.shape) for name, parameter in adapters.items()}
     faults = [
         f"{name}, {read.get(name, 'absent')} in the file and {made.get(name, 'absent')} in the model"
-        for name in read | made
+        for name in made | read  # in the order of the model
         if read.get(name) != made.get(name)
     ]
     if faults:

@@ -17,10 +17,10 @@ def find_sites(model: nn.Module, where: Patterns, argument: str = "where") -> di
     """The modules of ``model`` whose names match a pattern, by name; a module inside another match is left out.
 
     Patterns are those of :mod:`fnmatch`: ``*`` also matches dots. UserError, which names ``argument``, if none matches,
-    or if a match has no linear layer.
+    if a match has no linear layer, or if it has two names, of which the layer would be replaced under one only.
     """
     patterns = [where] if isinstance(where, str) else list(where)
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():  # a module comes before those inside it
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -28,6 +28,11 @@ def find_sites(model: nn.Module, where: Patterns, argument: str = "where") -> di
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not _linears(module):
                 kind = type(module).__name__
                 raise UserError(f"{argument}={where!r} matches {name}, a {kind}: match linear layers or FFNs alone")
+            twin = next((other for other in found if found[other] is module), None)
+            if twin:
+                raise UserError(
+                    f"{argument}={where!r}: {name} is {twin}, one module by two names, and cannot be replaced"
+                )
             found[name] = module
     if not found:
         names = ", ".join(_closest(modules, patterns)) or "none, the model has no linear layer"
