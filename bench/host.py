@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
 from bench.layers import TASKS
-from fastmoe_lora import MoEConfig, Packing, add_moe
+from fastmoe_lora import Packing, adapt
 from model import ViT, ViTConfig
 
 LAUNCH_SECONDS = 8e-6
@@ -90,7 +90,7 @@ class Chain:
         torch.manual_seed(0)
         vit = ViT(ViTConfig(width=WIDTH, depth=LAYERS, heads=1), 16).to(torch.bfloat16).requires_grad_(False)
         if adapted:
-            add_moe(vit, MoEConfig.parse(config), TASKS, kernel="triton").assign([TOKENS // TASKS] * TASKS)
+            adapt(vit, config, TASKS, kernel="triton").assign([TOKENS // TASKS] * TASKS)
         self.ffns: list[Any] = [block.mlp for block in vit.blocks]
         self.packing = Packing(vit)
         self.x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)

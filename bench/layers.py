@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers.base import Peer
-from fastmoe_lora import LoRAMoE, MoEConfig, Packing, add_moe
+from fastmoe_lora import LoRAMoE, Packing, adapt
 from model import ViT, ViTConfig
 
 TASKS = 5
@@ -41,7 +41,7 @@ class Problem:
         self.shape = shape
         vit = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
         vit.requires_grad_(False)
-        routing = add_moe(vit, MoEConfig.parse(shape.config), TASKS, kernel=kernel)
+        routing = adapt(vit, shape.config, TASKS, kernel=kernel, freeze=False)
         vit.to(shape.device)
         layer = vit.blocks[0].mlp
         assert isinstance(layer, LoRAMoE)

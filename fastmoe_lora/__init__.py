@@ -8,15 +8,14 @@ if not getattr(kernels, "FASTMOE_LORA", False):
         "uninstall it, then reinstall fastmoe_lora"
     )
 
-from fastmoe_lora.adapt import LORA_TARGETS, SITES, adapt, add_lora, add_moe
+from fastmoe_lora.adapt import adapt, merge, parameter_groups, remove
 from fastmoe_lora.config import MoEConfig
+from fastmoe_lora.files import load_adapters, save_adapters
 from fastmoe_lora.layers import LoRALinear, LoRAMoE
 from fastmoe_lora.packing import Packing
 from fastmoe_lora.routing import Routing, RoutingStatistics, mutual_information_loss
 
 __all__ = [
-    "LORA_TARGETS",
-    "SITES",
     "LoRALinear",
     "LoRAMoE",
     "MoEConfig",
@@ -24,7 +23,10 @@ __all__ = [
     "Routing",
     "RoutingStatistics",
     "adapt",
-    "add_lora",
-    "add_moe",
+    "load_adapters",
+    "merge",
     "mutual_information_loss",
+    "parameter_groups",
+    "remove",
+    "save_adapters",
 ]

@@ -39,6 +39,12 @@ class LoRALinear(nn.Linear):
         self.lora_A, self.lora_B = _lora(rank, shape, linear.weight.device)
         self.packing = PackedLayer()
 
+    def plain(self) -> nn.Linear:
+        """A linear layer with these parameters and without LoRA."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
     @property
     def frozen(self) -> bool:
         return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
@@ -63,8 +69,8 @@ class LoRAMoE(nn.Module):
 
     ``base`` maps (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it. The tasks share the experts;
     ``routing`` says which rows of x belong to which task. Base and experts are one fused operation if the base is
-    frozen, the Triton kernels run, :func:`fastmoe_lora.packing.fusible` accepts the base, and the pool fits one
-    register tile. Else the base runs first and the experts beside it.
+    frozen, the Triton kernels run, :func:`fastmoe_lora.packing.fusible` accepts the base, no token is padding, and the
+    pool fits one register tile. Else the base runs first and the experts beside it. For a padding token y = base(x).
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class LoRAMoE(nn.Module):
         return (self.linears, self.adapters) if self.fused else None
 
     def forward(self, x: Tensor) -> Tensor:
-        linears = self.linears
+        linears = self.linears if self.routing.real is None else ()
         fused = linears and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
         y, gates, mean_probs, segments = self._run_fused(x, linears) if fused else self._run_beside(x)
         self.routing.record(self.layer, gates, mean_probs, segments)
@@ -112,13 +118,16 @@ class LoRAMoE(nn.Module):
     def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
         with span("ffn"):
             base = self.base(x)
-        tokens = x.to(base.dtype).flatten(0, -2)
+        tokens, base, real = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2), self.routing.real
         segments = self.routing.segments(len(tokens), x.device)
-        gating, kernel = self.config.gating, self.routing.kernel
+        gating, kernel, lora = self.config.gating, self.routing.kernel, (self.lora_A, self.lora_B)
         # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
         with torch.autocast(x.device.type, enabled=False), span("experts"):
-            lora = self.lora_A, self.lora_B
-            return *lora_moe(tokens, base.flatten(0, -2), lora, self.routers, segments, gating, kernel), segments
+            if real is None:
+                return *lora_moe(tokens, base, lora, self.routers, segments, gating, kernel), segments
+            real = real.to(x.device)
+            y, *rest = lora_moe(tokens[real], base[real], lora, self.routers, segments, gating, kernel)
+            return base.index_copy(0, real, y), *rest, segments
 
     def _run_fused(self, x: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
         packed = self.packing.for_pass(linears, self.adapters)

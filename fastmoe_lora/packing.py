@@ -18,30 +18,40 @@ from torch import Tensor, nn
 
 from kernels.packed import Packed, columns_pay, fill_all
 
+# Names of an FFN's first linear layer, activation and second linear layer: timm's, and Hugging Face's two.
+FFN_NAMES = (("fc1", "act", "fc2"), ("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
+
 
 def fusible(module: nn.Module) -> tuple[nn.Linear, ...]:
     """The linear layers of a module that the fused kernels can compute, in order; empty for any other module.
 
-    Such a module is an FFN with timm's names, fc1, an exact GELU and fc2, in which nothing else has an effect, or a
-    linear layer that is wider than its input.
+    Such a module is an FFN with one of FFN_NAMES, an exact GELU between two linear layers, in which nothing else has an
+    effect, or a linear layer that is wider than its input.
     """
     if type(module) is nn.Linear:
         return (module,) if columns_pay(module.in_features, module.out_features) else ()
     children = dict(module.named_children())
-    if not {"fc1", "act", "fc2"} <= children.keys():
+    names = next((names for names in FFN_NAMES if children.keys() >= set(names)), None)
+    if names is None:
         return ()
-    inert = [child for name, child in children.items() if name not in ("fc1", "act", "fc2")]
-    fc1, act, fc2 = module.fc1, module.act, module.fc2
+    inert = [child for name, child in children.items() if name not in names]
+    fc1, act, fc2 = (children[name] for name in names)
     if (
         type(fc1) is nn.Linear
         and type(fc2) is nn.Linear
         and next(module.parameters(recurse=False), None) is None
-        and isinstance(act, nn.GELU)
-        and act.approximate == "none"
+        and _is_exact_gelu(act)
         and all(isinstance(child, nn.Identity) or isinstance(child, nn.Dropout) and child.p == 0 for child in inert)
     ):
         return fc1, fc2
     return ()
+
+
+def _is_exact_gelu(act: nn.Module) -> bool:
+    """Whether ``act`` is torch's GELU, or that of Hugging Face, which calls the function kept in ``act``."""
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is nn.functional.gelu
 
 
 Parts = tuple[Sequence[nn.Linear], tuple[Tensor, ...]]  # frozen linear layers; adapters (A, B) or (A, B, routers)

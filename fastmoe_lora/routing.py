@@ -63,17 +63,39 @@ class Routing:
     def __init__(self, tasks: int, kernel: str = "auto", deterministic: bool = False) -> None:
         self.tasks, self.kernel, self.deterministic = tasks, kernel, deterministic
         self.statistics: RoutingStatistics | None = None
+        self.real: Tensor | None = None  # the rows of the batch that are no padding, if some are
         self._images: tuple[int, ...] = ()
+        self._counts: tuple[int, ...] = ()  # tokens per task, where they do not follow from the images
+        self._batch_tokens = 0  # of such a batch, with its padding
         self._mean_probs: dict[int, Tensor] = {}
 
-    def assign(self, images: Sequence[int]) -> None:
-        """Say, before a forward pass, how many images of the batch belong to each task; the batch is task-major."""
-        if len(images) != self.tasks:
-            raise ValueError(f"{len(images)} counts for {self.tasks} tasks")
-        self._images = tuple(images)
+    def assign(self, images: Sequence[int], mask: Tensor | None = None) -> None:
+        """Say, before a forward pass, how many images of the batch belong to each task; the batch is task-major.
+
+        An image may be any sequence of tokens. With ``mask`` (images, L), tokens whose element is 0 or False are
+        padding: no expert sees them, and neither the mutual-information loss nor the routing statistics count them.
+        """
+        self._assign(images, (), 0, None)
+        if mask is None:
+            return
+        if mask.ndim != 2 or len(mask) != sum(images):
+            raise ValueError(f"a mask of shape {tuple(mask.shape)} for {sum(images)} images: it is (images, tokens)")
+        counts = [int(part.sum()) for part in mask.ne(0).cpu().split(list(images))]
+        self._assign(images, counts, mask.numel(), mask.flatten().nonzero().flatten())
+
+    def assign_tokens(self, counts: Sequence[int]) -> None:
+        """As :meth:`assign`, for sequences of different lengths without padding: the tokens of the batch per task."""
+        self._assign((), counts, sum(counts), None)
+
+    def _assign(self, images: Sequence[int], counts: Sequence[int], batch: int, real: Tensor | None) -> None:
+        given = counts or images
+        if len(given) != self.tasks:
+            raise ValueError(f"{len(given)} counts for {self.tasks} tasks")
+        self._images, self._counts, self._batch_tokens, self.real = tuple(images), tuple(counts), batch, real
 
     def segments(self, tokens: int, device: torch.device) -> TaskSegments:
-        """The tasks' segments of a matrix of ``tokens`` tokens; every image has equally many.
+        """The tasks' segments of a matrix of ``tokens`` tokens, of which those that are no padding count. After
+        :meth:`assign` without a mask every image has equally many; one task needs no assignment.
 
         Under torch.export the number of images may be a symbol, so it must be the same for every task.
         """
@@ -82,6 +104,12 @@ class Routing:
                 raise ValueError(f"torch.export needs equally many images of every task, not {self._images}")
             offsets = torch.empty(0, dtype=torch.int32, device=device)  # the reference reads counts alone
             return TaskSegments((tokens // self.tasks,) * self.tasks, offsets)
+        if self._counts:
+            if tokens != self._batch_tokens:
+                raise ValueError(f"{tokens} tokens, but {self._batch_tokens} are assigned: call assign() first")
+            return TaskSegments.of(self._counts, device)
+        if self.tasks == 1:
+            return TaskSegments.of((tokens,), device)
         images = sum(self._images)
         if images == 0 or tokens % images:
             raise ValueError(f"{tokens} tokens do not divide among the assigned {images} images: call assign() first")
@@ -106,11 +134,14 @@ class Routing:
             raise ValueError("no forward pass since the last mi_loss()")
         layers = torch.stack([self._mean_probs[layer] for layer in sorted(self._mean_probs)])
         self._mean_probs.clear()
-        images = [sum(counts) for counts in zip(*gathered(self._images), strict=True)]
+        if self.tasks == 1:
+            return mutual_information_loss(layers).sum()  # 0: the task says nothing about the expert
+        counts = self._counts or self._images
+        totals = [sum(parts) for parts in zip(*gathered(counts), strict=True)]
         if world_size() > 1:  # each process has the mean over its own tokens
-            shares = [own / max(total, 1) for own, total in zip(self._images, images, strict=True)]
+            shares = [own / max(total, 1) for own, total in zip(counts, totals, strict=True)]
             layers = over_ranks(layers * layers.new_tensor(shares)[:, None])
-        present = [t for t, n in enumerate(images) if n]
+        present = [t for t, n in enumerate(totals) if n]
         if len(present) < self.tasks:  # a list as index is copied to the device, which the host would wait for
             layers = layers[:, present]
         return mutual_information_loss(layers).sum()

@@ -5,8 +5,10 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from train.check import main as check
 from train.cli import main
@@ -127,9 +129,15 @@ def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 
 
-def test_python_examples_run():
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(block, "README.md", "exec"), {})
+def test_the_python_example_learns_both_tasks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    accuracy = (names["logits"].argmax(-1) == names["labels"]).float().mean(1)  # a third by chance
+    assert accuracy.min() > 0.9
+    assert 10_000 < (tmp_path / "adapters.safetensors").stat().st_size < 30_000
 
 
 def test_the_table_is_the_committed_result():

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from fastmoe_lora import SITES
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import CHOICES, DECODERS, PRECISIONS, Settings, list_recipes, recipe_names
+from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes, recipe_names
 from train.files.progress import quiet
 from train.output.tables import format_table
 from train.protocols import PROTOCOLS

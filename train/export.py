@@ -115,7 +115,7 @@ def largest_difference(model: MultiTaskViT, program: Callable[[Tensor], dict[str
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit status."""
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(options), options.quiet)
 
 
 if __name__ == "__main__":

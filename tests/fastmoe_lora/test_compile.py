@@ -21,7 +21,7 @@ EVERY_KERNEL = pytest.mark.parametrize("kernel", ["triton", "reference"])
 # A pool of rank 3 runs through kernels.experts.
 EVERY_CASE = pytest.mark.parametrize(
     ("kernel", "site", "rank"),
-    [("triton", "ffn", 2), ("reference", "ffn", 2), ("triton", "fc1", 2), ("triton", "ffn", 3)],
+    [("triton", "mlp", 2), ("reference", "mlp", 2), ("triton", "fc1", 2), ("triton", "mlp", 3)],
 )
 # Norm of the difference over the norm: compilers reorder fp32 sums of some hundred products; rounding is 1e-6.
 CLOSE = 1e-5
@@ -42,9 +42,10 @@ def _afresh(monkeypatch):
 class Adapted:
     """Block and routing of a small ViT, as trained: B nonzero, routers that tell experts apart."""
 
-    def __init__(self, kernel, site="ffn", rank=2):
+    def __init__(self, kernel, site="mlp", rank=2):
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=2, patch=8), 16)
-        self.routing = adapt(vit, MoEConfig(6, 2, 1, rank), len(IMAGES), site, kernel=kernel)
+        config = MoEConfig(6, 2, 1, rank)
+        self.routing = adapt(vit, config, len(IMAGES), f"*.{site}", lora_rank=4, kernel=kernel)
         (self.block,) = vit.blocks
         with torch.no_grad():
             for name, parameter in vit.named_parameters():

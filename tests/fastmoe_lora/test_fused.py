@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, add_lora, packing  # noqa: E402
+from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, packing  # noqa: E402
 from kernels import GATINGS, custom_ops  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
@@ -146,7 +146,7 @@ class TestFused:
 
     def test_on_a_vit_whose_blocks_have_timm_s_names(self, operations):
         vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
-        routing = adapt(vit, CONFIGS["ase"], len(IMAGES), kernel="triton")
+        routing = adapt(vit, CONFIGS["ase"], len(IMAGES), lora_rank=4, kernel="triton")
         spread(vit)
         assert all(block.mlp.fused for block in vit.blocks)
         routing.assign(IMAGES)
@@ -167,7 +167,7 @@ class TestFused:
         for kernel in ("triton", "reference"):
             torch.manual_seed(0)
             vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
-            routing = adapt(vit, CONFIGS["ase"], len(IMAGES), site, kernel=kernel)
+            routing = adapt(vit, CONFIGS["ase"], len(IMAGES), f"*.{site}", lora_rank=4, kernel=kernel)
             spread(vit)
             layers = [block.get_submodule(f"mlp.{site}") for block in vit.blocks]
             assert all(layer.fused == (site == "fc1" and kernel == "triton") for layer in layers)
@@ -372,8 +372,7 @@ class TestNewestWeights:
 def test_a_whole_vit_with_plain_lora_beside_has_the_gradients_of_the_reference():
     """LoRA on the attention, the fused FFN behind it: the gradient passes through both."""
     vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
-    adapt(vit, CONFIGS["topk"], len(IMAGES), kernel="triton")
-    add_lora(vit, 2, ())
+    adapt(vit, CONFIGS["topk"], len(IMAGES), lora_rank=4, kernel="triton")
     spread(vit)
     images = torch.randn(sum(IMAGES), 3, 16, 16)
     twin = copy.deepcopy(vit)

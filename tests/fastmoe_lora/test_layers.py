@@ -8,19 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmoe_lora import (
-    LORA_TARGETS,
-    SITES,
-    LoRALinear,
-    LoRAMoE,
-    MoEConfig,
-    Routing,
-    RoutingStatistics,
-    adapt,
-    add_lora,
-    add_moe,
-    packing,
-)
+from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Routing, RoutingStatistics, adapt, packing
 from kernels import GATINGS, TaskSegments, UserError, lora_moe
 from kernels.lora_linear import lora_linear_op, lora_linear_reference
 from kernels.packed import Packed
@@ -33,6 +21,8 @@ CONFIGS = {
     "topk": MoEConfig(6, 2, 0, 2, "topk"),
     "topk-renorm": MoEConfig(6, 2, 0, 2, "topk-renorm"),
 }
+SITES = {"ffn": "mlp", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}  # within a block
+LORA_TARGETS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 EVERY_SITE = pytest.mark.parametrize("site", SITES)
 EVERY_GATING = pytest.mark.parametrize("gating", GATINGS)
 
@@ -114,7 +104,7 @@ def spread(module):
 
 
 def adapted(vit, gating="ase", site="ffn"):
-    routing = adapt(vit, CONFIGS[gating], len(IMAGES), site)
+    routing = adapt(vit, CONFIGS[gating], len(IMAGES), f"*.{SITES[site]}", lora_rank=4)
     routing.assign(IMAGES)
     return routing
 
@@ -301,12 +291,12 @@ class TestLoRAMoE:
         assert "6/2/1/2, gating=ase, tasks=3" in repr(LoRAMoE(Mlp(), (WIDTH, WIDTH), CONFIGS["ase"], Routing(3), 0))
 
 
-class TestAddMoE:
+class TestExperts:
     @EVERY_GATING
     @EVERY_SITE
     def test_starts_as_the_vit(self, site, gating, vit, x):
         before = vit(x)
-        add_moe(vit, CONFIGS[gating], len(IMAGES), site).assign(IMAGES)
+        adapt(vit, CONFIGS[gating], len(IMAGES), f"*.{SITES[site]}").assign(IMAGES)
         after = vit(x)
         assert after.shape == (sum(IMAGES), TOKENS, WIDTH)
         assert torch.equal(after, before)
@@ -316,7 +306,7 @@ class TestAddMoE:
     )
     def test_puts_the_experts_at_the_site_of_every_block(self, site, d_in, d_out, vit):
         bases = [block.get_submodule(SITES[site]) for block in vit.blocks]
-        routing = add_moe(vit, CONFIGS["ase"], 3, site)
+        routing = adapt(vit, CONFIGS["ase"], 3, f"*.{SITES[site]}")
         layers = [block.get_submodule(SITES[site]) for block in vit.blocks]
         assert [layer.layer for layer in layers] == [0, 1]
         for layer, base in zip(layers, bases, strict=True):
@@ -329,33 +319,34 @@ class TestAddMoE:
     @EVERY_SITE
     def test_nonzero_experts_change_every_image(self, site, vit, x):
         before = vit(x)
-        add_moe(vit, CONFIGS["ase"], len(IMAGES), site).assign(IMAGES)
+        adapt(vit, CONFIGS["ase"], len(IMAGES), f"*.{SITES[site]}").assign(IMAGES)
         after = spread(vit)(x)
         assert (after != before).any(-1).all()
 
-    def test_an_unknown_site_names_the_choices(self, vit):
-        with pytest.raises(UserError, match="unknown site 'qkv': choose among ffn, fc1, fc2"):
-            add_moe(vit, CONFIGS["ase"], 3, "qkv")
+    def test_a_pattern_without_a_match_names_the_closest_modules(self, vit):
+        message = r"where='\*.mpl' matches no module; the closest names are blocks.\*.mlp, blocks"
+        with pytest.raises(UserError, match=message):
+            adapt(vit, CONFIGS["ase"], 3, "*.mpl")
 
     def test_without_assign_says_so(self, vit, x):
-        add_moe(vit, CONFIGS["ase"], 3)
+        adapt(vit, CONFIGS["ase"], 3)
         with pytest.raises(ValueError, match=r"call assign\(\) first"):
             vit(x)
 
 
-class TestAddLoRA:
-    @pytest.mark.parametrize("targets", [("qkv", "proj"), ("fc1",), tuple(LORA_TARGETS), ()], ids=str)
+class TestPlainLoRA:
+    @pytest.mark.parametrize("targets", [("qkv", "proj"), ("fc1",), tuple(LORA_TARGETS)], ids=str)
     def test_adapts_the_named_layers_and_no_other(self, targets, vit, x):
         before = vit(x)
-        add_lora(vit, 3, targets)
+        adapt(vit, None, lora_rank=3, lora_where=[f"*.{LORA_TARGETS[target]}" for target in targets])
         for block in vit.blocks:
             for target, path in LORA_TARGETS.items():
                 assert isinstance(block.get_submodule(path), LoRALinear) == (target in targets)
         assert torch.equal(vit(x), before)
 
-    def test_an_unknown_target_names_the_choices(self, vit):
-        with pytest.raises(UserError, match="unknown LoRA target 'mlp': choose among qkv, proj, fc1, fc2"):
-            add_lora(vit, 4, ["mlp"])
+    def test_a_target_that_is_no_linear_layer_is_named(self, vit):
+        with pytest.raises(UserError, match="matches blocks.0.mlp, a Mlp: LoRA needs nn.Linear"):
+            adapt(vit, None, lora_rank=4, lora_where="*.mlp")
 
 
 class TestAdapt:

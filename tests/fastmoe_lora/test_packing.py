@@ -25,7 +25,7 @@ def twins(kernel_triton):
     def build(kernel):
         torch.manual_seed(0)
         vit = ViT(ViTConfig(width=WIDTH, depth=1, heads=1, patch=8), 16)
-        routing = adapt(vit, MoEConfig(4, 1, 1, 2), len(IMAGES), lora_rank=0, kernel=kernel)
+        routing = adapt(vit, MoEConfig(4, 1, 1, 2), len(IMAGES), kernel=kernel)
         nn.init.normal_(vit.blocks[0].mlp.lora_B)
         routing.assign(IMAGES)
         return vit.blocks[0].mlp

@@ -246,6 +246,49 @@ class TestRoutingRows:
         with pytest.raises(ValueError, match="10 tokens do not divide among the assigned 3 images"):
             routing.segments(10, CPU)
 
+    def test_of_one_task_need_no_assignment(self):
+        routing = Routing(1)
+        assert [routing.segments(n, CPU).counts for n in (10, 7)] == [(10,), (7,)]
+        routing.assign([2])
+        assert routing.segments(7, CPU).counts == (7,)
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+    def test_count_what_a_mask_leaves(self, dtype):
+        routing = Routing(3)
+        routing.assign([1, 0, 2], torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]).to(dtype))
+        assert routing.segments(9, CPU).counts == (2, 0, 2)
+        assert routing.real.tolist() == [0, 1, 7, 8]
+        routing.assign([1, 0, 2])  # the next batch has no padding
+        assert routing.segments(9, CPU).counts == (3, 0, 6)
+        assert routing.real is None
+
+    def test_may_be_given_in_tokens(self):
+        routing = Routing(2)
+        routing.assign_tokens([7, 3])
+        assert routing.segments(10, CPU).counts == (7, 3)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_of_another_pass_than_the_assigned_one_are_an_error(self, masked):
+        routing = Routing(2)
+        if masked:
+            routing.assign([1, 2], torch.ones(3, 3, dtype=torch.bool))
+        else:
+            routing.assign_tokens([6, 3])
+        with pytest.raises(ValueError, match=r"10 tokens, but 9 are assigned: call assign\(\)"):
+            routing.segments(10, CPU)
+
+    def test_a_mask_of_another_batch_is_an_error(self):
+        with pytest.raises(ValueError, match=r"mask of shape \(2, 4\) for 3 images"):
+            Routing(2).assign([2, 1], torch.ones(2, 4))
+
+    def test_a_task_that_has_only_padding_is_absent_from_the_mutual_information(self):
+        mean_probs = random_probs(3, 4)
+        mean_probs[1] = 0
+        routing = Routing(3)
+        routing.assign([1, 1, 1], torch.tensor([[1, 1], [0, 0], [1, 0]]))
+        routing.record(0, torch.zeros(3, 4), mean_probs, routing.segments(6, CPU))
+        torch.testing.assert_close(routing.mi_loss(), naive_loss(mean_probs[[0, 2]]), rtol=1e-12, atol=1e-14)
+
     @pytest.mark.parametrize("images", [[], [1], [1, 1, 1]], ids=str)
     def test_one_count_for_each_task_or_an_error(self, images):
         with pytest.raises(ValueError, match=f"{len(images)} counts for 2 tasks"):

@@ -324,7 +324,7 @@ def make_model():
 
     torch.manual_seed(0)
     vit = ViT(ViTConfig(width=192, depth=2, heads=3), 64)
-    routing = adapt(vit, MoEConfig.parse("16/3/1/4"), TASKS, kernel="triton")
+    routing = adapt(vit, MoEConfig.parse("16/3/1/4"), TASKS, lora_rank=4, kernel="triton")
     for block in vit.blocks:
         torch.nn.init.normal_(block.mlp.lora_B, std=0.05)
     channels = {"seg": 21, "parts": 7, "sal": 2, "normals": 3, "edge": 1}

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import MoEConfig, add_moe  # noqa: E402
+from fastmoe_lora import MoEConfig, adapt  # noqa: E402
 from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops, lora_moe, resolve_kernel  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from kernels.reference import router_logits, top_k_mask  # noqa: E402
@@ -645,7 +645,7 @@ class TestWholeModel:
         torch.manual_seed(0)
         vit = ViT(ViTConfig(width=16, depth=2, heads=2, patch=8), 16)
         config = MoEConfig(experts, 2, 1 if name in WITH_SHARED else 0, rank, name)
-        routing = add_moe(vit, config, len(self.IMAGES), kernel=kernel)
+        routing = adapt(vit, config, len(self.IMAGES), kernel=kernel, freeze=False)
         with torch.no_grad():  # as trained: B nonzero, routers that tell experts apart
             for parameter_name, parameter in vit.named_parameters():
                 if parameter_name.endswith(("lora_B", "routers")):

@@ -34,7 +34,7 @@ def _interpreted(monkeypatch):
 def make(config):
     torch.manual_seed(0)
     vit = ViT(config, 32)
-    routing = adapt(vit, MoEConfig.parse("16/3/1/4"), len(CHANNELS), kernel="triton")
+    routing = adapt(vit, MoEConfig.parse("16/3/1/4"), len(CHANNELS), lora_rank=4, kernel="triton")
     model = MultiTaskViT(vit, CHANNELS, "light", routing)
     with torch.no_grad():  # as trained: B nonzero, routers that tell experts apart
         for name, parameter in vit.named_parameters():

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastmoe_lora import SITES, MoEConfig
+from fastmoe_lora import MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
 from train.datasets.base import Source
@@ -22,6 +22,14 @@ from train.datasets.pascal.dataset import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 
+# Patterns of fastmoe_lora.adapt() for the layers of our ViT that get experts, and for those that get plain LoRA.
+SITES = {"ffn": "blocks.*.mlp", "fc1": "blocks.*.mlp.fc1", "fc2": "blocks.*.mlp.fc2"}
+LORA_TARGETS = {
+    "qkv": "blocks.*.attn.qkv",
+    "proj": "blocks.*.attn.proj",
+    "fc1": "blocks.*.mlp.fc1",
+    "fc2": "blocks.*.mlp.fc2",
+}
 DECODERS = ("none", "fgmoe", "plain", "mlore")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, Collection[str]] = {
@@ -158,7 +166,7 @@ class Settings:
         if self.compile and self.decoder != "none":
             raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
-        _ = self.moe_config, self.decoder_config, self.task_names, self.task_weights
+        _ = self.moe_config, self.lora_patterns, self.decoder_config, self.task_names, self.task_weights
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
@@ -167,6 +175,15 @@ class Settings:
     @cached_property
     def moe_config(self) -> MoEConfig | None:
         return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
+
+    @cached_property
+    def lora_patterns(self) -> list[str]:
+        """Which linear layers get plain LoRA; none if its rank is 0."""
+        targets = self.lora_targets.split(",") if self.lora_rank else []
+        for target in targets:
+            if target not in LORA_TARGETS:
+                raise UserError(f"unknown LoRA target {target!r}: choose among {', '.join(LORA_TARGETS)}")
+        return [LORA_TARGETS[target] for target in targets]
 
     @cached_property
     def decoder_config(self) -> FGConfig | MLoREConfig | None:

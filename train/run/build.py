@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmoe_lora import add_lora, add_moe
+from fastmoe_lora import adapt, parameter_groups
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
 from model import (
@@ -32,7 +32,7 @@ from model import (
     read_weights,
 )
 from model.decoders import Decoder, Frame
-from train.config.settings import Settings, layer
+from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
 from train.tasks import Classes, output_channels
@@ -153,14 +153,14 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
-    """Adds LoRA, experts and heads to ``vit``."""
-    if settings.lora_rank:
-        add_lora(vit, settings.lora_rank, settings.lora_targets.split(","))
-    moe = settings.moe_config
-    routing = add_moe(vit, moe, len(settings.task_names), settings.site, settings.kernel) if moe else None
-    if routing is not None:
+    """Adds LoRA, experts and heads to ``vit``, whose own parameters stay frozen or trained as they are."""
+    moe, rank, routing = settings.moe_config, settings.lora_rank, None
+    if moe or rank:
+        lora: dict[str, Any] = {"lora_rank": rank, "lora_where": settings.lora_patterns}
+        tasks, where = len(settings.task_names), SITES[settings.site]
+        routing = adapt(vit, moe, tasks, where, **lora, kernel=settings.kernel, freeze=False)
         routing.deterministic = settings.deterministic
-    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing)
+    return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing if moe else None)
 
 
 DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
@@ -202,9 +202,4 @@ def _encoder_of_run(settings: Settings) -> MultiTaskViT:
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastmoe_lora import MoEConfig, add_moe
+from fastmoe_lora import adapt
 from kernels import UserError
 from model import EncoderDecoder, FGConfig, FGMoE, MultiTaskViT, ViT, ViTConfig
 
@@ -30,7 +30,7 @@ def with_decoder(encoder):
 def run_of(vit):
     """A finished run: an adapted ViT whose tasks stand in another order."""
     torch.manual_seed(2)
-    routing = add_moe(vit, MoEConfig.parse("8/2/1/4"), 3)
+    routing = adapt(vit, "8/2/1/4", 3, freeze=False)
     return MultiTaskViT(vit, dict(reversed(CHANNELS.items())), "light", routing)
 
 
