@@ -13,9 +13,9 @@ from kernels import UserError
 from model import MultiTaskModel
 from train.cli import Parser, add_cache, guarded
 from train.config.settings import Settings, layer
-from train.datasets.base import DataSet, open_dataset
+from train.datasets.base import DataSet, open_dataset, open_tree
 from train.datasets.batches import sample_loader
-from train.datasets.pascal.tree import find_tree, read_split
+from train.datasets.tree import read_split
 from train.evaluation.baselines import describe_delta, with_baseline
 from train.evaluation.predictions import NOTE, keeping, predicted_tasks, read_note, require_predictions, shorten
 from train.evaluation.results import Results, describe_set
@@ -161,7 +161,7 @@ def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
     require_file(path)
     with reading(path):
         ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    if alien := sorted(set(ids).difference(read_split(find_tree(Path(data)), split))):
+    if alien := sorted(set(ids).difference(read_split(open_tree(data), split))):
         raise UserError(
             f"{path} names {len(alien)} of {len(ids)} images that split {split!r} does not list, {shorten(alien)}: "
             "name another --split, or correct the file"

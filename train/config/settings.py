@@ -18,7 +18,7 @@ from fastmoe_lora import SITES, MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig
 from train.datasets.base import Source
-from train.datasets.pascal.dataset import Access
+from train.datasets.files import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
 

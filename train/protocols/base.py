@@ -59,6 +59,7 @@ class Protocol(ABC):
 
     name: ClassVar[str]
     own_size: ClassVar[int]
+    dataset: ClassVar[str] = "PASCAL_MT"  # the name of the data set that it is for
     published: ClassVar[str] = ""  # the protocol of the published rows that are comparable
     saliency: ClassVar[str] = "mIoU"  # the score of saliency in published tables
     edges_at_input: ClassVar[bool] = False
