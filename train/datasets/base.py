@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kernels.errors import UserError
 from train.datasets.files import Access, TreeDataSet
+from train.datasets.nyud.tree import NyudTree
 from train.datasets.pascal.tree import PascalTree
 from train.datasets.scenes.dataset import Scenes
 from train.datasets.tree import Tree
@@ -19,7 +20,7 @@ from train.protocols import PROTOCOLS, Protocol, Rendered, Sample, build_protoco
 from train.tasks import Classes, Shape
 
 Key = tuple[int, int]  # (index, epoch)
-TREES: tuple[type[Tree], ...] = (PascalTree,)
+TREES: tuple[type[Tree], ...] = (PascalTree, NyudTree)
 CLASSES = {Scenes.name: Scenes.classes} | {kind.name: kind.classes for kind in TREES}
 
 
@@ -33,6 +34,7 @@ class DataSet(typing.Protocol):
     name: str
     protocol: Protocol
     classes: Classes
+    boundary_distance: float  # within which odsF matches boundaries, a share of the diagonal
     skipped: tuple[str, ...]  # one line per image that was left out because of a fault
     groups: tuple[NDArray[np.int64], ...]
     """Each lists the indices of the images labelled for the same tasks; together they are a partition of
@@ -66,7 +68,7 @@ class DataSet(typing.Protocol):
 
     def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
         """{id: loader} of the images on which odsF is defined. A loader is a picklable function that returns the
-        LabelMap (H, W) at the photo's size."""
+        LabelMap (H, W), or the boundaries as a mask, at the photo's size."""
         ...
 
 
@@ -83,7 +85,7 @@ class Source:
     """Which images to open and how to read them.
 
     ``root`` is the folder of a tree, or "" for rendered scenes. ``scenes`` is the number of rendered scenes per split.
-    ``size`` 0 means the protocol's default size.
+    ``size`` is the height of the input; 0 means the protocol's default size.
     """
 
     root: str
@@ -136,6 +138,12 @@ def open_tree(folder: str | Path) -> Tree:
         raise UserError(f"{given} holds {' and '.join(str(root) for _, root in found)}: give one of them")
     *most, last = (name for kind in TREES for name in kind.folders)
     raise UserError(f"{given} {problem}: give the folder {', '.join(most)} or {last} of a data set, or its parent")
+
+
+def usual_protocol(folder: str) -> str:
+    """The protocol of a tree for which none is named; "" where there is no tree."""
+    usual = [kind.protocol for kind in TREES if folder and kind.locate(Path(folder))]
+    return usual[0] if len(usual) == 1 else ""
 
 
 def _told_apart() -> str:

@@ -54,6 +54,7 @@ class TreeDataSet:
         only: Container[str] | None = None,
     ) -> None:
         self.tree, self.name, self.classes = tree, tree.name, tree.classes
+        self.boundary_distance = tree.boundary_distance
         self.split, self.seed, self.protocol = split, seed, protocol
         self.training = split == "train" and not protocol.scoring
         self._reader = tree.reader(open_cache(access.cache, tree.root), protocol.edges_at_input)

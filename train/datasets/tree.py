@@ -11,6 +11,7 @@ from typing import ClassVar
 from kernels.errors import UserError
 from train.datasets.labels import ImageFiles, LabelReader
 from train.files.reading import reading, require_file
+from train.metrics.odsf import MAX_DISTANCE
 from train.tasks import Classes
 
 IMAGE_ID = re.compile(r"[\w-]+")
@@ -37,6 +38,8 @@ class Tree(ABC):
     lists: ClassVar[str]  # the pattern of the lists of ids, {} standing for the split
     classes: ClassVar[Classes]
     reader: ClassVar[type[LabelReader]]
+    protocol: ClassVar[str]  # the usual one
+    boundary_distance: ClassVar[float] = MAX_DISTANCE  # within which odsF matches boundaries, a share of the diagonal
     official: ClassVar[dict[str, int]]  # images per split of the official release
 
     @classmethod

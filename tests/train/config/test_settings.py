@@ -132,7 +132,7 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"scenes": "99999999999999"}, "scenes is 99999999999999: it must be between 1 and 1e+07"),
         ({"device": "mps"}, "unknown device 'mps': choose among cpu, cuda"),
-        ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini"),
+        ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini, nyud"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):

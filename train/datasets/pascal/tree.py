@@ -56,6 +56,7 @@ class PascalTree(Tree):
     lists = "ImageSets/Context/{}.txt"
     classes: ClassVar[Classes] = {"seg": VOC_CLASSES, "parts": PART_NAMES}
     reader = Reader
+    protocol = "ase"
     official: ClassVar[dict[str, int]] = {"train": 4998, "val": 5105}
 
     @classmethod
