@@ -99,11 +99,12 @@ def _from_checkpoint(options: Namespace) -> Subject:
     protocol = PROTOCOLS[changes["protocol"]]
     if changes["data"]:
         _require_same_classes(folder, settings, parse_tasks(tasks), protocol.dataset)
-    if options.protocol not in (None, settings.protocol) and not protocol.resizes_photos:
-        # This protocol does not resize photos: the input grows to hold them, and the position embedding is resampled.
-        smallest = max(settings.image_size, protocol.own_size)
-        unit = protocol.aspect[0] * model.patch  # with this height the width, too, is a whole number of patches
-        changes["image_size"] = -(-smallest // unit) * unit
+    if options.protocol not in (None, settings.protocol):
+        # An input of another shape or, where photos are not resized, one that holds them: the position embedding is
+        # resampled.
+        least = settings.image_size if protocol.resizes_photos else max(settings.image_size, protocol.own_size)
+        unit = protocol.aspect[0] * model.patch  # of the height: the width, too, is then a whole number of patches
+        changes["image_size"] = -(-least // unit) * unit
     about = {"checkpoint": str(folder), "step": state.step}
     return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
 
@@ -111,10 +112,11 @@ def _from_checkpoint(options: Namespace) -> Subject:
 def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str], dataset: str) -> None:
     """UserError where a model's classes of a task are not those of ``dataset``."""
     own, theirs = trained.source.classes, CLASSES[dataset]
+    name = "rendered scenes" if trained.source.rendered else trained.source.protocol.dataset
     if other := [task for task in tasks if own.get(task) != theirs.get(task)]:
         raise UserError(
-            f"{folder} was trained on the classes of {trained.source.protocol.dataset} for {other[0]}, which "
-            f"{dataset} does not have: drop --data, or choose other --tasks"
+            f"{folder} was trained on the classes of {name} for {other[0]}, which {dataset} does not have: drop --data, "
+            "or choose other --tasks"
         )
 
 
