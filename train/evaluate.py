@@ -115,8 +115,8 @@ def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str],
     name = "rendered scenes" if trained.source.rendered else trained.source.protocol.dataset
     if other := [task for task in tasks if own.get(task) != theirs.get(task)]:
         raise UserError(
-            f"{folder} was trained on the classes of {name} for {other[0]}, which {dataset} does not have: drop --data, "
-            "or choose other --tasks"
+            f"{folder} was trained on the classes of {name} for {other[0]}, which {dataset} does not have: drop "
+            "--data, or choose other --tasks"
         )
 
 
