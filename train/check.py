@@ -1,4 +1,4 @@
-"""``python -m train.check --data PASCAL_MT``: reads every file of a tree and reports its content and its faults."""
+"""``python -m train.check --data DIR``: reads every file of a tree and reports its content and its faults."""
 
 import os
 import sys
@@ -12,24 +12,24 @@ import numpy as np
 
 from kernels import UserError
 from train.cli import Parser, add_cache, guarded
+from train.datasets.base import open_tree
 from train.datasets.cache import open_cache
-from train.datasets.pascal.dataset import PascalMT, group_by_tasks
-from train.datasets.pascal.handedness import describe_handedness
-from train.datasets.pascal.inspection import Finding, inspect_images
-from train.datasets.pascal.labels import Reader
-from train.datasets.pascal.tree import ImageFiles, Tree, find_tree, list_images
+from train.datasets.files import group_by_tasks
+from train.datasets.handedness import describe_handedness
+from train.datasets.inspection import Finding, inspect_images
+from train.datasets.labels import ImageFiles, LabelReader
+from train.datasets.tree import Tree, list_images
 from train.files.atomic import make_folder, write_text
 from train.files.folders import require_outside_data
 from train.output.tables import format_table
 from train.protocols.base import finish_labels
-from train.tasks import DEFAULT_TASKS, TASKS, VOID, parse_tasks
+from train.tasks import TASKS, VOID, Classes, parse_tasks
 
-OFFICIAL_IMAGES = {"train": 4998, "val": 5105}
 SHOWN_FAULTS = 10
 PICTURES = 12
 
 DESCRIPTION = """\
-Read every photo and label of a PASCAL_MT tree, as training would, and print its content and its faults.
+Read every photo and label of a tree, as training would, and print its content and its faults.
 OUT receives sheet.png, a dozen images with their labels, and faults.txt.
 Exit status: 0 nothing is wrong, 1 files are missing or damaged, 2 a user's mistake."""
 
@@ -57,9 +57,7 @@ class Split:
 def build_parser() -> Parser:
     parser = Parser("train.check", DESCRIPTION)
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder that contains it")
-    parser.add_argument(
-        "--tasks", metavar="A,B", default=",".join(DEFAULT_TASKS), help="tasks to check (default: %(default)s)"
-    )
+    parser.add_argument("--tasks", metavar="A,B", help="tasks to check (all that the data set has labels for)")
     parser.add_argument("--partial-labels", action="store_true", help="do not count a missing label file as a fault")
     parser.add_argument(
         "--workers", type=int, metavar="N", default=os.cpu_count(), help="number of processes (%(default)s)"
@@ -69,30 +67,30 @@ def build_parser() -> Parser:
     return parser
 
 
-def check(tree: Tree, tasks: Sequence[str], partial_labels: bool, reader: Reader, workers: int) -> list[Split]:
+def check(tree: Tree, tasks: Sequence[str], partial_labels: bool, reader: LabelReader, workers: int) -> list[Split]:
     """The splits train and val, with every image inspected."""
-    listed = {split: list_images(tree, split, tasks, partial_labels) for split in OFFICIAL_IMAGES}
+    listed = {split: list_images(tree, split, tasks, partial_labels) for split in tree.official}
     return [Split(split, images, inspect_images(images, reader, workers, split)) for split, images in listed.items()]
 
 
-def describe(splits: Sequence[Split], tasks: Sequence[str]) -> str:
+def describe(splits: Sequence[Split], tasks: Sequence[str], tree: Tree) -> str:
     """Tables: the splits, then per task the labelled images and the share of each class in their pixels."""
     rows = [["split", "images", "official", "faulty", "width", "height"]]
     for split in splits:
         faulty = sum(bool(finding.faults) for finding in split.findings)
         sizes = np.array([finding.size for finding in split.findings if finding.size])
         sides = ["/".join(f"{np.quantile(side, q):.0f}" for q in (0, 0.5, 1)) for side in sizes.T[::-1]] or ["-", "-"]
-        counts = len(split.images), OFFICIAL_IMAGES[split.name], faulty
+        counts = len(split.images), tree.official[split.name], faulty
         rows.append([split.name, *map(str, counts), *sides])
     tables = [format_table(rows) + "\n(width and height: smallest/median/largest)"]
-    return "\n\n".join([*tables, *(format_table(_task_rows(task, splits)) for task in tasks)])
+    return "\n\n".join([*tables, *(format_table(_task_rows(task, splits, tree.classes)) for task in tasks)])
 
 
-def _task_rows(task: str, splits: Sequence[Split]) -> list[list[str]]:
+def _task_rows(task: str, splits: Sequence[Split], classes: Classes) -> list[list[str]]:
     labelled = [sum(task in finding.pixels for finding in split.findings) for split in splits]
     rows = [[task, *(f"{split.name} %" for split in splits)], ["images", *map(str, labelled)]]
     pixels = [split.pixels(task) for split in splits]
-    names = dict(enumerate(TASKS[task].value_names(PascalMT.classes.get(task, ())))) | (
+    names = dict(enumerate(TASKS[task].value_names(classes.get(task, ())))) | (
         {VOID: "void"} if any(VOID in counts for counts in pixels) else {}
     )
     for value, name in names.items():
@@ -114,7 +112,7 @@ def describe_faults(faults: Sequence[str]) -> str:
     return "\n  ".join([f"faults: {len(faults)}", *faults[:SHOWN_FAULTS], *more])
 
 
-def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
+def draw(path: Path, splits: Sequence[Split], reader: LabelReader, classes: Classes) -> None:
     """Writes a contact sheet of a dozen images without faults and their labels.
 
     The images come from every group of images that are labelled for the same tasks.
@@ -135,22 +133,23 @@ def draw(path: Path, splits: Sequence[Split], reader: Reader) -> None:
         painted[whole[index].id] = {"image": sample["image"]} | {
             task: TASKS[task].paint_label(sample[task]) for task in whole[index].labels
         }
-    pictures.save_contact_sheet(path, painted, PascalMT.classes)
+    pictures.save_contact_sheet(path, painted, classes)
 
 
 def run(options: Any) -> int:
-    tree, tasks = find_tree(Path(options.data)), parse_tasks(options.tasks)
+    tree = open_tree(options.data)
+    tasks = parse_tasks(options.tasks or ",".join(tree.files))
     if options.workers < 0:
         raise UserError(f"workers is {options.workers}: it must not be negative")
-    reader, out = Reader(open_cache(options.cache, tree.root)), Path(options.out)
+    reader, out = tree.reader(open_cache(options.cache, tree.root)), Path(options.out)
     require_outside_data(out)
     make_folder(out)
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
     faults = [fault for split in splits for fault in split.faults]
     write_text(out / "faults.txt", "".join(f"{fault}\n" for fault in faults))
-    draw(out / "sheet.png", splits, reader)
-    print(f"\n{describe(splits, tasks)}")
+    draw(out / "sheet.png", splits, reader, tree.classes)
+    print(f"\n{describe(splits, tasks, tree)}")
     if "normals" in tasks:
         found = [finding.asymmetry for split in splits for finding in split.findings if finding.asymmetry]
         print(f"\n{describe_handedness(found)}")

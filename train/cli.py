@@ -64,17 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tasks", metavar="A,B", help=f"any of {', '.join(TASKS)} (default: {','.join(DEFAULT_TASKS)})")
-    group.add_argument("--data", metavar="DIR", help="a PASCAL_MT tree (default: rendered scenes)")
+    group.add_argument("--data", metavar="DIR", help="a tree of PASCAL-Context or NYUD-v2 (default: rendered scenes)")
     group.add_argument("--partial-labels", action="store_true", help="a missing label file means void for that task")
     add_cache(group, argparse.SUPPRESS)
     group.add_argument("--skip-bad", action="store_true", help="skip images with a damaged or missing file")
     group.add_argument(
         "--protocol",
         choices=PROTOCOLS,
-        help="selects the preprocessing; compare published numbers only within one protocol (ase)",
+        help="selects the preprocessing; compare published numbers only within one protocol (ase; NYUD-v2: nyud_invpt)",
     )
     group.add_argument(
-        "--image-size", type=int, metavar="N", help="side of the square input in pixels (the protocol's; scenes: 64)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="height of the input in pixels; its width follows (the protocol's; scenes: 64)",
     )
     group.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
 

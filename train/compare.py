@@ -13,7 +13,7 @@ from train.cli import Parser, add_cache, guarded
 from train.config.settings import Settings
 from train.datasets.base import open_dataset
 from train.datasets.batches import collate
-from train.datasets.pascal.dataset import Access
+from train.datasets.files import Access
 from train.evaluation.baselines import with_baseline
 from train.evaluation.results import Results, read_results, require_comparable
 from train.files.atomic import make_folder, write_text

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from kernels import UserError
 from model import MultiTaskModel
 from train.cli import Parser, add_cache, guarded
 from train.config.settings import Settings, layer
-from train.datasets.base import DataSet, open_dataset
+from train.datasets.base import CLASSES, DataSet, open_dataset, open_tree
 from train.datasets.batches import sample_loader
-from train.datasets.pascal.tree import find_tree, read_split
+from train.datasets.tree import read_split
 from train.evaluation.baselines import describe_delta, with_baseline
 from train.evaluation.predictions import NOTE, keeping, predicted_tasks, read_note, require_predictions, shorten
 from train.evaluation.results import Results, describe_set
@@ -38,7 +38,7 @@ from train.run.build import load_checkpoint
 from train.tasks import build_metrics, parse_tasks
 
 DESCRIPTION = """\
-Score a checkpoint, or with --predictions the prediction files of any program, on PASCAL-Context by one protocol.
+Score a checkpoint, or with --predictions the prediction files of any program, by one protocol.
 
 CHECKPOINT is a run's folder, its 'last' or a folder step-N. Without --data it is scored on the data that it was trained
 on, which may be the rendered scenes. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids),
@@ -62,9 +62,9 @@ def build_parser() -> Parser:
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
     add("--predictions", metavar="DIR", help="score the prediction files in DIR instead of a checkpoint")
     add("--tasks", metavar="A,B", help="score only these tasks (all that were predicted)")
-    add("--data", metavar="DIR", help="a PASCAL_MT tree, or the folder that contains it")
+    add("--data", metavar="DIR", help="a tree of PASCAL-Context or NYUD-v2, or the folder that contains it")
     add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are processed (the run's)")
-    add("--split", metavar="NAME", default="val", help="name of a list in ImageSets/Context (%(default)s)")
+    add("--split", metavar="NAME", default="val", help="name of a list in ImageSets/Context or gt_sets (%(default)s)")
     add("--ids", metavar="FILE", help="score only the images of the split whose ids FILE lists, one per line")
     add("--odsf", choices=("fast", "full", "off"), help="compute odsF of edges over 100 images, all or none (fast)")
     add(
@@ -94,17 +94,30 @@ def _from_checkpoint(options: Namespace) -> Subject:
     settings, model, state = load_checkpoint(folder)
     tasks = ",".join(chosen_tasks(options.tasks, model.tasks, str(folder)))
     changes = {"data": options.data or settings.data, "protocol": options.protocol or settings.protocol, "tasks": tasks}
-    if changes["data"] and not settings.data and "seg" in parse_tasks(tasks):
-        raise UserError(f"{folder} was trained on rendered scenes, whose classes PASCAL does not have: drop --data")
     if options.protocol and not changes["data"]:
         raise UserError("--protocol applies to photos, and rendered scenes have none: give --data")
     protocol = PROTOCOLS[changes["protocol"]]
-    if options.protocol not in (None, settings.protocol) and not protocol.resizes_photos:
-        # This protocol does not resize photos: the input grows to hold them, and the position embedding is resampled.
-        smallest = max(settings.image_size, protocol.own_size)
-        changes["image_size"] = -(-smallest // model.patch) * model.patch
+    if changes["data"]:
+        _require_same_classes(folder, settings, parse_tasks(tasks), protocol.dataset)
+    if options.protocol not in (None, settings.protocol):
+        # An input of another shape or, where photos are not resized, one that holds them: the position embedding is
+        # resampled.
+        least = settings.image_size if protocol.resizes_photos else max(settings.image_size, protocol.own_size)
+        unit = protocol.aspect[0] * model.patch  # of the height: the width, too, is then a whole number of patches
+        changes["image_size"] = -(-least // unit) * unit
     about = {"checkpoint": str(folder), "step": state.step}
     return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
+
+
+def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str], dataset: str) -> None:
+    """UserError where a model's classes of a task are not those of ``dataset``."""
+    own, theirs = trained.source.classes, CLASSES[dataset]
+    name = "rendered scenes" if trained.source.rendered else trained.source.protocol.dataset
+    if other := [task for task in tasks if own.get(task) != theirs.get(task)]:
+        raise UserError(
+            f"{folder} was trained on the classes of {name} for {other[0]}, which {dataset} does not have: drop "
+            "--data, or choose other --tasks"
+        )
 
 
 def _from_files(options: Namespace) -> Subject:
@@ -161,7 +174,7 @@ def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
     require_file(path)
     with reading(path):
         ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    if alien := sorted(set(ids).difference(read_split(find_tree(Path(data)), split))):
+    if alien := sorted(set(ids).difference(read_split(open_tree(data), split))):
         raise UserError(
             f"{path} names {len(alien)} of {len(ids)} images that split {split!r} does not list, {shorten(alien)}: "
             "name another --split, or correct the file"
@@ -186,7 +199,7 @@ def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
     metrics = build_metrics(settings.task_names, dataset.classes)
     kept = Path(options.save_predictions) if options.save_predictions else None
     with keeping(kept, describe_files(settings, dataset, options.split) | subject.about) as save:
-        scoring = Scoring(predicted, dataset.ids, metrics, boundaries, save)
+        scoring = Scoring(predicted, dataset.ids, metrics, boundaries, save, dataset.boundary_distance)
         results["metrics"] = score_predictions(scoring, options.odsf_variant, options.workers)
     return with_baseline(results, options.baseline) if options.baseline else results, out
 

@@ -17,10 +17,10 @@ import yaml
 from fastmoe_lora import MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
-from train.datasets.base import Source
-from train.datasets.pascal.dataset import Access
+from train.datasets.base import Source, usual_protocol
+from train.datasets.files import Access
 from train.protocols import PROTOCOLS, build_protocol
-from train.tasks import DEFAULT_TASKS, TASKS, parse_tasks
+from train.tasks import DEFAULT_TASKS, TASKS, Shape, parse_tasks
 
 # Patterns of fastmoe_lora.adapt() for the layers of our ViT that get experts, and for those that get plain LoRA.
 SITES = {"ffn": "blocks.*.mlp", "fc1": "blocks.*.mlp.fc1", "fc2": "blocks.*.mlp.fc2"}
@@ -166,7 +166,14 @@ class Settings:
         if self.compile and self.decoder != "none":
             raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
-        _ = self.moe_config, self.lora_patterns, self.decoder_config, self.task_names, self.task_weights
+        _ = (
+            self.moe_config,
+            self.lora_patterns,
+            self.decoder_config,
+            self.task_names,
+            self.task_weights,
+            self.image_shape,
+        )
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
@@ -208,6 +215,11 @@ class Settings:
         access = Access(self.partial_labels, self.cache, self.skip_bad, self.workers)
         scenes = {"train": self.scenes, "val": self.val_scenes}
         return Source(self.data, self.task_names, self.protocol, self.image_size, self.seed, scenes, access)
+
+    @property
+    def image_shape(self) -> Shape:
+        """(height, width) of the model's input: ``image_size`` is the height, the protocol gives the aspect ratio."""
+        return self.source.protocol.shape
 
 
 def parse_loss_weights(text: str) -> dict[str, float]:
@@ -298,8 +310,9 @@ def read_recipe(name: str) -> dict[str, Any]:
 def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:
     """Settings of a run from its flags and, where it resumes, from the settings in its checkpoint.
 
-    An image size of 0 becomes the protocol's default size. A decoder replaces the default experts of the backbone, and
-    its checkpoint needs the encoder's weights, whose path becomes absolute.
+    Without a protocol the data set's usual one applies. An image size of 0 becomes the protocol's default size. A
+    decoder replaces the default experts of the backbone, and its checkpoint needs the encoder's weights, whose path
+    becomes absolute.
     """
     flags = layer(flags, "command line")
     below = checkpoint and asdict(Settings(**layer(checkpoint, "the checkpoint"))) or {}
@@ -309,8 +322,9 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
     values = {**below, **(read_recipe(recipe) if recipe else {}), **flags}
     if recipe:
         values["recipe"] = recipe
+    values.setdefault("protocol", usual_protocol(values.get("data", "")) or Settings.protocol)
     if not values.get("image_size"):
-        values["image_size"] = build_protocol(values.get("protocol", Settings.protocol)).size
+        values["image_size"] = build_protocol(values["protocol"]).size
     if values.get("decoder", "none") != "none":
         values.setdefault("moe", "none")
         if values.get("pretrained") and not is_repository(values["pretrained"]):

@@ -4,16 +4,24 @@ import hashlib
 import typing
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.datasets.pascal.dataset import Access, PascalMT
+from kernels.errors import UserError
+from train.datasets.files import Access, TreeDataSet
+from train.datasets.nyud.tree import NyudTree
+from train.datasets.pascal.tree import PascalTree
 from train.datasets.scenes.dataset import Scenes
-from train.protocols import Protocol, Rendered, Sample, build_protocol
+from train.datasets.tree import Tree
+from train.files.reading import reading
+from train.protocols import PROTOCOLS, Protocol, Rendered, Sample, build_protocol
 from train.tasks import Classes, Shape
 
 Key = tuple[int, int]  # (index, epoch)
+TREES: tuple[type[Tree], ...] = (PascalTree, NyudTree)
+CLASSES = {Scenes.name: Scenes.classes} | {kind.name: kind.classes for kind in TREES}
 
 
 class DataSet(typing.Protocol):
@@ -26,6 +34,7 @@ class DataSet(typing.Protocol):
     name: str
     protocol: Protocol
     classes: Classes
+    boundary_distance: float  # within which odsF matches boundaries, a share of the diagonal
     skipped: tuple[str, ...]  # one line per image that was left out because of a fault
     groups: tuple[NDArray[np.int64], ...]
     """Each lists the indices of the images labelled for the same tasks; together they are a partition of
@@ -59,7 +68,7 @@ class DataSet(typing.Protocol):
 
     def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
         """{id: loader} of the images on which odsF is defined. A loader is a picklable function that returns the
-        LabelMap (H, W) at the photo's size."""
+        LabelMap (H, W), or the boundaries as a mask, at the photo's size."""
         ...
 
 
@@ -76,7 +85,7 @@ class Source:
     """Which images to open and how to read them.
 
     ``root`` is the folder of a tree, or "" for rendered scenes. ``scenes`` is the number of rendered scenes per split.
-    ``size`` 0 means the protocol's default size.
+    ``size`` is the height of the input; 0 means the protocol's default size.
     """
 
     root: str
@@ -97,7 +106,7 @@ class Source:
 
     @property
     def classes(self) -> Classes:
-        return Scenes.classes if self.rendered else PascalMT.classes
+        return CLASSES[self.protocol.dataset]
 
 
 def open_dataset(source: Source, split: str, scoring: bool = False, only: Container[str] | None = None) -> DataSet:
@@ -107,4 +116,37 @@ def open_dataset(source: Source, split: str, scoring: bool = False, only: Contai
         length = source.scenes.get(split, 0)
         return Scenes(split, source.size, length, source.seed, source.tasks)
     protocol = source.protocol.for_scoring() if scoring else source.protocol
-    return PascalMT(source.root, split, source.tasks, protocol, source.seed, source.access, only)
+    tree = open_tree(source.root)
+    if tree.name != protocol.dataset:
+        raise UserError(
+            f"{tree.root} is {tree.title}, which --protocol {protocol.name} is not for: choose among "
+            f"{', '.join(name for name, kind in PROTOCOLS.items() if kind.dataset == tree.name)}"
+        )
+    return TreeDataSet(tree, split, source.tasks, protocol, source.seed, source.access, only)
+
+
+def open_tree(folder: str | Path) -> Tree:
+    """The tree at ``folder`` or in its folder of a usual name, of any data set and in any layout."""
+    given = Path(folder)
+    with reading(given):
+        found = [(kind, root) for kind in TREES if (root := kind.locate(given))]
+        problem = f"holds {_told_apart()}" if given.is_dir() else "is not a folder"
+    if len(found) == 1:
+        kind, root = found[0]
+        return kind.open(root)
+    if found:
+        raise UserError(f"{given} holds {' and '.join(str(root) for _, root in found)}: give one of them")
+    *most, last = (name for kind in TREES for name in kind.folders)
+    raise UserError(f"{given} {problem}: give the folder {', '.join(most)} or {last} of a data set, or its parent")
+
+
+def usual_protocol(folder: str) -> str:
+    """The protocol of a tree for which none is named; "" where there is no tree."""
+    usual = [kind.protocol for kind in TREES if folder and kind.locate(Path(folder))]
+    return usual[0] if len(usual) == 1 else ""
+
+
+def _told_apart() -> str:
+    """What is missing in a folder that is no tree."""
+    lacking = (f"no folder {' with '.join(kind.marks)} ({kind.title})" for kind in TREES)
+    return " and ".join(lacking)

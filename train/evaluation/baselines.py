@@ -39,11 +39,11 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
 
 
 def published_rows() -> dict[str, dict[str, Any]]:
-    """PASCAL-Context results by name, as published: method, backbone, protocol, source, and scores.
+    """Results by name, as published: method, backbone, protocol, source, and scores.
 
-    ``protocol`` says which published numbers a row is comparable with: "A" (ASTMT, MTI-Net: resized to a square,
-    saliency by mIoU), "B" (ATRC, InvPT: original size, saliency by maxF) or "ASE". ``scores`` is a baseline of
-    :func:`delta_m`.
+    ``protocol`` says which published numbers a row is comparable with: on PASCAL-Context "A" (ASTMT, MTI-Net: resized
+    to a square, saliency by mIoU), "B" (ATRC, InvPT: original size, saliency by maxF) or "ASE", on NYUD-v2 "NYUD B".
+    ``scores`` is a baseline of :func:`delta_m`.
     """
     return json.loads((resources.files("train.evaluation") / "baselines.json").read_text())
 

@@ -3,7 +3,7 @@
 =====================  ========  ==================================================
 file                   mode      value
 =====================  ========  ==================================================
-semseg/<id>.png        L or P    class id 0..20
+semseg/<id>.png        L or P    class id, from 0
 human_parts/<id>.png   L or P    class id 0..6
 sal/<id>.png           L         255 p, p the probability of "salient"
 normals/<id>.png       RGB       255 (n + 1) / 2 of the unit vector n (x, y, z)
@@ -59,12 +59,13 @@ def read_picture(folder: Path, task: str, image_id: str, classes: Sequence[str])
     return picture
 
 
-def require_shape(path: Path, picture: Picture, shape: Shape, size: int) -> None:
-    """UserError for a PNG that is neither of the photo's ``shape`` nor (size, size)."""
-    if picture.shape[:2] not in (shape, (size, size)):
+def require_shape(path: Path, picture: Picture, shape: Shape, input_shape: Shape) -> None:
+    """UserError for a PNG that is neither of the photo's ``shape`` nor of the model's input."""
+    if picture.shape[:2] not in (shape, input_shape):
         height, width = picture.shape[:2]
         raise UserError(
-            f"{path} is {width} x {height} pixels, neither its photo's {shape[1]} x {shape[0]} nor {size} x {size}"
+            f"{path} is {width} x {height} pixels, neither its photo's {shape[1]} x {shape[0]} nor "
+            f"{input_shape[1]} x {input_shape[0]}"
         )
 
 

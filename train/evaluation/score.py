@@ -20,7 +20,7 @@ from train.datasets.base import DataSet
 from train.evaluation.predictions import picture_path, read_picture, require_shape, shorten
 from train.evaluation.validate import finite, scores_of
 from train.metrics.base import Metric
-from train.metrics.odsf import score_boundaries
+from train.metrics.odsf import MAX_DISTANCE, score_boundaries
 from train.protocols import AlignedPrediction, Protocol, Sample
 from train.protocols.family_a import stretch
 from train.tasks import TASKS, Metrics, Picture, Shape
@@ -73,7 +73,7 @@ def predictions_of_files(
             files += 1
             try:
                 picture = read_picture(folder, task, image_id, dataset.classes.get(task, ()))
-                require_shape(picture_path(folder, task, image_id), picture, shape, protocol.size)
+                require_shape(picture_path(folder, task, image_id), picture, shape, protocol.shape)
             except UserError as error:
                 faults.append(str(error).removesuffix(": restore it"))
                 continue
@@ -90,7 +90,8 @@ def predictions_of_files(
 class Scoring:
     """Scores predictions in the order of ``ids``; iterating over it does the work and yields the jobs of odsF.
 
-    ``boundaries[id]`` loads the LabelMap of an image that odsF is computed on. ``save(id, pictures)``, if given, writes
+    ``boundaries[id]`` loads the LabelMap, or the boundaries themselves, of an image that odsF is computed on, and
+    ``max_distance`` is that of matched boundaries. ``save(id, pictures)``, if given, writes
     the predictions of an image. Streams: only images queued for odsF stay in memory.
     """
 
@@ -99,6 +100,7 @@ class Scoring:
     metrics: dict[str, Metric]
     boundaries: Mapping[str, Callable[[], NDArray]]
     save: Callable[[str, dict[str, Picture]], None] | None = None
+    max_distance: float = MAX_DISTANCE
 
     def __length_hint__(self) -> int:
         return len(self.boundaries)
@@ -128,7 +130,7 @@ def score_predictions(scoring: Scoring, variant: str, workers: int) -> Metrics:
         for _ in scoring:
             pass
         return scores_of(scoring.metrics)
-    boundary = score_boundaries(scoring, variant, workers, "odsF")
+    boundary = score_boundaries(scoring, variant, workers, "odsF", scoring.max_distance)
     scores = scores_of(scoring.metrics)
     return scores | {"edge": scores["edge"] | finite(boundary.compute())}
 

@@ -7,12 +7,14 @@ from typing import IO
 
 from kernels.errors import UserError
 
+MARKS = ("JPEGImages", "gt_sets")  # folders of PASCAL-Context and of NYUD-v2
+
 
 def require_outside_data(out: Path) -> None:
-    """UserError where ``out`` is a data set's root or lies in one: a folder with ``JPEGImages`` is only read."""
+    """UserError where ``out`` is a data set's root or lies in one: a folder with one of MARKS is only read."""
     path = out.resolve()
     for folder in (path, *path.parents):
-        if (folder / "JPEGImages").is_dir():
+        if any((folder / mark).is_dir() for mark in MARKS):
             raise UserError(f"{out} lies inside the data set {folder}, which is only read: choose another --out")
 
 

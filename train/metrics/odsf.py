@@ -1,9 +1,10 @@
 """odsF, oisF and AP of boundaries as SEISM computes them (https://github.com/jponttuset/seism, measure ``fb``), without
 MATLAB.
 
-A prediction is the uint8 (H, W) that the field writes to a PNG, at the size of its LabelMap; :func:`quantise` makes
-it. At each threshold it becomes a mask, which is thinned and matched with the thinned boundaries of the LabelMap,
-within 0.0075 of the diagonal. Counts are integers, so scores do not depend on how a set is divided over processes.
+A prediction is the uint8 (H, W) that the field writes to a PNG, at the size of its truth; :func:`quantise` makes it.
+The truth is a LabelMap or, as a mask, the boundaries themselves. At each threshold a prediction becomes a mask, which
+is thinned and matched with the thinned true boundaries, within a share of the diagonal. Counts are integers, so scores
+do not depend on how a set is divided over processes.
 Published numbers differ in how a prediction becomes a mask; each such rule is a :class:`Variant`.
 """
 
@@ -24,12 +25,13 @@ from train.metrics.base import Additive
 from train.metrics.boundary import Map, Mask, boundaries, count_matches, smooth, suppress_non_maxima
 from train.metrics.thinning import thin
 
-MAX_DISTANCE = 0.0075  # of the diagonal
+MAX_DISTANCE = 0.0075  # of the diagonal, on PASCAL-Context
 PERCENT = np.arange(1, 100) / 100
 
 Prediction = NDArray[np.uint8]
+Truth = NDArray  # a LabelMap, or a mask of boundaries
 Counts = NDArray[np.int64]
-Load = Callable[[], tuple[Prediction, NDArray[np.integer]]]
+Load = Callable[[], tuple[Prediction, Truth]]
 
 
 class Variant(NamedTuple):
@@ -69,16 +71,16 @@ def quantise(logits: Tensor) -> Prediction:
     return (255 * logits.float().sigmoid()).to(torch.uint8).cpu().numpy()
 
 
-def count_image(prediction: Prediction, label_map: NDArray[np.integer], variant: str) -> Counts:
+def count_image(prediction: Prediction, truth: Truth, variant: str, max_distance: float = MAX_DISTANCE) -> Counts:
     """SEISM's counts, int64 (thresholds, 4): matched and all true pixels (cntR, sumR), then predicted (cntP, sumP)."""
-    if prediction.shape != label_map.shape:
-        raise UserError(f"a prediction {prediction.shape} and its LabelMap {label_map.shape} differ in size")
+    if prediction.shape != truth.shape:
+        raise UserError(f"a prediction {prediction.shape} and its LabelMap {truth.shape} differ in size")
     read, thresholds, inclusive = VARIANTS[variant]
     passed = np.searchsorted(thresholds, read(prediction), side="right" if inclusive else "left")
     occurs = np.bincount(passed.ravel(), minlength=len(thresholds) + 1) > 0
 
-    true = thin(boundaries(label_map))
-    radius = MAX_DISTANCE * np.hypot(*label_map.shape)
+    true = thin(truth if truth.dtype == bool else boundaries(truth))
+    radius = max_distance * np.hypot(*truth.shape)
     counts = np.empty((len(thresholds), 4), np.int64)
     for i in range(len(thresholds)):
         # Where no value lies between two thresholds, the mask is the same.
@@ -153,19 +155,21 @@ def average_precision(precision: Map, recall: Map) -> float:
     return float(np.interp(np.arange(101) / 100, recall, precision[first], left=0, right=0).sum() / 100)
 
 
-def score_boundaries(jobs: Iterable[Load], variant: str, workers: int, title: str) -> BoundaryScore:
+def score_boundaries(
+    jobs: Iterable[Load], variant: str, workers: int, title: str, max_distance: float = MAX_DISTANCE
+) -> BoundaryScore:
     """The score of the images that ``jobs`` load, the same for any number of ``workers``; 0 starts no process.
 
-    Each job is called by a worker and gives (prediction, LabelMap). It has to be picklable; one that only holds
+    Each job is called by a worker and gives (prediction, truth). It has to be picklable; one that only holds
     paths costs least. Jobs are taken from the iterable as workers become free, so it may also make the predictions.
     """
     score = BoundaryScore(variant)
-    count = partial(_count_job, variant=variant)
+    count = partial(_count_job, variant=variant, max_distance=max_distance)
     with process_map(workers, "matches boundaries", preload=__name__) as run:
         for counts in progress(run(count, jobs), title, length_hint(jobs) or None):
             score.add_image(counts)
     return score
 
 
-def _count_job(load: Load, variant: str) -> Counts:
-    return count_image(*load(), variant)
+def _count_job(load: Load, variant: str, max_distance: float) -> Counts:
+    return count_image(*load(), variant, max_distance)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.errors import UserError
 from train.tasks import TASKS, Picture, Shape
 
 Sample = dict[str, NDArray]
@@ -38,7 +39,7 @@ cv2.setNumThreads(0)
 class AlignedPrediction(NamedTuple):
     """One image's prediction of one task on the grid of its label: the values that metrics count, and its picture.
 
-    mtinet and ase score 8-bit predictions; invpt and mini score raw ones, except odsF.
+    mtinet, nyud_mtinet and ase score predictions as files store them; the others score raw ones, except odsF.
     """
 
     postprocessed: Tensor
@@ -47,8 +48,8 @@ class AlignedPrediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol(ABC):
-    """``size`` is the side of the model's square input. With ``scoring``, no split is augmented, and labels are on the
-    grid on which predictions are scored.
+    """``size`` is the height of the model's input, ``shape`` its height and width. With ``scoring``, no split is
+    augmented, and labels are on the grid on which predictions are scored.
 
     With ``edges_at_input``, "edge" enters as the LabelMap (H, W). With ``needs_seg``, training needs "seg" to guide the
     crop, even where it is not a task. ``notes`` list the differences from the field's code.
@@ -59,12 +60,28 @@ class Protocol(ABC):
 
     name: ClassVar[str]
     own_size: ClassVar[int]
+    aspect: ClassVar[tuple[int, int]] = (1, 1)  # of the input: height to width
+    dataset: ClassVar[str] = "PASCAL_MT"  # the name of the data set that it is for
     published: ClassVar[str] = ""  # the protocol of the published rows that are comparable
     saliency: ClassVar[str] = "mIoU"  # the score of saliency in published tables
     edges_at_input: ClassVar[bool] = False
     needs_seg: ClassVar[bool] = False
     resizes_photos: ClassVar[bool] = True  # whether it resizes photos to its input
     notes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        rows, columns = self.aspect
+        if self.size * columns % rows:
+            raise UserError(
+                f"{self.size} is no height of protocol {self.name}, whose images are {rows}:{columns}: choose a "
+                f"multiple of {rows} as --image-size"
+            )
+
+    @property
+    def shape(self) -> Shape:
+        """(height, width) of the model's input."""
+        rows, columns = self.aspect
+        return self.size, self.size * columns // rows
 
     @property
     def reported(self) -> str:
@@ -96,7 +113,7 @@ class Protocol(ABC):
         return replace(self, scoring=True)
 
     def apply(self, sample: Sample, training: bool, rng: np.random.Generator) -> Sample:
-        """Raw arrays -> "image" uint8 (size, size, 3) and labels as in :mod:`train.tasks`."""
+        """Raw arrays -> "image" uint8 (*shape, 3) and labels as in :mod:`train.tasks`."""
         steps = self.scored if self.scoring else self.train if training else self.val
         return reduce(lambda arrays, step: step(arrays, rng), steps, sample)
 
@@ -106,11 +123,11 @@ class Protocol(ABC):
 
     @abstractmethod
     def align(self, task: str, postprocessed: Tensor, shape: Shape) -> AlignedPrediction:
-        """A prediction (..., size, size), without its batch axis, on the label's grid for a photo of ``shape``."""
+        """A prediction (..., *self.shape), without its batch axis, on the label's grid for a photo of ``shape``."""
 
     @abstractmethod
     def to_label_grid(self, task: str, picture: Picture, shape: Shape) -> Picture:
-        """A picture of the photo's ``shape`` or of (size, size), resized or cropped to the label's grid."""
+        """A picture of the photo's ``shape`` or of ``self.shape``, resized or cropped to the label's grid."""
 
 
 @dataclass(frozen=True)

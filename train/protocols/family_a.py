@@ -1,4 +1,4 @@
-"""Family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): flip, rotate and scale, stretch to a square.
+"""Family A (ASTMT, MTI-Net, M3ViT; MTLoRA at 448): flip, rotate and scale, stretch to the input.
 
 Predictions are scored at the photo's size and in 8 bits, like the field's files: levels are stretched to the photo's
 size, then truncated to 8 bits. Labels stay as they are stored.
@@ -44,41 +44,48 @@ ASE_NOTES = (
 
 @dataclass(frozen=True)
 class ScaleAndRotate:
-    """Rotates by up to ``degrees`` either way and scales about the centre (W / 2, H / 2); the size stays (H, W).
+    """Rotates by up to ``degrees`` either way and scales as :func:`warp` does.
 
-    Draws the angle, positive counter-clockwise, then the scale, both uniform. Pixels from outside the image are
-    0: black, and in labels background rather than void. The image is interpolated cubically and stays float32, with
-    overshoots beyond 0..255.
+    Draws the angle, positive counter-clockwise, then the scale, both uniform.
     """
 
     degrees: float = 20
     scales: tuple[float, float] = (0.75, 1.25)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        angle, scale = rng.uniform(-self.degrees, self.degrees), rng.uniform(*self.scales)
-        height, width = sample["image"].shape[:2]
-        matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
-        rotation = matrix[:, :2] / scale
+        angle = rng.uniform(-self.degrees, self.degrees)
+        return warp(sample, angle, rng.uniform(*self.scales))
 
-        def move(array: NDArray, interpolation: int) -> NDArray:
-            return cv2.warpAffine(array, matrix, (width, height), flags=interpolation)
 
-        def turn(task: str, label: NDArray) -> NDArray:
-            moved = TASKS[task].resample(label, move)
-            return TASKS[task].rescale(TASKS[task].rotate(moved, rotation), scale)
+def warp(sample: Sample, angle: float, scale: float) -> Sample:
+    """Rotates by ``angle`` degrees and scales about the centre (W / 2, H / 2); the size stays (H, W).
 
-        return {"image": move(sample["image"].astype(np.float32), cv2.INTER_CUBIC)} | change_labels(sample, turn)
+    Pixels from outside the image are 0: black, and in labels background rather than void. The image is interpolated
+    cubically and stays float32, with overshoots beyond 0..255.
+    """
+    height, width = sample["image"].shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
+    rotation = matrix[:, :2] / scale
+
+    def move(array: NDArray, interpolation: int) -> NDArray:
+        return cv2.warpAffine(array, matrix, (width, height), flags=interpolation)
+
+    def turn(task: str, label: NDArray) -> NDArray:
+        moved = TASKS[task].resample(label, move)
+        return TASKS[task].rescale(TASKS[task].rotate(moved, rotation), scale)
+
+    return {"image": move(sample["image"].astype(np.float32), cv2.INTER_CUBIC)} | change_labels(sample, turn)
 
 
 @dataclass(frozen=True)
 class StretchTo:
-    """Resizes to (size, size) whatever the aspect ratio: image cubic, not antialiased, labels as tasks define."""
+    """Resizes to ``shape`` whatever the aspect ratio: image cubic, not antialiased, labels as tasks define."""
 
-    size: int
+    shape: Shape
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         def move(array: NDArray, interpolation: int) -> NDArray:
-            return cv2.resize(array, (self.size, self.size), interpolation=interpolation)
+            return cv2.resize(array, self.shape[::-1], interpolation=interpolation)
 
         image = move(sample["image"].astype(np.float32), cv2.INTER_CUBIC)
         labels = change_labels(sample, lambda task, label: TASKS[task].resample(label, move))
@@ -96,11 +103,11 @@ class FamilyA(Protocol):
 
     @property
     def val(self) -> tuple[Step, ...]:
-        return StretchTo(self.size), finish_labels
+        return StretchTo(self.shape), finish_labels
 
     def fit_photo(self, photo: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Window]:
-        image = StretchTo(self.size)({"image": photo}, np.random.default_rng())["image"]
-        return image, (slice(0, self.size), slice(0, self.size))
+        image = StretchTo(self.shape)({"image": photo}, np.random.default_rng())["image"]
+        return image, (slice(0, self.shape[0]), slice(0, self.shape[1]))
 
     def align(self, task: str, postprocessed: Tensor, shape: Shape) -> AlignedPrediction:
         levels = stretch(task, TASKS[task].to_levels(postprocessed), shape)

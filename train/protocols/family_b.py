@@ -5,7 +5,9 @@ Predictions are scored at the photo's size: their padding is cropped. Padding is
 any score.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -29,7 +31,7 @@ from train.tasks import TASKS, VOID, Picture, Shape
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in uint8: nearly 0 once the model has normalised the image
 MAX_RETRIES = 10
 HUES = 180  # OpenCV's uint8 hue counts in steps of 2 degrees
-INVPT_NOTES = (
+INVPT_NOTES: tuple[str, ...] = (
     UINT8_NOTE,
     "scaled images are rounded to grey levels; the field keeps fractions and drops them in the colour distortion",
     "padding is ImageNet's mean colour rounded to grey levels; the field pads with 0 after normalisation",
@@ -60,14 +62,14 @@ class RandomScale:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops to (size, size); a side shorter than ``size`` is kept whole.
+    """Crops to ``shape``; a side shorter than that is kept whole.
 
     Draws the top, then the left, among the positions where the crop fits. It draws again, up to 10 times, while "seg"
     shows fewer than two classes in the crop, or one class on at least ``max_share`` of its valid pixels. The last draw
     is used whatever it shows. Without "seg" the first draw is used.
     """
 
-    size: int
+    shape: Shape
     max_share: float = 0.75
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -80,9 +82,9 @@ class RandomCrop:
         return {name: array[place] for name, array in sample.items()}
 
     def _draw(self, sample: Sample, rng: np.random.Generator) -> tuple[slice, slice]:
-        spare = [max(length - self.size, 0) for length in sample["image"].shape[:2]]
+        spare = [max(length - side, 0) for length, side in zip(sample["image"].shape[:2], self.shape, strict=True)]
         top, left = (int(rng.integers(length, endpoint=True)) for length in spare)
-        return slice(top, top + self.size), slice(left, left + self.size)
+        return slice(top, top + self.shape[0]), slice(left, left + self.shape[1])
 
     def _is_varied(self, seg: NDArray[np.uint8]) -> bool:
         areas = np.bincount(seg.ravel(), minlength=256)[:VOID]
@@ -128,30 +130,32 @@ def _hue(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8
 
 @dataclass(frozen=True)
 class PadTo:
-    """Centres the sample in (size, size), padding the image with the mean colour and labels with void.
+    """Centres the sample in ``shape``, padding the image with the mean colour and labels with void.
 
     Where padding is odd, the top or left margin is the smaller one.
     """
 
-    size: int
+    shape: Shape
 
     def window(self, shape: Shape) -> Window:
-        """Where a photo of ``shape`` is in the padded square."""
-        top, left = ((self.size - side) // 2 for side in shape)
+        """Where a photo of ``shape`` is in the padded image."""
+        top, left = ((whole - side) // 2 for whole, side in zip(self.shape, shape, strict=True))
         return slice(top, top + shape[0]), slice(left, left + shape[1])
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = sample["image"].shape[:2]
-        if max(height, width) > self.size:
+        (height, width), (rows, columns) = sample["image"].shape[:2], self.shape
+        if height > rows or width > columns:
+            unit = rows // math.gcd(rows, columns)
+            least = -(-max(height, width * rows / columns) // unit) * unit
             raise UserError(
-                f"a photo of {width} x {height} pixels does not fit into {self.size} x {self.size}, and this protocol "
-                f"does not shrink it: choose an image size of at least {max(height, width)}, or another protocol"
+                f"a photo of {width} x {height} pixels does not fit into {columns} x {rows}, and this protocol does "
+                f"not shrink it: choose an image size of at least {least:.0f}, or another protocol"
             )
         labels = change_labels(sample, lambda task, label: self._pad(label, TASKS[task].void))
         return {"image": self._pad(sample["image"], MEAN_COLOUR)} | labels
 
     def _pad(self, array: NDArray, around: int | tuple[int, int, int]) -> NDArray:
-        canvas = np.full((self.size, self.size, *array.shape[2:]), around, array.dtype)
+        canvas = np.full((*self.shape, *array.shape[2:]), around, array.dtype)
         canvas[self.window(array.shape[:2])] = array
         return canvas
 
@@ -161,29 +165,29 @@ class FamilyB(Protocol):
     published, saliency = "B", "maxF"
     needs_seg = True
     resizes_photos = False
-    notes = INVPT_NOTES
+    notes: ClassVar[tuple[str, ...]] = INVPT_NOTES
 
     @property
     def train(self) -> tuple[Step, ...]:
-        return RandomScale(), RandomCrop(self.size), random_flip, distort_colours, *self.val
+        return RandomScale(), RandomCrop(self.shape), random_flip, distort_colours, *self.val
 
     @property
     def val(self) -> tuple[Step, ...]:
-        return PadTo(self.size), finish_labels
+        return PadTo(self.shape), finish_labels
 
     def fit_photo(self, photo: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Window]:
         """A photo larger than the input is shrunk to fit."""
         sides = np.array(photo.shape[:2])
-        if (scale := self.size / sides.max()) < 1:
+        if (scale := min(self.shape / sides)) < 1:
             height, width = map(int, np.maximum(np.rint(scale * sides).astype(int), 1))
             photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
-        pad = PadTo(self.size)
+        pad = PadTo(self.shape)
         return pad({"image": photo}, np.random.default_rng())["image"], pad.window(photo.shape[:2])
 
     def align(self, task: str, postprocessed: Tensor, shape: Shape) -> AlignedPrediction:
-        rows, columns = PadTo(self.size).window(shape)
+        rows, columns = PadTo(self.shape).window(shape)
         cropped = postprocessed[..., rows, columns].contiguous()
         return AlignedPrediction(cropped, TASKS[task].to_picture(TASKS[task].to_levels(cropped), rounded=True))
 
     def to_label_grid(self, task: str, picture: Picture, shape: Shape) -> Picture:
-        return picture if picture.shape[:2] == shape else picture[PadTo(self.size).window(shape)]
+        return picture if picture.shape[:2] == shape else picture[PadTo(self.shape).window(shape)]

@@ -88,7 +88,7 @@ class Rendered(Mini):
     """For scenes, which are rendered with their labels at the model's size. A photo to predict is processed as in
     ``mini``."""
 
-    name, own_size = "scenes", 64
+    name, own_size, dataset = "scenes", 64, "scenes"
 
     @property
     def reported(self) -> str:

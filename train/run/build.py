@@ -25,6 +25,7 @@ from model import (
     MultiTaskViT,
     Plain,
     ViT,
+    ViTConfig,
     derive_config,
     is_repository,
     load_pretrained,
@@ -98,7 +99,7 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     else:
         backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
         config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
-        model = _adapt(ViT(config, settings.image_size), settings, classes)
+        model = _adapt(_empty_vit(config, settings), settings, classes)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -130,7 +131,7 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
     """(the ViT, frozen if it was pretrained; the name of its normalisation)."""
     weights = read_weights(settings.pretrained) if settings.pretrained else None
     config = VITS[settings.model]
-    vit = ViT(weights.adjust(config) if weights else config, settings.image_size)
+    vit = _empty_vit(weights.adjust(config) if weights else config, settings)
     normalisation = settings.normalisation or (weights.normalisation if weights else "inception")
     if weights:
         report = load_pretrained(vit, weights)
@@ -140,6 +141,17 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
         print(f"weights   {weights.path}: {report}{overridden}")
         vit.requires_grad_(False)
     return vit, normalisation
+
+
+def _empty_vit(config: ViTConfig, settings: Settings) -> ViT:
+    """A ViT whose position embeddings cover a square of the images' height; it resamples them to their shape."""
+    height, width = settings.image_shape
+    if width % config.patch and not height % config.patch:
+        raise UserError(
+            f"image size {height}: images are {width} pixels wide, which is not a multiple of the patch size "
+            f"{config.patch}"
+        )
+    return ViT(config, height)
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
@@ -182,9 +194,9 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
     of_run = settings.pretrained and source.is_dir()
     encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
     channels = output_channels(settings.task_names, classes)
-    side = settings.image_size // encoder.patch
+    rows, columns = (side // encoder.patch for side in settings.image_shape)
     make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)
-    model = EncoderDecoder(encoder, channels, (side, side), make)
+    model = EncoderDecoder(encoder, channels, (rows, columns), make)
     if normalisation:
         model.set_normalisation(*NORMALISATIONS[normalisation])
     return model

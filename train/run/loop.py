@@ -196,6 +196,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
 
 def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
     s, (train_set, val_set) = run.settings, run.data
+    height, width = s.image_shape
     total, trainable = count_parameters(run.model)
     config, gated = s.moe_config or s.decoder_config, s.moe != "none" or s.decoder == "fgmoe"
     return {
@@ -209,7 +210,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
             "image_size": s.image_size,
             "skipped": {"train": len(train_set.skipped), "val": len(val_set.skipped)},
         },
-        "evaluation": describe_set(val_set, s.task_names, "val", f"{s.image_size} x {s.image_size}"),
+        "evaluation": describe_set(val_set, s.task_names, "val", f"{width} x {height}"),
         "model": describe_model(s),
         "moe": s.moe,
         "gating": config.gating_name if config and s.decoder != "plain" else None,

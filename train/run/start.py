@@ -122,7 +122,7 @@ def claim_folder(settings: Settings, folder: Path | None) -> Path:
         with lock(out):
             require_free(out, folder)  # another run may have come in between
         return out
-    name = Path(settings.recipe or "pascal_mt").stem
+    name = Path(settings.recipe or settings.source.protocol.dataset.lower()).stem
     make_folder(Path("runs"))
     for n in count(1):
         out = Path("runs") / (name if n == 1 else f"{name}-{n}")
@@ -165,10 +165,11 @@ def fingerprints(run: Run) -> dict[str, str]:
 def announce(run: Run) -> str:
     s, train_set = run.settings, run.data[0]
     total, trainable = count_parameters(run.model)
+    height, width = s.image_shape
+    side = f"{height}" if height == width else f"{width} x {height}"
     return "\n".join(
         [
-            f"data      {train_set.name}: {count_images(run)} at {s.image_size} px, "
-            f"protocol {train_set.protocol.reported}",
+            f"data      {train_set.name}: {count_images(run)} at {side} px, protocol {train_set.protocol.reported}",
             f"model     {s.model}, {describe_outputs(s)} for {', '.join(s.task_names)}: "
             f"{total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {describe_backbone(s)}",
             describe_experts(s, run.device),

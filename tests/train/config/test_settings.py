@@ -35,7 +35,23 @@ def test_images_have_the_size_of_their_protocol_unless_said_otherwise(flags, siz
     assert resolve_settings({"data": "somewhere"} | flags).image_size == size
 
 
-@pytest.mark.parametrize(("recipe", "protocol"), [("paper", "ase"), ("mini", "mini")])
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        ({"protocol": "nyud_invpt"}, (448, 576)),
+        ({"protocol": "nyud_mtinet"}, (480, 640)),
+        ({"protocol": "nyud_mtinet", "image_size": 48}, (48, 64)),
+        ({"protocol": "mtinet"}, (512, 512)),
+    ],
+)
+def test_the_image_size_is_the_height_and_the_protocol_gives_the_width(flags, shape):
+    assert resolve_settings({"data": "somewhere"} | flags).image_shape == shape
+
+
+@pytest.mark.parametrize(
+    ("recipe", "protocol"),
+    [("paper", "ase"), ("mini", "mini"), ("nyud_base", "nyud_invpt"), ("nyud_tiny", "nyud_mtinet")],
+)
 def test_a_recipe_names_its_protocol(recipe, protocol):
     assert resolve_settings({"recipe": recipe, "data": "somewhere"}).protocol == protocol
 
@@ -62,7 +78,8 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
     settings = resolve_settings({"recipe": name, "data": "" if name == "scenes" else "somewhere"})
     assert settings.recipe == name
     header = (resources.files("train.config") / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
-    assert "#   python -m train --tasks seg,parts,sal,normals,edge" in header
+    tasks = "seg,normals,edge,depth" if name.startswith("nyud") else "seg,parts,sal,normals,edge"
+    assert f"#   python -m train --tasks {tasks}" in header and settings.tasks == tasks
     assert name == "scenes" or f"--recipe {name}" in header
 
 
@@ -132,7 +149,7 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"scenes": "99999999999999"}, "scenes is 99999999999999: it must be between 1 and 1e+07"),
         ({"device": "mps"}, "unknown device 'mps': choose among cpu, cuda"),
-        ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini"),
+        ({"protocol": "pad"}, "unknown protocol 'pad': choose among invpt, mtinet, ase, mini, nyud"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_the_remedy(flags, message):

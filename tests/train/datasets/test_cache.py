@@ -11,11 +11,12 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from kernels import UserError
+from train.datasets.base import open_tree
 from train.datasets.cache import Cache, open_cache
-from train.datasets.pascal.dataset import Access, PascalMT
+from train.datasets.files import Access, TreeDataSet
 from train.datasets.pascal.labels import Reader, read_edges
 from train.datasets.pascal.mat import read_parts
-from train.datasets.pascal.tree import find_tree, list_images
+from train.datasets.tree import list_images
 from train.protocols import build_protocol
 from train.tasks import DEFAULT_TASKS
 
@@ -29,7 +30,7 @@ def digest(sample):
 def read_all(root, folder):
     """Digests of every raw sample; a function that travels to other processes."""
     reader = Reader(open_cache(str(folder) if folder else "", root))
-    return [digest(reader.sample(image)) for image in list_images(find_tree(root), "all", DEFAULT_TASKS)]
+    return [digest(reader.sample(image)) for image in list_images(open_tree(root), "all", DEFAULT_TASKS)]
 
 
 def state(root):
@@ -135,7 +136,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_at_the_start(pascal_tree, tm
     (tmp_path / "file").write_text("")
     access = Access(cache=str(tmp_path / "file/cache"))
     with pytest.raises(UserError, match="^cannot write to cache .*/file/cache .Not a directory.: choose another"):
-        PascalMT(pascal_tree, "train", DEFAULT_TASKS, build_protocol("ase"), 0, access)
+        TreeDataSet(open_tree(pascal_tree), "train", DEFAULT_TASKS, build_protocol("ase"), 0, access)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not hold for root")

@@ -219,3 +219,15 @@ def test_against_pyedgeeval(pascal_mini):
     f_ours, f_theirs = (odsf.f_measure(*precision_recall(counts[some])) for counts in (ours, theirs))
     assert 0.6 < f_ours.max() < 0.8
     np.testing.assert_allclose(f_ours, f_theirs, rtol=0, atol=0.001)
+
+
+def test_a_mask_is_taken_for_the_boundaries_themselves():
+    """Predicted at the pixels of the mask, all of it matches; two pixels beside it, what the distance allows."""
+    mask = np.zeros((40, 60), bool)
+    mask[20, 12:48] = True
+    counts = count_image(255 * mask.astype(np.uint8), mask, "none")
+    assert (counts == np.count_nonzero(mask)).all()
+    beside = 255 * np.roll(mask, 2, axis=0).astype(np.uint8)
+    reach = 2 / np.hypot(40, 60)
+    assert count_image(beside, mask, "none", 1.01 * reach)[0, 0] == np.count_nonzero(mask)
+    assert count_image(beside, mask, "none", 0.99 * reach)[0, 0] == 0

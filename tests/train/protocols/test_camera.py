@@ -104,15 +104,19 @@ class TestTheLabelFollowsTheCamera:
 
     def test_under_family_bs_scale_crop_and_pad(self, scene):
         sample = raw(rendered(scene)[0])
-        for step, rng in ((RandomScale(), Script(1 / 3)), (RandomCrop(SIZE), Script()), (PadTo(SIZE), RNG)):
+        for step, rng in (
+            (RandomScale(), Script(1 / 3)),
+            (RandomCrop((SIZE, SIZE)), Script()),
+            (PadTo((SIZE, SIZE)), RNG),
+        ):
             sample = step(sample, rng)
         assert_same(finish_labels(sample, RNG)["normals"], scene, CENTRE)  # 0.5 + 1.5 / 3: the factor is 1
 
     def test_under_family_bs_enlargement(self, scene):
-        larger = RandomCrop(SIZE)(RandomScale()(raw(rendered(scene)[0]), Script(2 / 3)), Script())
+        larger = RandomCrop((SIZE, SIZE))(RandomScale()(raw(rendered(scene)[0]), Script(2 / 3)), Script())
         assert_same(finish_labels(larger, RNG)["normals"], moved(scene, 1.5 * np.eye(3)), np.s_[:, :])
 
-    @pytest.mark.parametrize("step", [StretchTo(SIZE), ShrinkTo(SIZE)])
+    @pytest.mark.parametrize("step", [StretchTo((SIZE, SIZE)), ShrinkTo(SIZE)])
     def test_under_resizing(self, scene, step):
         buffer = rasterize(scene, 2 * SIZE)
         large = label_normals(scene, buffer).transpose(1, 2, 0)

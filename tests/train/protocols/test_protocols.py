@@ -349,7 +349,7 @@ def test_a_photo_larger_than_the_canvas_is_the_users_mistake(shape):
 
 def test_names_and_sizes():
     """mtl 1.5: 512 for both families; MTLoRA is family A at 448."""
-    own = {"invpt": 512, "mtinet": 512, "ase": 224, "mini": 224}
+    own = {"invpt": 512, "mtinet": 512, "ase": 224, "mini": 224, "nyud_invpt": 448, "nyud_mtinet": 480}
     assert {name: build_protocol(name).size for name in PROTOCOLS} == own
     assert all(
         build_protocol(name, size).reported == build_protocol(name).reported == name for name, size in own.items()
@@ -357,8 +357,8 @@ def test_names_and_sizes():
     assert build_protocol("invpt", 256).reported == "invpt@256"
     assert build_protocol("mtinet", 448).reported == "mtinet@448"
     assert {name for name in PROTOCOLS if build_protocol(name).edges_at_input} == {"mini"}
-    assert {name for name in PROTOCOLS if build_protocol(name).needs_seg} == {"invpt"}
-    assert {name for name in PROTOCOLS if build_protocol(name).notes} == {"invpt", "mtinet", "ase"}
+    assert {name for name in PROTOCOLS if build_protocol(name).needs_seg} == {"invpt", "nyud_invpt"}
+    assert {name for name in PROTOCOLS if build_protocol(name).notes} == PROTOCOLS.keys() - {"mini"}
 
 
 def test_ase_is_family_a():
@@ -367,7 +367,7 @@ def test_ase_is_family_a():
 
 
 def test_an_unknown_protocol_lists_the_choices():
-    with pytest.raises(UserError, match="^unknown protocol 'pascal': choose among invpt, mtinet, ase, mini$"):
+    with pytest.raises(UserError, match=f"^unknown protocol 'pascal': choose among {', '.join(PROTOCOLS)}$"):
         build_protocol("pascal")
 
 

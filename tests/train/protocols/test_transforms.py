@@ -108,8 +108,8 @@ def test_a_crop_that_misses_the_person_is_void_for_parts():
     parts[:, :4] = 2
     sample = {"image": np.zeros((8, 20, 3), np.uint8), "parts": parts}
     for left, void in ((0, False), (12, True)):
-        crop = RandomCrop(8)(sample, Script(integers=[0, left]))
-        label = finish_labels(PadTo(10)(crop, RNG), RNG)["parts"]
+        crop = RandomCrop((8, 8))(sample, Script(integers=[0, left]))
+        label = finish_labels(PadTo((10, 10))(crop, RNG), RNG)["parts"]
         assert (label == VOID).all() == void
         assert (label[1:9, 1:9] == VOID).all() == void
 
@@ -165,7 +165,7 @@ def test_cubic_overshoot_is_clipped():
     """mtl 1.3: bicubic overshoot must not wrap, -3 to 253, as it does in the field's code."""
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, 4:] = 255
-    stretched = StretchTo(64)({"image": image}, RNG)["image"]
+    stretched = StretchTo((64, 64))({"image": image}, RNG)["image"]
     assert stretched.dtype == np.uint8
     assert (np.diff(stretched[0, :, 0].astype(int)) >= 0).all()  # dark, then bright, and no ringing left
 
@@ -179,7 +179,7 @@ def test_images_stay_unrounded_between_the_two_cubic_steps():
 def test_the_stretch_ignores_the_aspect_ratio():
     """mtl 1.5: FixedResize to a square; image and normals CUBIC, the rest NEAREST."""
     sample = sample_of((20, 7))
-    stretched = StretchTo(10)(sample, RNG)
+    stretched = StretchTo((10, 10))(sample, RNG)
     assert {name: array.shape[:2] for name, array in stretched.items()} == dict.fromkeys(sample, (10, 10))
     rows, columns = np.arange(10) * 2, np.floor(np.arange(10) * 0.7).astype(int)
     assert all(np.array_equal(stretched[name], sample[name][np.ix_(rows, columns)]) for name in LABELS)
@@ -189,7 +189,7 @@ def test_no_normals_grow_out_of_the_border_of_void():
     """Cubic interpolation reaches two pixels into void, with the wrong sign from the second on."""
     normals = np.zeros((10, 10, 3), np.float32)
     normals[:, :5] = [0, 0, 1]
-    stretched = StretchTo(80)({"image": np.zeros((10, 10, 3), np.uint8), "normals": normals}, RNG)
+    stretched = StretchTo((80, 80))({"image": np.zeros((10, 10, 3), np.uint8), "normals": normals}, RNG)
     unit = finish_labels(stretched, RNG)["normals"]
     assert not unit[:, :, 40:].any()
     np.testing.assert_allclose(unit[2, :, :40], 1, rtol=1e-6)
@@ -243,7 +243,7 @@ def seg_of(*columns):
 def test_a_crop_of_one_class_is_drawn_again(first, kept):
     """mtl 1.5: retries until the crop has more than one class that is not void and the largest below 75 %."""
     rng = Script(integers=[0, 0, 0, 8])
-    crop = RandomCrop(8)(seg_of(*first, (3, 4), (4, 4)), rng)
+    crop = RandomCrop((8, 8))(seg_of(*first, (3, 4), (4, 4)), rng)
     assert set(crop["seg"].flat) == ({value for value, _ in first} if kept else {3, 4})
     assert rng.asked == [("integer", 0, 0), ("integer", 0, 8)] * (1 if kept else 2)
 
@@ -254,21 +254,21 @@ def test_the_eleventh_crop_counts_whatever_it_shows():
     rng = Script(integers=places)
     sample = seg_of((1, 30))
     sample["image"][..., 0] = np.arange(30)
-    assert RandomCrop(8)(sample, rng)["image"][0, 0, 0] == 10 and len(rng.asked) == 22
+    assert RandomCrop((8, 8))(sample, rng)["image"][0, 0, 0] == 10 and len(rng.asked) == 22
 
 
 def test_without_seg_a_crop_is_drawn_once():
     """mtl 1.4: the field's code stops with a KeyError."""
     rng = Script(integers=[3, 5])
     image = sample_of((20, 30))["image"]
-    assert np.array_equal(RandomCrop(8)({"image": image}, rng)["image"], image[3:11, 5:13])
+    assert np.array_equal(RandomCrop((8, 8))({"image": image}, rng)["image"], image[3:11, 5:13])
     assert rng.asked == [("integer", 0, 12), ("integer", 0, 22)]
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 20), (20, 4), (8, 8), (8, 9)])
 def test_smaller_images_pass_uncropped(shape):
     """mtl 1.5: a side that is shorter than the crop stays whole."""
-    crop = RandomCrop(8)(sample_of(shape), np.random.default_rng(1))
+    crop = RandomCrop((8, 8))(sample_of(shape), np.random.default_rng(1))
     assert {array.shape[:2] for array in crop.values()} == {(min(shape[0], 8), min(shape[1], 8))}
 
 
@@ -337,7 +337,7 @@ def test_hue_is_turned_in_hsv(turn):
 def test_padding_is_centred_and_void(shape, spare):
     """mtl 1.3 and 1.5: offset delta // 2; labels 255, normals (0, 0, 0), the image ImageNet's mean colour."""
     size, sample = max(shape) + spare, sample_of(shape)
-    padded = PadTo(size)(sample, RNG)
+    padded = PadTo((size, size))(sample, RNG)
     top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
     mean = np.rint(255 * np.array([0.485, 0.456, 0.406])).astype(np.uint8)
     for name, fill in {"image": mean, "normals": 0, **dict.fromkeys(LABELS, VOID)}.items():

@@ -1,4 +1,4 @@
-"""Folder layouts of PASCAL-Context with five tasks, and the paths of their files.
+"""Folder layouts of PASCAL-Context with five tasks.
 
 The data set exists in four layouts. All have ``JPEGImages/<id>.jpg``, ``ImageSets/Context/<split>.txt`` (one id per
 line) and ``ImageSets/Parts/<split>.txt`` (JSON: id -> VOC classes of its objects). They differ in the label folders:
@@ -12,23 +12,22 @@ B       PASCALContext   as A
 B'      PASCALContext   as A, plus json/ with class tables that are not needed here
 C       PASCAL_MT       SemanticSegmentation/Context, PascalParts, SaliencyDistill, NormalsDistill, Context/trainval
 ======  ==============  =============================================================================================
-
-Nothing is ever written to a tree.
 """
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from kernels.errors import UserError
-from train.datasets.pascal.voc import PERSON
+from train.datasets.pascal.labels import Reader
+from train.datasets.pascal.voc import PERSON, VOC_CLASSES
+from train.datasets.tree import Tree, read_split
 from train.files.reading import reading, require_file
+from train.tasks import PART_NAMES, Classes
 
-IMAGE_ID = re.compile(r"[\w-]+")
-OFFICIAL: dict[str, tuple[str, ...]] = {  # the first file that exists is used
+OFFICIAL: dict[str, tuple[str, ...]] = {
     "seg": ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"),
     "parts": ("human_parts/{}.mat",),
     "sal": ("sal_distill/{}.png",),
@@ -45,72 +44,41 @@ RENAMED: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A tree on disk. ``files[task]`` are the patterns of its label files, ``{}`` standing for the image id."""
+class PascalTree(Tree):
+    """A tree of PASCAL-Context. As is usual in the field, images without a person are used neither for training on
+    parts alone nor for the scores of parts."""
 
-    root: Path
-    layout: str
-    files: dict[str, tuple[str, ...]]
+    name = "PASCAL_MT"
+    title = "PASCAL-Context"
+    folders = ("PASCAL_MT", "PASCALContext")
+    marks = ("JPEGImages",)
+    example = "2008_000008"
+    lists = "ImageSets/Context/{}.txt"
+    classes: ClassVar[Classes] = {"seg": VOC_CLASSES, "parts": PART_NAMES}
+    reader = Reader
+    protocol = "ase"
+    official: ClassVar[dict[str, int]] = {"train": 4998, "val": 5105}
 
-    def __str__(self) -> str:
-        folders = {os.path.dirname(pattern): None for patterns in self.files.values() for pattern in patterns}
-        lacking = [folder for folder in folders if not (self.root / folder).is_dir()]
-        return f"layout {self.layout} at {self.root}" + (f", without {', '.join(lacking)}" if lacking else "")
-
-    def photo(self, image_id: str) -> Path:
-        return self.root / f"JPEGImages/{image_id}.jpg"
-
-    def labels(self, task: str, image_id: str) -> list[Path]:
-        """Possible paths of the label, the preferred one first; UserError for a task that PASCAL-Context lacks."""
-        if task not in self.files:
-            raise UserError(f"PASCAL-Context has no labels for {task!r}: choose --tasks among {', '.join(self.files)}")
-        return [self.root / pattern.format(image_id) for pattern in self.files[task]]
+    @classmethod
+    def open(cls, root: Path) -> "PascalTree":
+        if any((root / os.path.dirname(pattern)).is_dir() for patterns in RENAMED.values() for pattern in patterns):
+            layout = "C"
+        elif (root / "json").is_dir():
+            layout = "B'"
+        else:
+            layout = "B" if root.name == "PASCALContext" else "A"
+        return cls(root, layout, "JPEGImages/{}.jpg", RENAMED if layout == "C" else OFFICIAL)
 
     def label_map(self, image_id: str) -> Path:
         """The LabelMap, from which edges are derived and the pixels where normals are valid."""
         return self.labels("edge", image_id)[0]
 
+    def listed(self, split: str, tasks: Sequence[str]) -> list[str]:
+        ids = read_split(self, split)
+        return with_persons(self, split, ids) if tuple(tasks) == ("parts",) else ids
 
-def find_tree(given: Path) -> Tree:
-    """The tree at ``given`` or in its folder PASCAL_MT or PASCALContext, in any of the layouts."""
-    with reading(given):
-        for root in (given, given / "PASCAL_MT", given / "PASCALContext"):
-            if (root / "JPEGImages").is_dir():
-                return _recognise(root)
-        problem = "holds no folder JPEGImages" if given.is_dir() else "is not a folder"
-    raise UserError(
-        f"{given} {problem}: give the folder PASCAL_MT or PASCALContext of the unpacked data set, or its parent"
-    )
-
-
-def _recognise(root: Path) -> Tree:
-    if any((root / os.path.dirname(pattern)).is_dir() for patterns in RENAMED.values() for pattern in patterns):
-        return Tree(root, "C", RENAMED)
-    if (root / "json").is_dir():
-        return Tree(root, "B'", OFFICIAL)
-    return Tree(root, "B" if root.name == "PASCALContext" else "A", OFFICIAL)
-
-
-def read_split(tree: Tree, split: str) -> list[str]:
-    """The ids of a split in the order of its list; UserError for an invalid id and for an id listed twice."""
-    path = tree.root / f"ImageSets/Context/{split}.txt"
-    if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist: name a split whose list is in that folder, or restore the list")
-    require_file(path)
-    with reading(path):
-        ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    seen = set()
-    for image_id in ids:
-        if not IMAGE_ID.fullmatch(image_id):
-            raise UserError(
-                f"{path} lists {image_id!r}, which is not an image id such as 2008_000008: correct the list"
-            )
-        if image_id in seen:
-            raise UserError(f"{path} lists {image_id} twice: correct the list")
-        seen.add(image_id)
-    if not ids:
-        raise UserError(f"{path} lists no image: restore the list")
-    return ids
+    def scored(self, split: str, task: str, ids: list[str]) -> list[str]:
+        return with_persons(self, split, ids) if task == "parts" else ids
 
 
 def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
@@ -125,87 +93,3 @@ def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
     with reading(path):
         objects = json.loads(path.read_text("utf-8-sig"))
         return [image_id for image_id in ids if PERSON in objects.get(image_id, (PERSON,))]
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The files of one image.
-
-    ``labels``: label files of the requested tasks. ``label_map``: tells where normals are valid. ``guide``: the
-    segmentation, where the crop needs it and it is not a requested label. Both are None where there is no such file.
-    ``missing``: files that should exist.
-    """
-
-    id: str
-    photo: Path
-    labels: dict[str, Path]
-    label_map: Path | None
-    guide: Path | None
-    missing: tuple[Path, ...]
-
-    @property
-    def read(self) -> dict[str, Path]:
-        """The label files to read by task, the guide as "seg"."""
-        return self.labels | ({"seg": self.guide} if self.guide else {})
-
-
-def list_images(
-    tree: Tree, split: str, tasks: Sequence[str], partial_labels: bool = False, guided: bool = False
-) -> list[ImageFiles]:
-    """The images of a split in the order of its list, without reading any.
-
-    With ``partial_labels`` a missing label file means that its image is not labelled for that task, and images without
-    any label are left out. As is usual in the field, ``tasks == ("parts",)`` keeps the images that show a person.
-    """
-    exists, guides = _Listing(), ("seg",) if guided and "seg" not in tasks else ()
-    ids = read_split(tree, split)
-    if tuple(tasks) == ("parts",):
-        ids = with_persons(tree, split, ids)
-    images = []
-    for image_id in ids:
-        photo, label_map = tree.photo(image_id), tree.label_map(image_id)
-        choices = {task: tree.labels(task, image_id) for task in (*tasks, *guides)}
-        found = {task: next((path for path in paths if path in exists), None) for task, paths in choices.items()}
-        labels = {task: path for task in tasks if (path := found[task])}
-        lacking = [] if partial_labels else [choices[task][0] for task in tasks if not found[task]]
-        missing = (*([] if photo in exists else [photo]), *lacking)
-        if labels or missing:
-            found_map, guide = label_map if label_map in exists else None, found["seg"] if guides else None
-            images.append(ImageFiles(image_id, photo, labels, found_map, guide, missing))
-    if partial_labels:
-        _require_labels(tree, split, tasks, images)
-    return images
-
-
-def _require_labels(tree: Tree, split: str, tasks: Sequence[str], images: list[ImageFiles]) -> None:
-    """UserError for a task that no image is labelled for."""
-    for task in tasks:
-        if not any(task in image.labels for image in images):
-            folder = tree.labels(task, "")[0].parent
-            raise UserError(f"{folder} has no label for {task!r} in split {split!r}: add its files, or drop the task")
-
-
-def require_complete(split: str, images: Sequence[ImageFiles]) -> None:
-    """UserError if photos are missing or, if none are, label files."""
-    missing = [path for image in images for path in image.missing]
-    if photos := [image.photo for image in images if image.photo in image.missing]:
-        raise UserError(f"{photos[0]} does not exist ({len(photos)} of {len(images)} photos are missing): restore them")
-    if missing:
-        raise UserError(
-            f"{missing[0]} does not exist ({len(missing)} label files of split {split!r} are missing): "
-            "restore them, or pass --partial-labels to use the labels that exist"
-        )
-
-
-class _Listing:
-    """The files that exist. Lists each folder once, instead of asking the file system for every file."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, set[str]] = {}
-
-    def __contains__(self, path: Path) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self.names:
-            with reading(Path(folder)):
-                self.names[folder] = set(os.listdir(folder)) if os.path.lexists(folder) else set()
-        return name in self.names[folder]

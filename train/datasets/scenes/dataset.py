@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kernels.errors import UserError
 from train.datasets.scenes.compose import FIRST_OBJECT, FLOOR, SEG_NAMES, WALL, Scene, compose_scene
 from train.datasets.scenes.raster import ZBuffer
+from train.metrics.odsf import MAX_DISTANCE
 from train.protocols import Protocol, Rendered, Sample
 from train.tasks import DEFAULT_TASKS, PART_NAMES, Classes, Shape
 from train.tasks.edge import edges_from_label_map
@@ -101,6 +102,7 @@ class Scenes:
 
     name = "scenes"
     origin = ""
+    boundary_distance = MAX_DISTANCE
     skipped: tuple[str, ...] = ()
     classes: Classes = {"seg": SEG_NAMES, "parts": PART_NAMES}
 

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from kernels import UserError
-from train.datasets.pascal import tree
-from train.datasets.pascal.dataset import Access, PascalMT
+from train.datasets import tree
+from train.datasets.base import open_tree
+from train.datasets.files import Access, TreeDataSet
 from train.protocols import build_protocol
 from train.tasks import DEFAULT_TASKS
 from train.tasks.palette import PALETTE
@@ -232,7 +233,7 @@ DAMAGE += [
 
 
 def read(root, tasks=DEFAULT_TASKS, **access):
-    return PascalMT(root, "train", tasks, build_protocol("mini", 32), 0, Access(**access))
+    return TreeDataSet(open_tree(root), "train", tasks, build_protocol("mini", 32), 0, Access(**access))
 
 
 def mistake(call):

@@ -14,8 +14,10 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels.errors import UserError
-from train.datasets.pascal.dataset import Access, PascalMT, group_by_tasks
+from train.datasets.base import open_tree
+from train.datasets.files import Access, TreeDataSet, group_by_tasks
 from train.datasets.pascal.labels import valid_classes
+from train.datasets.pascal.tree import PascalTree
 from train.protocols import build_protocol
 from train.protocols.square import centres, resize_nearest
 from train.tasks import DEFAULT_TASKS
@@ -27,7 +29,7 @@ PIL_NEAREST = Image.Resampling.NEAREST
 
 
 def read(root, tasks=DEFAULT_TASKS, split="all", protocol="mini", size=SIZE, seed=0, **access):
-    return PascalMT(root, split, tasks, build_protocol(protocol, size), seed, Access(**access))
+    return TreeDataSet(open_tree(root), split, tasks, build_protocol(protocol, size), seed, Access(**access))
 
 
 def item(root, id, *tasks, **options):
@@ -115,7 +117,7 @@ def test_seg_falls_back_to_pascal_context(pascal_tree):
 
 
 def test_classes_are_named_in_the_order_of_voc():
-    seg, parts = PascalMT.classes["seg"], PascalMT.classes["parts"]
+    seg, parts = PascalTree.classes["seg"], PascalTree.classes["parts"]
     assert (len(seg), seg[0], seg[1], seg[15], seg[20]) == (21, "background", "aeroplane", "person", "tvmonitor")
     assert parts == ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 
@@ -340,7 +342,7 @@ def mistake(call):
 
 
 def test_a_root_that_is_no_tree(tmp_path):
-    assert f"{tmp_path} holds no folder JPEGImages: give" in mistake(lambda: read(tmp_path))
+    assert f"{tmp_path} holds no folder JPEGImages (PASCAL-Context)" in mistake(lambda: read(tmp_path))
     assert f"{tmp_path / 'no'} is not a folder: give" in mistake(lambda: read(tmp_path / "no"))
 
 

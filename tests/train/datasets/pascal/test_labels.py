@@ -8,8 +8,10 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels import UserError
-from train.datasets.pascal.labels import Reader, match_photo, read_photo, read_sal, read_seg, valid_classes
-from train.datasets.pascal.tree import find_tree, list_images
+from train.datasets.base import open_tree
+from train.datasets.labels import match_photo, read_photo
+from train.datasets.pascal.labels import Reader, read_sal, read_seg, valid_classes
+from train.datasets.tree import list_images
 from train.files.images import image_shape
 from train.predict import read_any_photo
 from train.tasks import DEFAULT_TASKS
@@ -20,7 +22,7 @@ CROWD, NO_PERSON, NO_PARTS = (f"2008_{n:06d}" for n in range(3))
 
 
 def raw(root, id, *tasks, split="all", reader=Reader(), partial=False):
-    images = list_images(find_tree(root), split, tasks or DEFAULT_TASKS, partial)
+    images = list_images(open_tree(root), split, tasks or DEFAULT_TASKS, partial)
     return reader.sample(next(image for image in images if image.id == id))
 
 
@@ -186,7 +188,7 @@ def direct(root, id, task):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_pascal_mini_agrees_with_a_direct_reading_pixel_for_pixel(pascal_mini, split):
-    images = list_images(find_tree(pascal_mini), split, DEFAULT_TASKS, partial_labels=True)
+    images = list_images(open_tree(pascal_mini), split, DEFAULT_TASKS, partial_labels=True)
     seen = set()
     for image in images[::15]:
         sample = Reader().sample(image)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kernels import UserError
-from train.datasets.pascal.dataset import PascalMT
-from train.datasets.pascal.tree import find_tree, read_split
+from train.datasets.base import open_tree
+from train.datasets.files import TreeDataSet
+from train.datasets.tree import read_split
 from train.protocols import build_protocol
 from train.tasks import DEFAULT_TASKS
 
@@ -42,8 +43,10 @@ def lay_out(layout, source, folder):
 @pytest.mark.parametrize("given", ["tree", "folder around it"])
 def test_every_layout_gives_identical_samples(layout, given, pascal_tree, tmp_path):
     root = lay_out(layout, pascal_tree, tmp_path)
-    official = PascalMT(pascal_tree, "all", DEFAULT_TASKS, build_protocol("mini", 32), 0)
-    dataset = PascalMT(root if given == "tree" else root.parent, "all", DEFAULT_TASKS, build_protocol("mini", 32), 0)
+    official = TreeDataSet(open_tree(pascal_tree), "all", DEFAULT_TASKS, build_protocol("mini", 32), 0)
+    dataset = TreeDataSet(
+        open_tree(root if given == "tree" else root.parent), "all", DEFAULT_TASKS, build_protocol("mini", 32), 0
+    )
     assert str(dataset.tree) == f"layout {layout} at {root}"
     assert dataset.ids == official.ids
     for index in range(len(official)):
@@ -55,13 +58,13 @@ def test_every_layout_gives_identical_samples(layout, given, pascal_tree, tmp_pa
 def test_detection_names_what_is_missing(pascal_copy):
     shutil.rmtree(pascal_copy / "sal_distill")
     shutil.rmtree(pascal_copy / "semseg" / "VOC12")
-    assert str(find_tree(pascal_copy)) == f"layout A at {pascal_copy}, without semseg/VOC12, sal_distill"
+    assert str(open_tree(pascal_copy)) == f"layout A at {pascal_copy}, without semseg/VOC12, sal_distill"
 
 
 @pytest.mark.parametrize("text", ["2008_000000\r\n2008_000001\r\n", " 2008_000000 \n\n\t2008_000001"])
 def test_line_ends_and_spaces_around_an_id_do_not_matter(text, pascal_copy):
     (pascal_copy / "ImageSets/Context/train.txt").write_bytes(text.encode())
-    assert read_split(find_tree(pascal_copy), "train") == ["2008_000000", "2008_000001"]
+    assert read_split(open_tree(pascal_copy), "train") == ["2008_000000", "2008_000001"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_a_wrong_list_is_one_line_with_its_path(text, message, pascal_copy):
     path = pascal_copy / "ImageSets/Context/train.txt"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_split(find_tree(pascal_copy), "train")
+        read_split(open_tree(pascal_copy), "train")
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -87,4 +90,4 @@ def test_a_list_that_is_no_text_is_one_line_with_its_path(pascal_copy):
     path = pascal_copy / "ImageSets/Context/train.txt"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="train.txt cannot be read"):
-        read_split(find_tree(pascal_copy), "train")
+        read_split(open_tree(pascal_copy), "train")

@@ -1,24 +1,21 @@
-"""PASCAL-Context with five dense tasks as a data set, read from a user's tree (:mod:`train.datasets.pascal.tree`)."""
+"""A split of a user's tree (:mod:`train.datasets.tree`) as a data set."""
 
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import UserError
 from train.datasets.cache import open_cache
-from train.datasets.pascal.inspection import inspect_images
-from train.datasets.pascal.labels import Reader, read_label_map_at
-from train.datasets.pascal.tree import ImageFiles, find_tree, list_images, require_complete, with_persons
-from train.datasets.pascal.voc import VOC_CLASSES
+from train.datasets.inspection import inspect_images
+from train.datasets.labels import ImageFiles, LabelReader
+from train.datasets.tree import Tree, list_images, require_complete
 from train.files.images import image_shape
 from train.protocols import Protocol, Sample
-from train.tasks import PART_NAMES, TASKS, Classes, Shape
+from train.tasks import TASKS, Shape
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,20 @@ class Access:
     workers: int = 0
 
 
-class PascalMT:
-    """One split of PASCAL_MT as a data set in the sense of :mod:`train.datasets.base`.
+class TreeDataSet:
+    """One split of a tree as a data set in the sense of :mod:`train.datasets.base`.
 
-    ``root`` is the tree or the folder that contains it. ``protocol`` augments the split "train" by (seed, epoch,
-    index). ``only`` keeps the images with these ids. With ``access.skip_bad`` the constructor reads every file and
-    leaves out images with a fault. One line on stderr says how many, and ``skipped`` holds the first fault of each.
+    ``protocol`` augments the split "train" by (seed, epoch, index). ``only`` keeps the images with these ids. With
+    ``access.skip_bad`` the constructor reads every file and leaves out images with a fault. One line on stderr says how
+    many, and ``skipped`` holds the first fault of each.
 
-    Raises UserError for a tree that lacks a folder, a list, a photo or a label, and, on reading an item,
-    for a file that is damaged.
+    Raises UserError for a tree that lacks a list, a photo or a label, and, on reading an item, for a file that is
+    damaged.
     """
-
-    name = "PASCAL_MT"
-    classes: Classes = {"seg": VOC_CLASSES, "parts": PART_NAMES}
 
     def __init__(
         self,
-        root: str | Path,
+        tree: Tree,
         split: str,
         tasks: Sequence[str],
         protocol: Protocol,
@@ -59,12 +53,13 @@ class PascalMT:
         access: Access = Access(),
         only: Container[str] | None = None,
     ) -> None:
-        self.tree = find_tree(Path(root))
+        self.tree, self.name, self.classes = tree, tree.name, tree.classes
+        self.boundary_distance = tree.boundary_distance
         self.split, self.seed, self.protocol = split, seed, protocol
         self.training = split == "train" and not protocol.scoring
-        self._reader = Reader(open_cache(access.cache, self.tree.root), protocol.edges_at_input)
+        self._reader = tree.reader(open_cache(access.cache, tree.root), protocol.edges_at_input)
         guided = protocol.needs_seg and self.training
-        images = list_images(self.tree, split, tasks, access.partial_labels, guided)
+        images = list_images(tree, split, tasks, access.partial_labels, guided)
         if only is not None:
             images = [image for image in images if image.id in only]
         self.skipped: tuple[str, ...] = ()
@@ -90,13 +85,11 @@ class PascalMT:
         return image_shape(self.images[index].photo)
 
     def boundary_maps(self) -> dict[str, Callable[[], NDArray]]:
-        images = [image for image in self.images if "edge" in image.labels]
-        return {image.id: partial(read_label_map_at, image.labels["edge"], image.photo) for image in images}
+        return {image.id: self._reader.boundary_map(image) for image in self.images if "edge" in image.labels}
 
     def labelled(self, task: str) -> list[str]:
-        """The ids of the images that are scored for ``task``; for parts only those that may show a person."""
-        ids = self.with_label(task)
-        return with_persons(self.tree, self.split, ids) if task == "parts" else ids
+        """The ids of the images that are scored for ``task``."""
+        return self.tree.scored(self.split, task, self.with_label(task))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,7 +107,7 @@ class PascalMT:
 
 
 def leave_out_bad(
-    split: str, images: list[ImageFiles], reader: Reader, workers: int
+    split: str, images: list[ImageFiles], reader: LabelReader, workers: int
 ) -> tuple[list[ImageFiles], tuple[str, ...]]:
     """(images without a fault, the first fault of each other image). Prints how many images were left out."""
     faults = {

@@ -18,7 +18,7 @@ INSET = 2  # pixels inward from the contour, where mask and normals may disagree
 SMALLEST = 10  # pixels: shorter rows and columns of a mask are ignored
 SURE = 3  # standard errors by which a mean must differ from 0
 AXES = (("+x left", "+x right"), ("+y up", "+y down"))  # (positive asymmetry, negative asymmetry)
-MASKS = ("parts", "sal", "seg")  # labels whose classes above 0 are foreground, in order of preference
+MASKS = ("parts", "sal", "seg")  # labels whose classes, but for the background, are foreground, in order of preference
 
 
 class Asymmetry(NamedTuple):
@@ -31,9 +31,9 @@ class Asymmetry(NamedTuple):
     top_minus_bottom: float
 
 
-def asymmetry_of(labels: Mapping[str, NDArray]) -> Asymmetry | None:
+def asymmetry_of(labels: Mapping[str, NDArray], background: Sequence[int] = (0,)) -> Asymmetry | None:
     """The asymmetry of an image from its raw labels; None without normals or without foreground."""
-    masks = [(labels[task] > 0) & (labels[task] != VOID) for task in MASKS if task in labels]
+    masks = [~np.isin(labels[task], (*background, VOID)) for task in MASKS if task in labels]
     mask = next((mask for mask in masks if mask.any()), None)
     return None if mask is None or "normals" not in labels else contour_asymmetry(mask, labels["normals"])
 

@@ -12,17 +12,18 @@ import pytest
 from PIL import Image
 
 from kernels import UserError
-from train.datasets.pascal.inspection import inspect_image, inspect_images
+from train.datasets.base import open_tree
+from train.datasets.inspection import inspect_image, inspect_images
 from train.datasets.pascal.labels import Reader
-from train.datasets.pascal.tree import find_tree, list_images
+from train.datasets.tree import list_images
 from train.tasks import DEFAULT_TASKS
 
 HURT, NO_PERSON = "2008_000000", "2008_000001"
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def images(root, split="train"):
-    return list_images(find_tree(root), split, DEFAULT_TASKS)
+    return list_images(open_tree(root), split, DEFAULT_TASKS)
 
 
 class Deadly(Reader):
@@ -67,9 +68,10 @@ def test_a_process_that_is_killed_is_one_line(pascal_tree):
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
-from train.datasets.pascal.inspection import inspect_images
+from train.datasets.inspection import inspect_images
 from train.datasets.pascal.labels import Reader
-from train.datasets.pascal.tree import find_tree, list_images
+from train.datasets.base import open_tree
+from train.datasets.tree import list_images
 from train.tasks import DEFAULT_TASKS
 
 class Slow(Reader):
@@ -80,7 +82,7 @@ class Slow(Reader):
 
 if __name__ == "__main__":
     try:
-        inspect_images(25 * list_images(find_tree(Path(sys.argv[1])), "all", DEFAULT_TASKS), Slow(), 2)
+        inspect_images(25 * list_images(open_tree(Path(sys.argv[1])), "all", DEFAULT_TASKS), Slow(), 2)
     except KeyboardInterrupt:
         sys.exit(130)
 """

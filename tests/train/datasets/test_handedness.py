@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from train.check import main
-from train.datasets.pascal.handedness import asymmetry_of, contour_asymmetry, describe_handedness
+from train.datasets.handedness import asymmetry_of, contour_asymmetry, describe_handedness
 from train.datasets.scenes.dataset import Scenes
 
 TASKS = ("parts", "sal", "normals")

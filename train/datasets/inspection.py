@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import UserError
-from train.datasets.pascal.handedness import Asymmetry, asymmetry_of
-from train.datasets.pascal.labels import Reader, read_photo
-from train.datasets.pascal.tree import ImageFiles
+from train.datasets.handedness import Asymmetry, asymmetry_of
+from train.datasets.labels import ImageFiles, LabelReader, read_photo
 from train.files.processes import process_map
 from train.files.progress import progress
 from train.tasks import TASKS
@@ -32,7 +31,7 @@ class Finding:
     asymmetry: Asymmetry | None = None
 
 
-def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, title: str = "") -> list[Finding]:
+def inspect_images(images: Sequence[ImageFiles], reader: LabelReader, workers: int, title: str = "") -> list[Finding]:
     """A finding per image, in order, by ``workers`` processes (0: this one).
 
     Shows a progress bar on stderr. UserError if a process is killed. An interrupt takes effect after the current image.
@@ -43,7 +42,7 @@ def inspect_images(images: Sequence[ImageFiles], reader: Reader, workers: int, t
         return list(progress(findings, title, len(images), "image"))
 
 
-def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
+def inspect_image(image: ImageFiles, reader: LabelReader) -> Finding:
     """Reads the files of one image as training would, and goes on after a fault.
 
     Labels are checked against the photo's size, so they are read only if the photo can be read.
@@ -62,7 +61,7 @@ def inspect_image(image: ImageFiles, reader: Reader) -> Finding:
         except UserError as error:
             faults.append(str(error))
     pixels = {task: _count(task, label) for task, label in labels.items()}
-    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)), asymmetry_of(labels))
+    return Finding(image.id, size, pixels, tuple(dict.fromkeys(faults)), asymmetry_of(labels, reader.background))
 
 
 def _missing(path: Path, image: ImageFiles) -> str:
