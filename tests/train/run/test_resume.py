@@ -53,7 +53,7 @@ def whole(tmp_path_factory):
     return out, time.monotonic() - began
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(whole, kills, tmp_path):
     """With a checkpoint at every step many kills fall into the writing of one. No checkpoint is ever unreadable."""
     out, rng = tmp_path / "killed", random.Random(kills)
