@@ -25,8 +25,8 @@ def lock(folder: Path) -> IO[str]:
     """
     file = (folder / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process alone: its workers do not hold it
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = file.read().strip() or "unknown"
         raise UserError(f"another run (process {holder}) writes to {folder}: choose another --out") from None
