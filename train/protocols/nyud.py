@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.protocols.base import Sample, Step, change_labels, random_flip
+from train.protocols.base import Sample, Step, random_flip
 from train.protocols.family_a import MTINET_NOTES, FamilyA, warp
 from train.protocols.family_b import INVPT_NOTES, FamilyB
-from train.tasks import TASKS
 
 FARTHEST = 80.0  # metres: family B scores depth below that
 NYUD_NOTES = (
@@ -32,12 +31,8 @@ class ScaleByChoice:
 
 
 def limit_depth(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Depth of 80 m and more becomes void."""
-
-    def limit(task: str, label: np.ndarray) -> np.ndarray:
-        return np.where(label < FARTHEST, label, TASKS[task].void) if task == "depth" else label
-
-    return sample | change_labels(sample, limit)
+    """Depth of 80 m and more becomes void, which is 0."""
+    return sample | {"depth": sample["depth"] * (sample["depth"] < FARTHEST)} if "depth" in sample else sample
 
 
 class NyudA(FamilyA):

@@ -1,5 +1,6 @@
 """NYUD-v2 as it is stored: both releases against the arrays that were written, and the list of classes."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,18 +57,23 @@ def test_edges_are_cut_at_half(tmp_path, dtype):
     assert read_edges(tmp_path / "a.npy").tolist() == (np.array([[0, 1, 0.5, 0.75]]).astype(dtype) > 0.5).tolist()
 
 
-def test_labels_of_another_size_are_resized_to_the_photo(nyud_copy, layout):
-    """Nearest, but normals cubic."""
-    size = (36, 48)
-    for folder, task in (("depth", "depth"), ("edge", "edge"), ("normals", "normals"), ("segmentation", "seg")):
+def test_labels_of_another_size_are_resized_to_the_photo(nyud_copy):
+    """Nearest, but normals cubic, and void where the nearest pixel is void."""
+    whole = raw(nyud_copy, "0001")
+    for folder in ("segmentation", "normals", "edge", "depth"):
         (path,) = (nyud_copy / folder).glob("0001.*")
-        before = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
-        half = np.ascontiguousarray(before[::2, ::2])
-        np.save(path, half) if path.suffix == ".npy" else Image.fromarray(half).save(path)
-        label = raw(nyud_copy, "0001", (task,))[task]
-        assert label.shape[:2] == size
-        if task in ("depth", "edge") and layout == "npy":
-            np.testing.assert_array_equal(label, np.repeat(np.repeat(half, 2, 0), 2, 1))
+        if path.suffix == ".npy":
+            np.save(path, np.load(path)[::2, ::2])
+        else:
+            Image.fromarray(np.asarray(Image.open(path))[::2, ::2].copy()).save(path)
+    resized = raw(nyud_copy, "0001")
+    for task in ("seg", "edge", "depth"):
+        half = whole[task][::2, ::2]
+        np.testing.assert_array_equal(resized[task], half.repeat(2, axis=0).repeat(2, axis=1))
+    half = whole["normals"][::2, ::2]
+    known = half.any(-1).repeat(2, axis=0).repeat(2, axis=1)
+    cubic = cv2.resize(half, (48, 36), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_allclose(resized["normals"], cubic * known[..., None], atol=1e-6)
 
 
 def test_a_split_of_the_tree(nyud_tree):
