@@ -33,6 +33,7 @@ from train.run.start import Run, count_images, count_parameters, find_checkpoint
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
 from train.run.tracking import Tracker, tracker
+from train.run.transfer import on_device
 from train.tasks import Metrics
 
 PICTURES = 8  # rows of predictions.png
@@ -82,8 +83,8 @@ def fit(run: Run) -> float:
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
     with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
-        for batch in pace.watch(spanned("data", loader)):
-            losses = step(batch.to(run.device))
+        for batch in pace.watch(spanned("data", on_device(loader, run.device))):
+            losses = step(batch)
             run.step += 1
             run.losses.add(run.step, losses)
             pace.step()

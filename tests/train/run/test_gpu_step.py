@@ -10,6 +10,7 @@ from train.datasets.batches import train_loader
 from train.run.graphs import GraphedStep
 from train.run.start import set_up
 from train.run.step import training_step
+from train.run.transfer import on_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -48,3 +49,14 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(flags, tmp_path)
     assert main(["--resume", "--out", str(out)]) == 0
     ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (tmp_path / "whole", out))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_batches_that_are_copied_ahead_arrive_whole(tmp_path):
+    settings = resolve_settings(parse([*QUICK, "--out", str(tmp_path)])[0])
+    run = set_up(settings, None)
+    loader = list(train_loader(run.data[0], settings.task_names, 4, range(8), 0, 0))
+    for moved, batch in zip(on_device(loader, run.device), loader, strict=True):
+        busy = torch.randn(4096, 4096, device=run.device)
+        for _ in range(20):  # the next copy runs beside this
+            busy = busy @ busy / 64
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(moved.tensors, batch.tensors, strict=True))
