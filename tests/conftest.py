@@ -1,5 +1,6 @@
 """What tests of every part share: markers of cost, processes of their own, and real data from beside the repository."""
 
+import signal
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,6 +30,13 @@ COSTS = {
     "test_readme.py": "integration",
     "test_wheel.py": "integration",
 }
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in its background to ignore interrupts, and children inherit that: then no test of an
+    interrupt could pass."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def cost(path: Path) -> str:
