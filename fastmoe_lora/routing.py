@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoe_lora.ranks import gathered, over_ranks, world_size
+from fastmoe_lora.ranks import over_ranks, world_size
 from kernels import TaskSegments
 
 
@@ -137,7 +137,7 @@ class Routing:
         if self.tasks == 1:
             return mutual_information_loss(layers).sum()  # 0: the task says nothing about the expert
         counts = self._counts or self._images
-        totals = [sum(parts) for parts in zip(*gathered(counts), strict=True)]
+        totals = over_ranks(torch.tensor(counts)).tolist()
         if world_size() > 1:  # each process has the mean over its own tokens
             shares = [own / max(total, 1) for own, total in zip(counts, totals, strict=True)]
             layers = over_ranks(layers * layers.new_tensor(shares)[:, None])

@@ -139,7 +139,8 @@ def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ..
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("expert" + (" | shared" if shared else ""), fontsize=8)
         axis.tick_params(labelsize=7)
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        for numbers in (axis.xaxis, axis.yaxis):  # of experts and layers
+            numbers.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
     _write(figure, path, dpi=110)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmoe_lora.ranks import gathered, rank, world_size
+from fastmoe_lora.ranks import over_ranks, rank, world_size
 from kernels import UserError
 from train.files.progress import quiet
 
@@ -45,7 +45,7 @@ def leads() -> bool:
 
 def agreed(mine: bool) -> bool:
     """Whether any process says so."""
-    return any(gathered(mine))
+    return bool(over_ranks(torch.tensor(int(mine))))
 
 
 def from_leader(make: Callable[[], Any]) -> Any:

@@ -25,7 +25,7 @@ class GraphedStep:
         self.run = run
         self.graph: torch.cuda.CUDAGraph | None = None
         for group in run.optimizer.param_groups:
-            group["lr"], group["capturable"] = torch.tensor(group["lr"], device=run.device), True
+            group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=run.device), True
 
     def __call__(self, batch: Batch) -> Tensor:
         if self.graph is None:

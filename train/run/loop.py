@@ -29,7 +29,7 @@ from train.run.distributed import agreed, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.losses import NotFiniteError
 from train.run.pace import Pace
-from train.run.start import Run, count_images, count_parameters, find_checkpoint, fingerprints, resume_from, set_up
+from train.run.start import Run, count_images, count_parameters, find_checkpoint, resume_from, set_up
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
 from train.run.tracking import Tracker, tracker
@@ -172,10 +172,10 @@ def constant_baseline(run: Run) -> Metrics:
 def save(run: Run) -> None:
     """Write a checkpoint, whose losses and weights are finite."""
     flush_losses(run)
-    settings = asdict(run.settings) | {"out": ""}
     if not leads():
         return
-    state = checkpoint.State(run.step, settings, run.baselines, fingerprints(run), run.written)
+    settings = asdict(run.settings) | {"out": ""}
+    state = checkpoint.State(run.step, settings, run.baselines, run.images, run.written)
     checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep)
     run.written = state.written
 
@@ -190,8 +190,9 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
     print(f"\n{score_table(columns)}\n{count_images(run)}\n")
-    drawn = "predictions.png, routing.png" if routing else "predictions.png"
-    print(f"{run.out}/: results.json, last, losses.csv, {drawn}, tensorboard")
+    names = ["results.json", "last", "losses.csv", "predictions.png"]
+    names += ["routing.png"] * bool(routing) + ["tensorboard"] * (run.settings.log == "tensorboard")
+    print(f"{run.out}/: {', '.join(names)}")
     return results
 
 

@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +55,11 @@ class Run:
         stream are fp32 in all of them."""
         dtype = build.COMPUTE[self.settings.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @cached_property
+    def images(self) -> dict[str, str]:
+        """Per split a hash of its images' names and of which of them are labelled for the same tasks."""
+        return {name: fingerprint(dataset) for name, dataset in zip(("train", "val"), self.data, strict=True)}
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tup
 
 def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
     """Take over everything that the checkpoint holds. UserError where the images are others, or nothing is left."""
-    if state.images != fingerprints(run):
+    if state.images != run.images:
         raise UserError(
             f"the images or labels are not those that {folder} was trained on: give the --data it was started with"
         )
@@ -155,11 +161,6 @@ def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
     changed = [f"{name} {old} -> {now[name]}" for name, old in state.settings.items() if old != now[name]]
     notes = [text for text in changed if text.split()[0] not in ("out", "workers", "device", "kernel")]
     print(f"resumed   from step {state.step} of {folder}" + (f"; changed: {', '.join(notes)}" if notes else ""))
-
-
-def fingerprints(run: Run) -> dict[str, str]:
-    """Per split a hash of its images' names and of which of them are labelled for the same tasks."""
-    return {name: fingerprint(dataset) for name, dataset in zip(("train", "val"), run.data, strict=True)}
 
 
 def announce(run: Run) -> str:
