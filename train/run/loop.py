@@ -92,10 +92,11 @@ def fit(run: Run) -> float:
             evaluates = every and run.step % every == 0 and run.step < run.total
             if run.step % REPORT_EVERY == 0 or run.step == run.total:
                 report_losses(run, pace, board, bar)
-            run.stopping.requested = agreed(run.stopping.requested)
-            if evaluates or is_due(run) or run.stopping.requested:
+            ends = agreed(run.stopping.requested)  # a SIGTERM that arrives from here on ends the next step
+            if evaluates or is_due(run) or ends:
                 save(run)
-            run.stopping.check()
+            if ends:
+                raise TerminatedError
             if evaluates:
                 with run.stopping.held(False):
                     log_metrics(run, board, score(run, f"step {run.step}")[0])

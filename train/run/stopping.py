@@ -11,7 +11,7 @@ class TerminatedError(BaseException):
 
 
 class Stopping:
-    """Raises TerminatedError at SIGTERM; while it is :meth:`held`, at the next :meth:`check`."""
+    """Raises TerminatedError at SIGTERM; while it is :meth:`held`, when that block ends."""
 
     def __init__(self) -> None:
         self.requested, self._held = False, False
@@ -33,10 +33,6 @@ class Stopping:
             yield
         finally:
             self._held = before
-        self.check()
-
-    def check(self) -> None:
-        """Raises TerminatedError if SIGTERM has arrived."""
         if self.requested:
             raise TerminatedError
 

@@ -16,7 +16,7 @@ from train.run import checkpoint
 from train.run.losses import read_losses
 
 ROOT = Path(__file__).resolve().parents[3]
-QUICK = ["--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
+QUICK = ["--image-size", "32", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
 
 # One step in fp64 from given weights, without an update; writes losses and gradients.
 ONE_STEP = """
@@ -177,6 +177,6 @@ def test_sigterm_to_all_processes_leaves_one_checkpoint(tmp_path):
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
-    process = launch(2, "-m", "train", *QUICK[2:], "--batch-size", "1", "--steps", "1", "--out", tmp_path / "run")
+    process = launch(2, "-m", "train", *QUICK, "--batch-size", "1", "--steps", "1", "--out", tmp_path / "run")
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "--accumulate 1 in 2 processes needs a batch of 2 images at least, not 1" in said

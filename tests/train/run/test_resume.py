@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kernels import UserError
 from train.cli import main
 from train.datasets.batches import batch_ids
-from train.run import checkpoint, start
+from train.run import checkpoint, loop, start
 from train.run.losses import LossLog, NotFiniteError, read_losses
 from train.tasks import TASKS
 
@@ -89,6 +89,22 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(whole, tmp_path):
     assert "Traceback" not in error
     assert main([*flags, "--resume"]) == 0
     assert_same(whole[0], out)
+
+
+@pytest.mark.parametrize("step", [3, 7, 8])
+def test_a_sigterm_that_arrives_while_processes_agree_is_not_lost(step, tmp_path, monkeypatch):
+    """It ends the step after, or the last one (8), and leaves a checkpoint."""
+    calls, agreed = iter(range(1, 100)), loop.agreed
+
+    def interrupted(mine):
+        answer = agreed(mine)
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    monkeypatch.setattr(loop, "agreed", interrupted)
+    assert main([*QUICK, "--steps", "8", "--out", str(tmp_path)]) == 143
+    assert checkpoint.read_state(checkpoint.find(tmp_path)).step == min(step + 1, 8)
 
 
 def test_a_run_that_was_killed_while_it_was_scored_is_finished(whole, tmp_path):
