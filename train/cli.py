@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
-from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes, recipe_names
+from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes
 from train.files.progress import quiet
 from train.output.tables import format_table
 from train.protocols import PROTOCOLS
@@ -88,8 +88,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--pretrained",
         metavar="FILE|NAME|RUN",
         help="weights of the backbone: a file (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face), or "
-        "owner/name of a repository on the Hugging Face Hub; with them the backbone is frozen, without them it is "
-        "trained in full; for a decoder also a finished run",
+        "owner/name of a repository on the Hugging Face Hub, or a finished run, whose backbone is taken; with them the "
+        "backbone is frozen, without them it is trained in full",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
     group.add_argument(
@@ -116,7 +116,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         metavar="NAME|FILE",
-        help=f"settings from a yaml file: {', '.join(recipe_names())}; flags override it",
+        help="settings from a yaml file, or a recipe of --list-recipes; flags override it",
     )
     group.add_argument("--list-recipes", action=ListRecipes, nargs=0, help="print the recipes and what they are for")
     length = group.add_mutually_exclusive_group()
@@ -204,12 +204,13 @@ def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
-    options = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options = build_parser().parse_args(given)
     silent = options.__dict__.pop("quiet", False)
 
     def run() -> None:
         from train.run.loop import train
 
-        train(*flags_of(vars(options)))
+        train(*flags_of(vars(options)), given)
 
     return guarded(run, silent)

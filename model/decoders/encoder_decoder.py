@@ -46,6 +46,11 @@ class EncoderDecoder(MultiTaskModel):
         self.register_state_dict_post_hook(_without_encoder)
         self.register_load_state_dict_pre_hook(_with_encoder)
 
+    @property
+    def per_task(self) -> bool:
+        """Whether the encoder runs once per (image, task) pair."""
+        return isinstance(self.encoder, MultiTaskViT)
+
     def train(self, mode: bool = True) -> "EncoderDecoder":
         super().train(mode)
         self.encoder.eval()
@@ -66,7 +71,7 @@ class EncoderDecoder(MultiTaskModel):
 
     def _encode(self, images: Tensor, index: Mapping[str, Tensor]) -> Features:
         vit = self.encoder.vit if isinstance(self.encoder, MultiTaskViT) else self.encoder
-        grid, per_task = vit.grid(images), isinstance(self.encoder, MultiTaskViT)
+        grid = vit.grid(images)
         if isinstance(self.encoder, MultiTaskViT):
             taps = vit.taps(self.encoder.embed_pairs(images, index), grid)
             runs = {task: len(index[task]) for task in self.encoder.tasks if task in index}
@@ -76,7 +81,7 @@ class EncoderDecoder(MultiTaskModel):
             taps = vit.taps(vit.embed(self.normalise(images)), grid)
         cells = grid[0] * grid[1]
         maps = tuple(tap[:, -cells:].transpose(1, 2).unflatten(2, grid) for tap in taps)
-        return Features(maps, index, per_task)
+        return Features(maps, index, self.per_task)
 
 
 def hash_of(encoder: nn.Module) -> Tensor:

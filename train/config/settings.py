@@ -83,6 +83,7 @@ FIXED_ON_RESUME = (
     "site",
     "lora_rank",
     "lora_targets",
+    "train_backbone",
     "image_size",
     "batch_size",
     "seed",
@@ -106,6 +107,7 @@ class Settings:
     skip_bad: bool = False
     cache: str = ""
     pretrained: str = ""
+    train_backbone: bool = False  # also where it is pretrained
     normalisation: str = ""
     recipe: str = ""
     model: str = "vit_base"
@@ -165,6 +167,8 @@ class Settings:
             raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
         if self.compile and self.decoder != "none":
             raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
+        if self.train_backbone and self.decoder != "none":
+            raise UserError(f"--decoder {self.decoder} freezes its encoder: drop --set train_backbone=true")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
         _ = (
             self.moe_config,
@@ -199,6 +203,10 @@ class Settings:
         if self.decoder == "mlore":
             return MLoREConfig.of(VITS[self.model].width, self.gating)
         return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "")
+
+    @property
+    def frozen_backbone(self) -> bool:
+        return bool(self.pretrained) and not self.train_backbone
 
     @property
     def regulariser_weights(self) -> dict[str, float]:
@@ -285,7 +293,7 @@ def recipe_names() -> list[str]:
 
 def list_recipes() -> list[list[str]]:
     """[name, first sentence of the yaml file's heading] of each."""
-    headings = {name: (_recipes() / f"{name}.yaml").read_text().partition("\n#\n")[0] for name in recipe_names()}
+    headings = {name: _recipe_path(name).read_text().partition("\n#\n")[0] for name in recipe_names()}
     return [[name, " ".join(text.replace("#", " ").split())] for name, text in headings.items()]
 
 
@@ -293,18 +301,32 @@ def _recipes():
     return resources.files("train.config") / "recipes"
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The values of a shipped recipe by name, or of a yaml file by path."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _recipes() / f"{name}.yaml"
+def _recipe_path(name: str) -> Any:
+    """The path of a shipped recipe, in whose name - and _ are the same, or of a yaml file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _recipes() / f"{name.replace('-', '_')}.yaml"
     if not path.is_file():
         raise UserError(f"no recipe {name!r}: give the path of a .yaml file or one of {', '.join(recipe_names())}")
+    return path
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The values of a shipped recipe by name, or of a yaml file by path: its own, and those of its ``base`` below."""
+    own = own_values(name)
+    base = own.pop("base", "")
+    return {**(read_recipe(base) if base else {}), **own}
+
+
+def own_values(name: str) -> dict[str, Any]:
+    """What a recipe's file holds. Its key ``base`` names the recipe that it is a change of."""
+    path = _recipe_path(name)
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no 'key: value' lines")
-    return layer(values, f"recipe {path}")
+    base = {"base": str(values.pop("base"))} if "base" in values else {}
+    return base | layer(values, f"recipe {path}")
 
 
 def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = None) -> Settings:

@@ -26,6 +26,7 @@ from model import (
     Plain,
     ViT,
     ViTConfig,
+    Weights,
     derive_config,
     is_repository,
     load_pretrained,
@@ -36,6 +37,7 @@ from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
+from train.run.backbone import is_plain, weights_of_run
 from train.tasks import Classes, output_channels
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
@@ -129,7 +131,7 @@ def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, ch
 
 def _build_vit(settings: Settings) -> tuple[ViT, str]:
     """(the ViT, frozen if it was pretrained; the name of its normalisation)."""
-    weights = read_weights(settings.pretrained) if settings.pretrained else None
+    weights = _weights(settings.pretrained) if settings.pretrained else None
     config = VITS[settings.model]
     vit = _empty_vit(weights.adjust(config) if weights else config, settings)
     normalisation = settings.normalisation or (weights.normalisation if weights else "inception")
@@ -139,8 +141,13 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
             raise UserError(f"{settings.pretrained} lacks parameters of {settings.model}: {', '.join(report.missing)}")
         overridden = f"; overridden: {normalisation} normalisation" if settings.normalisation else ""
         print(f"weights   {weights.path}: {report}{overridden}")
-        vit.requires_grad_(False)
+        vit.requires_grad_(settings.train_backbone)
     return vit, normalisation
+
+
+def _weights(pretrained: str) -> Weights:
+    """Those of a file, of a repository or of the backbone of a finished run."""
+    return weights_of_run(checkpoint.find(Path(pretrained))) if Path(pretrained).is_dir() else read_weights(pretrained)
 
 
 def _empty_vit(config: ViTConfig, settings: Settings) -> ViT:
@@ -183,7 +190,8 @@ DECODERS: dict[str, Callable[[Settings, Any, Frame], Decoder]] = {
 
 
 def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) -> EncoderDecoder:
-    """A fresh decoder on the encoder in ``pretrained``: weights, or the folder of a run of an adapted ViT."""
+    """A fresh decoder on the encoder in ``pretrained``: weights, or a run, whose adapters and task embeddings it keeps
+    where it has any."""
     source = Path(settings.pretrained)
     if not (settings.pretrained or counted):
         raise UserError(
@@ -191,8 +199,8 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
         )
     if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
-    of_run = settings.pretrained and source.is_dir()
-    encoder, normalisation = (_encoder_of_run(settings), "") if of_run else _build_vit(settings)
+    adapted = bool(settings.pretrained) and source.is_dir() and not is_plain(checkpoint.find(source))
+    encoder, normalisation = (_encoder_of_run(settings), "") if adapted else _build_vit(settings)
     channels = output_channels(settings.task_names, classes)
     rows, columns = (side // encoder.patch for side in settings.image_shape)
     make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)

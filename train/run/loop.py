@@ -3,7 +3,7 @@
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -42,8 +42,9 @@ LOSS_WINDOW = 50  # steps over which final_losses are averaged
 REPORT_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
 
 
-def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
-    """Train as ``flags`` say, write results.json, last, predictions.png and routing.png, and return the results."""
+def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dict[str, Any]:
+    """Train as ``flags`` say, write results.json, last, predictions.png and routing.png, and return the results, which
+    name the command line ``argv``."""
     folder = find_checkpoint(flags, resume)
     state = checkpoint.read_state(folder) if folder else None
     if folder:
@@ -51,6 +52,7 @@ def train(flags: dict[str, Any], resume: str | None) -> dict[str, Any]:
     settings = resolve_settings(flags, state.settings if state else None)
     with processes():
         run = set_up(settings, folder)
+        run.command = shlex.join(["python", "-m", "train", *argv])
         with resumable(run):
             if folder and state:
                 resume_from(run, folder, state)
@@ -204,7 +206,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
     config, gated = s.moe_config or s.decoder_config, s.moe != "none" or s.decoder == "fgmoe"
     return {
         "format": 1,
-        "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
+        "command": run.command,
         "protocol": train_set.protocol.reported,
         "dataset": {
             "name": train_set.name,
@@ -233,7 +235,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
 
 
 def describe_model(s: Settings) -> dict[str, Any]:
-    backbone = {"backbone": "frozen" if s.pretrained else "trained"}
+    backbone = {"backbone": "frozen" if s.frozen_backbone else "trained"}
     if s.decoder == "none":
         return {"name": s.model, "head": s.head, "site": s.site} | backbone
     fine = {"fg": s.fg, "fg_global": s.fg_global, "fg_mixer": s.fg_mixer} if s.decoder != "mlore" else {}

@@ -12,7 +12,7 @@ import torch
 
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, nvtx, resolve_kernel
-from model import MLoREConfig, MultiTaskModel, MultiTaskViT
+from model import EncoderDecoder, MLoREConfig, MultiTaskModel, MultiTaskViT
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
 from train.files.atomic import make_folder, write_text
@@ -45,6 +45,7 @@ class Run:
     baselines: dict[str, Metrics] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     stopping: Stopping = field(default_factory=Stopping)
+    command: str = ""
 
     @property
     def total(self) -> int:
@@ -172,7 +173,7 @@ def announce(run: Run) -> str:
         [
             f"data      {train_set.name}: {count_images(run)} at {side} px, protocol {train_set.protocol.reported}",
             f"model     {s.model}, {describe_outputs(s)} for {', '.join(s.task_names)}: "
-            f"{total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {describe_backbone(s)}",
+            f"{total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable; {describe_backbone(run)}",
             describe_experts(s, run.device),
             f"run       {run.total} steps of {s.batch_size} images on {describe_devices(run)} -> {run.out}",
         ]
@@ -187,10 +188,13 @@ def describe_outputs(s: Settings) -> str:
     return f"{s.head} heads" if s.decoder == "none" else f"{s.decoder} decoder"
 
 
-def describe_backbone(s: Settings) -> str:
-    if s.decoder == "none":
-        return "backbone frozen" if s.pretrained else "no --pretrained, so the backbone is trained in full"
-    return f"encoder frozen, one pass per {'image and task' if Path(s.pretrained).is_dir() else 'image'}"
+def describe_backbone(run: Run) -> str:
+    s, model = run.settings, run.model
+    if isinstance(model, EncoderDecoder):
+        return f"encoder frozen, one pass per {'image and task' if model.per_task else 'image'}"
+    if not s.pretrained:
+        return "no --pretrained, so the backbone is trained in full"
+    return "backbone frozen" if s.frozen_backbone else "backbone trained in full"
 
 
 def describe_experts(s: Settings, device: torch.device) -> str:

@@ -1,0 +1,49 @@
+"""The arms of the study: which recipes each table and figure of ASE (arXiv 2510.00570) compares."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from train.config.settings import own_values
+from train.tasks import DEFAULT_TASKS
+
+# The first arm of each is the one that the others are compared with.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "table1": ("lora_moe_16_4_0_4", "lora_moe_32_8_0_2", "ase_16_3_1_4", "ase_32_6_2_2", "ase_64_12_4_1",
+               "ase_fc1_16_3_1_4", "lora", "mtl_vit", "plain", "fgmoe", "mlore"),
+    "fig2": ("lora_moe_16_4_0_4", "topk_renorm_16_4_0_4", "naive_shared_16_3_1_4", "ase_16_3_1_4"),
+    "fig3a": tuple(name for k in range(3, 8) for name in (f"lora_moe_16_{k + 1}_0_4", f"ase_16_{k}_1_4")),
+    "fig3b": ("lora_moe_16_4_0_4", "ase_16_3_1_4", "lora_moe_32_8_0_2", "ase_32_6_2_2", "lora_moe_64_16_0_1",
+              "ase_64_12_4_1"),
+    "fig4": ("ase_16_3_1_4",),
+    "decoders": ("ase_16_3_1_4", "plain", "fgmoe", "mlore"),
+}  # fmt: skip
+MOMENTS = 24  # at which the routing of fig4 is recorded
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: a recipe's own values over those of the study, on all tasks or on one."""
+
+    recipe: str
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}_{self.tasks[0]}" if len(self.tasks) == 1 else self.recipe
+
+    @property
+    def values(self) -> dict[str, Any]:
+        own = own_values(self.recipe)
+        own.pop("base")
+        return own | {"tasks": ",".join(self.tasks)}
+
+
+SINGLE = tuple(Arm("stl", (task,)) for task in DEFAULT_TASKS)  # the single-task models of Delta_m
+DECODERS = (Arm("plain"), Arm("fgmoe"), Arm("mlore"))  # they get as many trainable parameters as
+LIKE = Arm("ase_16_3_1_4")
+PRETRAINING = Arm("scenes_pretrain", ("seg",))  # the backbone of a study on rendered scenes,
+PRETRAINING_SEED = 1000  # which trains on other scenes than the arms
+
+
+def arms_of(figure: str) -> tuple[Arm, ...]:
+    return tuple(map(Arm, FIGURES[figure]))

@@ -1,0 +1,95 @@
+"""The runs of a study: each arm is trained once per seed, unless it was already."""
+
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kernels import UserError
+from train.config.arms import DECODERS, LIKE, Arm
+from train.config.settings import Settings, resolve_settings
+from train.evaluation.results import Results, read_results
+from train.files.progress import quiet
+from train.run import checkpoint
+from train.run.build import build_model
+from train.run.loop import train
+from train.run.start import count_parameters
+
+TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
+STEP, WIDEST = 8, 1024  # of a decoder's width
+# A run's numbers do not depend on these.
+WITHOUT_MEANING = ("out", "workers", "device", "kernel", "log", "cache", "recipe")
+# These have a flag; other settings are given by --set.
+NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "log", "out")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs in ``out``, of which ``shared`` are the common settings."""
+
+    out: Path
+    shared: dict[str, Any]
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return self.out / f"{arm.name}-{seed}"
+
+    def flags(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """The settings of ``python -m train`` for a run."""
+        width = {"decoder_width": self.widths[arm]} if arm in DECODERS else {}
+        return self.shared | arm.values | width | {"seed": seed, "out": str(self.folder(arm, seed))}
+
+    def finished(self, arm: Arm, seed: int) -> Results | None:
+        """The results of a finished run, else None. UserError where it was trained with other settings."""
+        folder = self.folder(arm, seed)
+        if not (folder / "results.json").exists():
+            return None
+        written = checkpoint.read_state(checkpoint.find(folder)).settings
+        before, now = (asdict(settings) for settings in (Settings(**written), resolve_settings(self.flags(arm, seed))))
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        if changed := [text for text in changed if text.split()[0] not in WITHOUT_MEANING]:
+            raise UserError(f"{folder} was trained with other settings ({', '.join(changed)}): choose another --out")
+        return read_results(folder)
+
+    def run(self, arm: Arm, seed: int) -> Results:
+        """The results of a run, which is trained, or continued, if it is not finished. What it prints goes to a file
+        beside its folder."""
+        if (results := self.finished(arm, seed)) is not None:
+            return results
+        flags = self.flags(arm, seed)
+        with (self.out / f"{arm.name}-{seed}.log").open("w") as log, redirect_stdout(log):
+            return train(flags, "", argv_of(flags))
+
+    @cached_property
+    def widths(self) -> dict[Arm, int]:
+        """Per decoder the width at which its trainable parameters come closest to those of LIKE."""
+        wanted = self._trainable(LIKE.values)
+        return {arm: self._equal_width(arm, wanted) for arm in DECODERS}
+
+    def _equal_width(self, arm: Arm, wanted: int) -> int:
+        """UserError where no width is within TOLERANCE."""
+        low, high = STEP, WIDEST
+        while high - low > STEP:  # parameters grow with the width
+            middle = (low + high) // 2 // STEP * STEP
+            smaller = self._trainable(arm.values | {"decoder_width": middle}) < wanted
+            low, high = (middle, high) if smaller else (low, middle)
+        apart, width = min(
+            (abs(self._trainable(arm.values | {"decoder_width": w}) / wanted - 1), w) for w in (low, high)
+        )
+        if apart > TOLERANCE:
+            raise UserError(
+                f"the decoder {arm.name} has no width with the {wanted:,} trainable parameters of {LIKE.name}: the "
+                f"closest, {width}, is {100 * apart:.0f} % away"
+            )
+        return width
+
+    def _trainable(self, values: dict[str, Any]) -> int:
+        settings = resolve_settings(self.shared | values)
+        with quiet():
+            return count_parameters(build_model(settings, settings.source.classes))[1]
+
+
+def argv_of(flags: dict[str, Any]) -> list[str]:
+    """The command line of ``flags``."""
+    named = [text for name in NAMED if name in flags for text in (f"--{name}", str(flags[name]))]
+    return named + [text for name in flags if name not in NAMED for text in ("--set", f"{name}={flags[name]}")]

@@ -1,0 +1,49 @@
+"""The backbone of a finished run, as weights for other runs."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from kernels import UserError
+from model import NORMALISATIONS, Weights
+from train.config.settings import Settings, layer
+from train.run import checkpoint
+
+ADAPTERS = ("lora_A", "lora_B", "routers")
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the run has a single task and no adapters, so that its backbone sees no tasks."""
+    settings = _settings_of(folder)
+    return settings.moe == settings.decoder == "none" and not settings.lora_rank and len(settings.task_names) == 1
+
+
+def weights_of_run(folder: Path) -> Weights:
+    """The backbone of the checkpoint in ``folder``, by timm's names, without experts and LoRA.
+
+    Every token of a run with one task has the same task embedding added to its position; here it is part of the
+    position. Embeddings of several tasks are left out.
+    """
+    settings = _settings_of(folder)
+    if settings.decoder != "none":
+        raise UserError(f"{folder} holds a decoder and no backbone: give --pretrained a run without --decoder")
+    tensors = checkpoint.read_weights(folder)
+    backbone = {
+        name.removeprefix("vit.").replace(".base.", "."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("vit.") and not name.endswith(ADAPTERS)
+    }
+    embedding = tensors["task_embed"]
+    if len(embedding) == 1 and "pos_embed" in backbone:
+        backbone["pos_embed"] = backbone["pos_embed"] + embedding[0]
+    family = "DINOv3" if "rope.periods" in backbone else "finished run's"
+    return Weights(folder, family, _normalisation(tensors["image_mean"]), backbone)
+
+
+def _settings_of(folder: Path) -> Settings:
+    return Settings(**layer(checkpoint.read_state(folder).settings, f"checkpoint {folder}"))
+
+
+def _normalisation(mean: Tensor) -> str:
+    """The key of NORMALISATIONS; each has another mean."""
+    return next(key for key, (known, _) in NORMALISATIONS.items() if mean.flatten().allclose(mean.new_tensor(known)))
