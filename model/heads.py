@@ -9,7 +9,9 @@ from model.norm import BatchNorm2d
 
 
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which come first, are dropped."""
+    """(n, prefix + h*w, d) -> (n, d, h, w): the class token and the registers, which come first, are dropped.
+
+    It is a view, whose memory is channels-last. Convolutions, norms and resizes keep that order."""
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 

@@ -95,3 +95,16 @@ def test_normalisation_is_what_the_weights_want_and_travels_with_them(model, ima
     expected = (images[0, 1, 0, 0].item() / 255 - 0.456) / 0.224
     assert seen[0][0, 1, 0, 0].item() == pytest.approx(expected, rel=1e-6)
     assert "image_mean" in model.state_dict()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_run_channels_last(name):
+    """From the tokens to the prediction, without a copy into another order of memory."""
+    head, orders = HEADS[name](24, 3, 8), []
+    for module in head.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            last = {"memory_format": torch.channels_last}
+            module.register_forward_hook(lambda module, given, output: orders.append(output.is_contiguous(**last)))
+    prediction = head(torch.randn(2, 1 + 4 * 4, 24), (4, 4))
+    assert prediction.is_contiguous(memory_format=torch.channels_last)
+    assert len(orders) >= 2 and all(orders)
