@@ -101,10 +101,13 @@ def test_normalisation_is_what_the_weights_want_and_travels_with_them(model, ima
 def test_heads_run_channels_last(name):
     """From the tokens to the prediction, without a copy into another order of memory."""
     head, orders = HEADS[name](24, 3, 8), []
+
+    def note(module, given, output):
+        orders.append(output.is_contiguous(memory_format=torch.channels_last))
+
     for module in head.modules():
         if isinstance(module, torch.nn.Conv2d):
-            last = {"memory_format": torch.channels_last}
-            module.register_forward_hook(lambda module, given, output: orders.append(output.is_contiguous(**last)))
+            module.register_forward_hook(note)
     prediction = head(torch.randn(2, 1 + 4 * 4, 24), (4, 4))
     assert prediction.is_contiguous(memory_format=torch.channels_last)
     assert len(orders) >= 2 and all(orders)
