@@ -4,9 +4,12 @@ The paper's head on ViT-B's tokens, 8 images of 224 pixels in bf16, on a GPU; th
 image in fp32, on a CPU. Tokens lie channels-last in memory, and every layer of a head keeps that order.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from bench import measure
 from model import HEADS, heads
@@ -23,7 +26,7 @@ def bench_heads(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) ->
     tokens = torch.randn(IMAGES, 1 + GRID[0] * GRID[1], WIDTH, device=DEVICE, requires_grad=True)
     to_grid = heads._to_grid
 
-    def step(run: torch.nn.Module) -> None:
+    def step(run: Callable[..., Tensor]) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HALF):
             output = run(tokens, GRID)
         output.float().sum().backward()
@@ -33,7 +36,11 @@ def bench_heads(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) ->
         step(head)
         monkeypatch.setattr(heads, "_to_grid", to_grid)
 
-    steps = {"channels-last": lambda: step(head), "NCHW": in_nchw, "compiled": lambda: step(compiled)}
+    steps: dict[str, measure.Step] = {
+        "channels-last": lambda: step(head),
+        "NCHW": in_nchw,
+        "compiled": lambda: step(compiled),
+    }
     seconds = measure.paired(steps, float(benchmark._max_time), DEVICE)
     medians = {name: measure.summary(times)["median"] for name, times in seconds.items()}
     benchmark.group = f"heads, {DEVICE.type}"

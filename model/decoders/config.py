@@ -7,7 +7,7 @@ from kernels import Gating, UserError
 
 @dataclass(frozen=True)
 class FGConfig:
-    """Fine-grained experts, written N/K/m/K_s.
+    """Fine-grained experts, written N/K/m/K_s, in a decoder of ``width`` channels C; an expert has 4 C hidden ones.
 
     N expert MLPs per task, of which K are active per token, are cut along the hidden layer into m slices each. Of the
     m N slices, ``shared`` K_s are always active and m K - K_s of the others are selected per token, so that parameters
@@ -19,10 +19,13 @@ class FGConfig:
     slices: int
     shared: int
     gating_name: str = ""
+    width: int = 256
 
     def __post_init__(self) -> None:
         if self.slices < 1:
             raise UserError(f"fg {self}: the slices m of an expert must be at least 1")
+        if 4 * self.width % self.slices:
+            raise UserError(f"fg {self}: the slices m must divide the hidden width {4 * self.width} of an expert")
         if not 1 <= self.active <= self.experts:
             raise UserError(f"fg {self}: the active experts K must be between 1 and N = {self.experts}")
         if not 0 <= self.shared < self.slices * self.active:
@@ -33,13 +36,14 @@ class FGConfig:
         _ = self.gating
 
     @classmethod
-    def parse(cls, text: str, gating: str = "") -> "FGConfig":
-        """``"N/K/m/K_s"``; without a gating, ``naive-shared`` where K_s > 0 and ``topk`` where K_s = 0."""
+    def parse(cls, text: str, gating: str = "", width: int = 0) -> "FGConfig":
+        """``"N/K/m/K_s"``; without a gating, ``naive-shared`` where K_s > 0 and ``topk`` where K_s = 0. A width of 0
+        is the default."""
         try:
             experts, active, slices, shared = (int(field) for field in text.split("/"))
         except ValueError:
             raise UserError(f"fg {text!r} is not of the form N/K/m/K_s, for example 4/2/4/1") from None
-        return cls(experts, active, slices, shared, gating)
+        return cls(experts, active, slices, shared, gating, width or cls.width)
 
     def __str__(self) -> str:
         return f"{self.experts}/{self.active}/{self.slices}/{self.shared}"
@@ -66,14 +70,16 @@ class MLoREConfig:
     gating_name: str = "topk"
 
     @classmethod
-    def of(cls, encoder_width: int, gating: str = "") -> "MLoREConfig":
+    def of(cls, encoder_width: int, gating: str = "", width: int = 0) -> "MLoREConfig":
         """The sizes for an encoder: those of the paper for ViT-S, B and L, where L has even steps between its ranks,
-        and smaller ones of ours for narrower encoders. Gatings are ``topk``, as on PASCAL-Context, and
-        ``topk-renorm``, as on NYUD-v2."""
+        and smaller ones of ours for narrower encoders. Another ``width`` than theirs scales the ranks. Gatings are
+        ``topk``, as on PASCAL-Context, and ``topk-renorm``, as on NYUD-v2."""
         if gating not in ("", "topk", "topk-renorm"):
             raise UserError(f"gating {gating!r} is not one of the mlore decoder's: choose topk or topk-renorm")
-        width, steps, task_rank = next(sizes for least, sizes in _MLORE_SIZES.items() if encoder_width >= least)
-        return cls(width, tuple(steps), task_rank, gating_name=gating or "topk")
+        usual, steps, task_rank = next(sizes for least, sizes in _MLORE_SIZES.items() if encoder_width >= least)
+        width = width or usual
+        ranks = [max(1, rank * width // usual) for rank in (*steps, task_rank)]
+        return cls(width, tuple(ranks[:-1]), ranks[-1], gating_name=gating or "topk")
 
     @property
     def gating(self) -> Gating:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels import Gating, TaskSegments, UserError
+from kernels import Gating, TaskSegments
 from kernels.experts import expert_mixture
 from kernels.nvtx import span
 from kernels.reference import router_logits
@@ -25,20 +25,19 @@ from model.decoders.deformable import DeformableMixer
 from model.decoders.pool import ExpertPool
 from model.norm import BatchNorm2d
 
-WIDTH = 256  # C
 GLOBAL_EXPERTS = 4
 
 
 class Trunk(Decoder):
     """Aggregator, mixers and heads; :meth:`own` and :meth:`common` say what lies between them."""
 
-    def __init__(self, frame: Frame, mixer: bool = True) -> None:
+    def __init__(self, frame: Frame, width: int, mixer: bool = True) -> None:
         super().__init__()
         self.tasks = tuple(frame.channels)
-        self.reduce = nn.Linear(4 * frame.width, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.mixers = nn.ModuleDict({task: DeformableMixer(WIDTH) if mixer else nn.Identity() for task in self.tasks})
-        self.heads = nn.ModuleDict({task: _head(channels) for task, channels in frame.channels.items()})
+        self.reduce = nn.Linear(4 * frame.width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mixers = nn.ModuleDict({task: DeformableMixer(width) if mixer else nn.Identity() for task in self.tasks})
+        self.heads = nn.ModuleDict({task: _head(width, channels) for task, channels in frame.channels.items()})
 
     def forward(self, features: Features) -> dict[str, Tensor]:
         """Predictions at the resolution of the features."""
@@ -79,16 +78,15 @@ class FGMoE(Trunk):
     def __init__(
         self, frame: Frame, config: FGConfig, mixer: bool = True, common: bool = True, kernel: str = "auto"
     ) -> None:
-        super().__init__(frame, mixer)
+        width = config.width
+        super().__init__(frame, width, mixer)
         self.config, self.kernel, tasks = config, kernel, len(self.tasks)
-        if 4 * WIDTH % config.slices:
-            raise UserError(f"fg {config}: the slices m must divide the hidden width {4 * WIDTH} of an expert")
-        self.pool = ExpertPool(WIDTH, 4 * WIDTH, config.experts, config.slices, sets=tasks)
+        self.pool = ExpertPool(width, 4 * width, config.experts, config.slices, sets=tasks)
         columns = config.gating.router_columns(config.pool)
-        self.routers = nn.Parameter(torch.empty(tasks, columns, WIDTH).normal_(std=0.01))
-        self.global_pool = ExpertPool(WIDTH, 4 * WIDTH, GLOBAL_EXPERTS) if common else None
+        self.routers = nn.Parameter(torch.empty(tasks, columns, width).normal_(std=0.01))
+        self.global_pool = ExpertPool(width, 4 * width, GLOBAL_EXPERTS) if common else None
         if common:
-            self.global_router = nn.Parameter(torch.empty(GLOBAL_EXPERTS, WIDTH).normal_(std=0.01))
+            self.global_router = nn.Parameter(torch.empty(GLOBAL_EXPERTS, width).normal_(std=0.01))
             self.global_bias = nn.Parameter(torch.empty(tasks, GLOBAL_EXPERTS).normal_(std=0.01))
 
     def own(self, x: Tensor, segments: TaskSegments) -> Tensor:
@@ -123,9 +121,10 @@ class Plain(Trunk):
     """FGMoE without gates: as many parameters but for its routers, all of them active for every token."""
 
     def __init__(self, frame: Frame, config: FGConfig, mixer: bool = True, common: bool = True) -> None:
-        super().__init__(frame, mixer)
-        self.pool = ExpertPool(WIDTH, 4 * WIDTH, config.experts, sets=len(self.tasks))
-        self.global_pool = ExpertPool(WIDTH, 4 * WIDTH, GLOBAL_EXPERTS) if common else None
+        width = config.width
+        super().__init__(frame, width, mixer)
+        self.pool = ExpertPool(width, 4 * width, config.experts, sets=len(self.tasks))
+        self.global_pool = ExpertPool(width, 4 * width, GLOBAL_EXPERTS) if common else None
 
     def own(self, x: Tensor, segments: TaskSegments) -> Tensor:
         runs = x.split(segments.counts)
@@ -137,8 +136,8 @@ class Plain(Trunk):
         return self.rows_of([self.global_pool.dense(f)] * len(self.tasks), features.index, cells)
 
 
-def _head(channels: int) -> nn.Sequential:
-    half = WIDTH // 2
+def _head(width: int, channels: int) -> nn.Sequential:
+    half = width // 2
     return nn.Sequential(
-        nn.Conv2d(WIDTH, half, 3, padding=1, bias=False), BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, channels, 1)
+        nn.Conv2d(width, half, 3, padding=1, bias=False), BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, channels, 1)
     )

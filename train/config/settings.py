@@ -48,6 +48,7 @@ CHOICES: dict[str, Collection[str]] = {
 MANY = 10**9
 # Least and largest value of every number.
 BOUNDS: dict[str, tuple[float, float]] = {
+    "decoder_width": (0, 4096),
     "lora_rank": (0, 4096),
     "mi_weight": (0, 1e6),
     "balance_weight": (0, 1e6),
@@ -75,6 +76,7 @@ FIXED_ON_RESUME = (
     "model",
     "head",
     "decoder",
+    "decoder_width",
     "fg",
     "fg_global",
     "fg_mixer",
@@ -113,6 +115,7 @@ class Settings:
     model: str = "vit_base"
     head: str = "up"
     decoder: str = "none"
+    decoder_width: int = 0  # channels of a decoder; 0 means its default
     fg: str = "4/2/4/1"
     fg_global: bool = True
     fg_mixer: bool = True
@@ -167,6 +170,8 @@ class Settings:
             raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
         if self.compile and self.decoder != "none":
             raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
+        if 0 < self.decoder_width < 4:
+            raise UserError(f"decoder_width is {self.decoder_width}: it must be at least 4, or 0 for the default")
         if self.train_backbone and self.decoder != "none":
             raise UserError(f"--decoder {self.decoder} freezes its encoder: drop --set train_backbone=true")
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
@@ -201,8 +206,8 @@ class Settings:
         if self.decoder == "none":
             return None
         if self.decoder == "mlore":
-            return MLoREConfig.of(VITS[self.model].width, self.gating)
-        return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "")
+            return MLoREConfig.of(VITS[self.model].width, self.gating, self.decoder_width)
+        return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "", self.decoder_width)
 
     @property
     def frozen_backbone(self) -> bool:

@@ -17,7 +17,7 @@ from train.run.loop import train
 from train.run.start import count_parameters
 
 TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
-STEP, WIDEST = 8, 1024  # of a decoder's width
+STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enough
 # A run's numbers do not depend on these.
 WITHOUT_MEANING = ("out", "workers", "device", "kernel", "log", "cache", "recipe")
 # These have a flag; other settings are given by --set.
@@ -68,25 +68,33 @@ class Runs:
 
     def _equal_width(self, arm: Arm, wanted: int) -> int:
         """UserError where no width is within TOLERANCE."""
-        low, high = STEP, WIDEST
-        while high - low > STEP:  # parameters grow with the width
-            middle = (low + high) // 2 // STEP * STEP
-            smaller = self._trainable(arm.values | {"decoder_width": middle}) < wanted
-            low, high = (middle, high) if smaller else (low, middle)
-        apart, width = min(
-            (abs(self._trainable(arm.values | {"decoder_width": w}) / wanted - 1), w) for w in (low, high)
+        for step in STEPS:
+            apart, width = self._closest_width(arm, wanted, step)
+            if apart <= TOLERANCE:
+                return width
+        raise UserError(
+            f"the decoder {arm.name} has no width with the {wanted:,} trainable parameters of {LIKE.name}: the "
+            f"closest, {width}, is {100 * apart:.0f} % away"
         )
-        if apart > TOLERANCE:
-            raise UserError(
-                f"the decoder {arm.name} has no width with the {wanted:,} trainable parameters of {LIKE.name}: the "
-                f"closest, {width}, is {100 * apart:.0f} % away"
-            )
-        return width
+
+    def _closest_width(self, arm: Arm, wanted: int, step: int) -> tuple[float, int]:
+        """(the share of ``wanted`` that is missing or too much, width)."""
+        low, high = 8, 16
+        while self._at_width(arm, high) < wanted:
+            low, high = high, 2 * high
+        while high - low > step:  # parameters grow with the width
+            middle = (low + high) // 2 // step * step
+            low, high = (middle, high) if self._at_width(arm, middle) < wanted else (low, middle)
+        return min((abs(self._at_width(arm, width) / wanted - 1), width) for width in (low, high))
+
+    def _at_width(self, arm: Arm, width: int) -> int:
+        """The encoder is frozen, so that its weights do not matter."""
+        return self._trainable(arm.values | {"decoder_width": width, "pretrained": ""})
 
     def _trainable(self, values: dict[str, Any]) -> int:
         settings = resolve_settings(self.shared | values)
         with quiet():
-            return count_parameters(build_model(settings, settings.source.classes))[1]
+            return count_parameters(build_model(settings, settings.source.classes, counted=True))[1]
 
 
 def argv_of(flags: dict[str, Any]) -> list[str]:

@@ -41,3 +41,10 @@ def test_mlore_has_the_papers_sizes():
     assert all(len(MLoREConfig.of(config.width).ranks) == 15 for config in VITS.values())
     with pytest.raises(UserError, match="'ase' is not one of the mlore decoder's: choose topk or topk-renorm"):
         MLoREConfig.of(384, "ase")
+
+
+def test_a_width_of_ones_own_scales_the_decoder():
+    assert FGConfig.parse("4/2/4/1").width == 256 and FGConfig.parse("4/2/4/1", width=40).width == 40
+    half = MLoREConfig.of(VITS["vit_base"].width, width=320)
+    assert (half.width, half.ranks[0], half.ranks[-1], half.task_rank) == (320, 8, 64, 32)
+    assert min(MLoREConfig.of(VITS["vit_micro"].width, width=8).ranks) == 1

@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from scipy.stats import ttest_rel
 
+from model import VITS, ViT
 from train.config.arms import DECODERS, FIGURES, LIKE, PRETRAINING, SINGLE, arms_of
 from train.config.settings import resolve_settings
 from train.evaluation.study import compare, paired, table
+from train.run.arms import Runs
 from train.run.build import build_model
 
 finite = st.floats(-100, 100)
@@ -56,6 +60,17 @@ def test_every_arm_has_a_recipe_over_the_papers(figure):
         assert settings.model == "vit_base" and settings.epochs == 40
         for name in ("moe", "gating", "site", "lora_rank", "decoder", "train_backbone"):
             assert getattr(settings, name) == getattr(shared, name)
+
+
+def test_decoders_get_as_many_trainable_parameters(tmp_path):
+    torch.manual_seed(0)
+    save_file(ViT(VITS["vit_micro"], 64).state_dict(), tmp_path / "micro.safetensors")
+    runs = Runs(tmp_path, {"recipe": "scenes_adapt", "pretrained": str(tmp_path / "micro.safetensors")})
+    wanted = runs._trainable(LIKE.values)
+    assert runs.widths.keys() == set(DECODERS)
+    for arm, width in runs.widths.items():
+        assert runs._at_width(arm, width) == pytest.approx(wanted, rel=0.05)
+        assert runs.flags(arm, 0)["decoder_width"] == width
 
 
 @pytest.mark.parametrize(
