@@ -1,13 +1,14 @@
 """The multi-task models: an adapted ViT with task heads, or a frozen encoder with a decoder; pretrained weights."""
 
 from model.base import MultiTaskModel
+from model.converting import convert_source, timm_layout
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
 from model.exporting import ExportedModel, export_program, load_program, save_program
 from model.heads import HEADS
 from model.hub import is_repository
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
-from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_weights
+from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_source, read_weights
 
 __all__ = [
     "HEADS",
@@ -26,11 +27,14 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "Weights",
+    "convert_source",
     "derive_config",
     "export_program",
     "is_repository",
     "load_pretrained",
     "load_program",
+    "read_source",
     "read_weights",
     "save_program",
+    "timm_layout",
 ]

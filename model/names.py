@@ -73,12 +73,18 @@ def to_timm(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A name of no known scheme stays as it is.
     """
+    tensors = unfolded(raw)
+    _fold_layer_scales(tensors)
+    return tensors
+
+
+def unfolded(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`to_timm` with LayerScale as parameters of its own: names and layouts change, values do not."""
     tensors = _renamed(raw)
     _fuse_qkv(tensors)
     _mask_biases(tensors)
     if any(name.endswith(".gamma_1") for name in raw):
         _join_biases(tensors)
-    _fold_layer_scales(tensors)
     return tensors
 
 

@@ -62,9 +62,19 @@ class LoadReport:
         return f"{self.family} weights, {self.normalisation} normalisation; {keys}"
 
 
-def read_weights(path: str | Path) -> Weights:
-    """The backbone in a .safetensors, .npz, .pth, .pt or .bin file, or in a repository ``owner/name`` of the Hugging
-    Face Hub, in any known naming scheme.
+@dataclass(frozen=True)
+class Source:
+    """A weights file as it is: its tensors by its own names, and what they were recognised as."""
+
+    path: Path
+    family: str
+    normalisation: str
+    raw: Mapping[str, Tensor]
+
+
+def read_source(path: str | Path) -> Source:
+    """The tensors in a .safetensors, .npz, .pth, .pt or .bin file, or in a repository ``owner/name`` of the Hugging
+    Face Hub.
 
     :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code; those of
     :func:`model.hub.download`.
@@ -77,10 +87,20 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     raw, wrapper = read_tensors(path)
     family = _family(name, wrapper, tuple(raw))
-    tensors = to_timm(raw)
-    _unify_pos_embed(tensors)
     usual = "satellite" if family == "DINOv3" and SATELLITE in name.lower() else FAMILIES[family]
-    return Weights(path, family, _declared_normalisation(path, config) or usual, tensors)
+    return Source(path, family, _declared_normalisation(path, config) or usual, raw)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The backbone in a file or repository that :func:`read_source` reads, in any known naming scheme; raises as it
+    does."""
+    return by_timm_names(read_source(path))
+
+
+def by_timm_names(source: Source) -> Weights:
+    tensors = to_timm(source.raw)
+    _unify_pos_embed(tensors)
+    return Weights(source.path, source.family, source.normalisation, tensors)
 
 
 def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) -> ViTConfig:
@@ -104,7 +124,7 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
-    if vit.pos_embed is not None and "pos_embed" in tensors and _is_pos_embed(tensors["pos_embed"], vit.width):
+    if vit.pos_embed is not None and "pos_embed" in tensors and is_pos_embed(tensors["pos_embed"], vit.width):
         side = isqrt(vit.pos_embed.shape[1] - 1)
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
     _check_architecture(weights.path, tensors, own)
@@ -162,7 +182,7 @@ def _unify_pos_embed(tensors: dict[str, Tensor]) -> None:
     if pos is None or pos.ndim != 3:
         return
     pos = pos.to(at_least_fp32(pos))
-    if _is_pos_embed(pos, pos.shape[2]):
+    if is_pos_embed(pos, pos.shape[2]):
         tensors["pos_embed"] = pos
     elif _is_square(pos.shape[1]):
         tensors["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
@@ -172,7 +192,8 @@ def _unify_pos_embed(tensors: dict[str, Tensor]) -> None:
         tensors["pos_embed"] = torch.cat([pos[:, :1], pos[:, last:]], dim=1)
 
 
-def _is_pos_embed(tensor: Tensor, width: int) -> bool:
+def is_pos_embed(tensor: Tensor, width: int) -> bool:
+    """Whether it has one row for the class token, then one per patch of a square."""
     return tensor.ndim == 3 and tensor.shape[::2] == (1, width) and _is_square(tensor.shape[1] - 1)
 
 

@@ -13,6 +13,7 @@ import torch
 from train.check import main as check
 from train.cli import main
 from train.compare import main as compare
+from train.convert import main as convert
 from train.evaluate import main as evaluate
 from train.export import main as export
 from train.lossdiff import main as lossdiff
@@ -119,12 +120,13 @@ def test_commands_about_checkpoints_run(runs, few_photos, monkeypatch):
         "train.predict": predict,
         "train.compare": compare,
         "train.export": export,
+        "train.convert": convert,
         "train.lossdiff": lossdiff,
     }
     quick = {"train.evaluate": ["--ids", "ids", "--partial-labels", "--workers", "0"]}
     commands = [shlex.split(command.replace("PASCAL_MT", str(few_photos))) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for words in commands:
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 

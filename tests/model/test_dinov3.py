@@ -9,7 +9,17 @@ from torch import Tensor
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from kernels import UserError
-from model import VITS, MultiTaskViT, ViT, ViTConfig, load_pretrained, read_weights
+from model import (
+    VITS,
+    MultiTaskViT,
+    ViT,
+    ViTConfig,
+    convert_source,
+    load_pretrained,
+    read_source,
+    read_weights,
+    timm_layout,
+)
 from model.rope import RoPE, rotate
 
 WIDTH, HEADS, DEPTH, PATCH = 32, 2, 2, 4
@@ -137,6 +147,33 @@ def test_biases_that_timm_leaves_out_are_zero(theirs, tmp_path):
     save_file({name: t for name, t in written.items() if not name.endswith("_bias")}, tmp_path / "timm.safetensors")
     ours, expected = (load(tmp_path / f"{name}.safetensors").state_dict() for name in ("timm", "zeros"))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    tensors, _ = convert_source(read_source(tmp_path / "zeros.safetensors"))
+    assert not any(name.endswith("_bias") for name in tensors)
+
+
+def test_files_are_rewritten_as_timm_stores_them(path, theirs, tmp_path):
+    tensors, left = convert_source(read_source(path))
+    save_file(tensors, tmp_path / "converted.safetensors")
+    expected = timm({name.removeprefix("model."): t for name, t in theirs.state_dict().items()}, torch.ones(1))
+    assert left == ("mask_token",) and {*tensors} - {"rope.periods"} == {*expected} - {"mask_token"}
+    assert all(torch.equal(tensors[name], expected[name]) for name in {*expected} - {"mask_token"})
+    again, before = load(tmp_path / "converted.safetensors").state_dict(), load(path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_a_backbone_in_memory_is_written_as_timm_stores_it(path, tmp_path):
+    """Its LayerScale was folded, so that timm's is 1."""
+    state = load(path).state_dict()
+    save_file(timm_layout(state, rope=True), tmp_path / "converted.safetensors")
+    again = load(tmp_path / "converted.safetensors").state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_a_bias_of_keys_cannot_be_written(path):
+    state = load(path).state_dict()
+    state["blocks.1.attn.qkv.bias"][WIDTH] = 1
+    with pytest.raises(UserError, match="blocks.1.attn.qkv has a bias of keys"):
+        timm_layout(state, rope=True)
 
 
 def test_angles_are_two_pi_times_the_coordinate_over_the_period():

@@ -1,6 +1,7 @@
 """One backbone written to disk under every naming scheme, by rules stated apart from those that read it."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import MultiTaskViT, ViT, ViTConfig, load_pretrained
+from kernels import UserError
+from model import MultiTaskViT, ViT, ViTConfig, convert_source, load_pretrained, read_source
 from model.weights import NORMALISATIONS, read_weights
 
 CONFIG = ViTConfig(width=24, depth=2, heads=3, patch=4)
@@ -161,6 +163,54 @@ def test_every_naming_scheme_gives_the_same_features(tmp_path, source, name):
     assert weights.adjust(replace(CONFIG, patch=16)) == CONFIG
 
 
+def converted(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """(the same weights by timm's names in another file, what was left out)."""
+    tensors, left = convert_source(read_source(path))
+    save_file(tensors, path.with_name("converted.safetensors"))
+    return path.with_name("converted.safetensors"), left
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_naming_scheme_is_rewritten_by_timms_names_with_the_same_bits(tmp_path, source, name):
+    SCHEMES[name][1](tmp_path / name, source.state_dict())
+    path, left = converted(tmp_path / name)
+    written, expected = load_file(path), source.state_dict()
+    if name == "hf_scaled.safetensors":  # timm's DINOv2 has them too
+        expected |= {f"blocks.{i}.ls{j}.gamma": torch.ones(24) for i in range(2) for j in (1, 2)}
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+    assert all("blocks" not in key for key in left)
+    again = read_weights(path).tensors
+    assert all(
+        torch.equal(again[key], tensor) for key, tensor in read_weights(tmp_path / name).tensors.items() if key in again
+    )
+
+
+def test_layer_scale_is_not_folded_when_it_is_rewritten(tmp_path, source):
+    stored = {key: tensor.half() for key, tensor in source.state_dict().items()}
+    scales = {f"blocks.{i}.ls{j}.gamma": torch.randn(24).half() for i in range(2) for j in (1, 2)}
+    torch.save({**stored, **scales, "mask_token": torch.zeros(1, 24)}, tmp_path / "w.pth")
+    path, left = converted(tmp_path / "w.pth")
+    written = load_file(path)
+    assert left == ("mask_token",) and written.keys() == {*stored, *scales}
+    assert all(torch.equal(written[key], tensor) for key, tensor in {**stored, **scales}.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cls_token": None}, "w.pth holds no ViT by names that are known: pos_embed, patch_embed.proj.weight"),
+        ({"norm.bias": None}, "w.pth lacks parameters of its ViT: norm.bias"),
+        ({"blocks.0.mlp.w12.weight": torch.ones(2)}, "blocks.0.mlp.w12.weight is (2,) there and absent in this model"),
+    ],
+)
+def test_other_architectures_are_not_rewritten(tmp_path, source, changes, message):
+    tensors = {key: tensor for key, tensor in {**source.state_dict(), **changes}.items() if tensor is not None}
+    torch.save(tensors, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=re.escape(message)):
+        convert_source(read_source(tmp_path / "w.pth"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["timm.safetensors", "nested.pth", "hf.safetensors"])
 def test_half_precision_files_lose_nothing_more(tmp_path, source, name, dtype):
@@ -219,6 +269,10 @@ def test_register_tokens_and_their_positions(tmp_path, wrap):
     save_file(wrap(source.state_dict()), tmp_path / "w.safetensors")
     assert read_weights(tmp_path / "w.safetensors").adjust(CONFIG) == config
     assert_same_features(tmp_path / "w.safetensors", source)
+    path, _ = converted(tmp_path / "w.safetensors")
+    prefix = load_file(path)["pos_embed"].shape[1] - 16
+    assert prefix == (5 if wrap is with_register_positions else 0), "timm's no_embed_class, or its whole prefix"
+    assert_same_features(path, source)
 
 
 def test_registers_stand_between_the_class_token_and_the_patches():

@@ -24,7 +24,7 @@ def test_quiet_prints_errors_only(tmp_path, capfd):
     assert capfd.readouterr().out == "heard\n", "stdout is as it was"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "compare", "check", "lossdiff"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "compare", "check", "lossdiff", "export", "convert"])
 def test_every_command_has_it(command):
     module = __import__(f"train.{command}", fromlist=["build_parser"])
     assert "--quiet" in module.build_parser().format_help()

@@ -1,0 +1,87 @@
+"""``python -m train.convert SOURCE --to FILE.safetensors``: a backbone by timm's names."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmoe_lora import remove
+from kernels import UserError
+from model import NORMALISATIONS, MultiTaskViT, convert_source, read_source, read_weights, timm_layout
+from train.cli import Parser, guarded
+from train.files.atomic import make_folder, replacing
+from train.files.folders import require_outside_data
+from train.run import checkpoint
+from train.run.build import load_on_cpu
+
+DESCRIPTION = """\
+Write the ViT in SOURCE by timm's names, to a file that timm and --pretrained read.
+
+SOURCE is the folder of a run, or weights in any form that --pretrained reads: a file, or owner/name on the Hugging Face
+Hub. Of a run the backbone is written, whether it was trained or frozen. Experts, LoRA, task embeddings and heads are
+left out: gates depend on the token, so that experts cannot be merged. Values stay as they are; only a class token in
+front of registers gets its position added, as in timm's files."""
+
+
+def build_parser() -> Parser:
+    parser = Parser("train.convert", DESCRIPTION)
+    parser.add_argument("source", metavar="SOURCE", help="a run's folder, a weights file, or owner/name on the Hub")
+    parser.add_argument("--to", metavar="FILE.safetensors", required=True, help="what does not exist yet")
+    return parser
+
+
+def of_run(run: Path) -> tuple[dict[str, Tensor], str, str]:
+    """(tensors as timm stores them, the normalisation of the input, what was left out)."""
+    folder = checkpoint.find(run)
+    settings, model, _ = load_on_cpu(folder, kernel="reference")
+    if not isinstance(model, MultiTaskViT):
+        raise UserError(f"{folder} holds a decoder and not its encoder: convert {settings.pretrained} instead")
+    remove(model.vit)
+    mean_std = [buffer.flatten() for buffer in (model.image_mean, model.image_std)]
+    normalisation = next(
+        name
+        for name, known in NORMALISATIONS.items()
+        if all(torch.equal(ours, torch.tensor(theirs)) for ours, theirs in zip(mean_std, known, strict=True))
+    )
+    left = ["heads", "task embeddings"]
+    left += [f"experts {settings.moe_config}"] if settings.moe_config else []
+    left += [f"LoRA of rank {settings.lora_rank}"] if settings.lora_rank else []
+    return timm_layout(model.vit.state_dict(), model.vit.rope is not None), normalisation, ", ".join(left)
+
+
+def of_weights(given: str) -> tuple[dict[str, Tensor], str, str]:
+    """The same of a weights file or of a repository on the Hub."""
+    source = read_source(given)
+    tensors, left = convert_source(source)
+    return tensors, source.normalisation, ", ".join(left) or "nothing"
+
+
+def run(options: Namespace) -> None:
+    """Writes the file and says what it holds."""
+    to = Path(options.to)
+    if to.suffix != ".safetensors":
+        raise UserError(f"--to {to} must end in .safetensors")
+    require_outside_data(to)
+    if to.exists():
+        raise UserError(f"{to} exists already and is not overwritten: choose another --to")
+    is_run = Path(options.source).is_dir()
+    tensors, normalisation, left = of_run(Path(options.source)) if is_run else of_weights(options.source)
+    make_folder(to.parent)
+    with replacing(to) as partial:
+        save_file(tensors, partial, {"format": "pt"})
+    print(f"{to}: {len(tensors)} tensors by timm's names; left out: {left}")
+    if read_weights(to).normalisation != normalisation:
+        print(f"train on it with --set normalisation={normalisation}, which the names do not tell")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    return guarded(lambda: run(options), options.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
