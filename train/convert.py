@@ -4,26 +4,25 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmoe_lora import remove
 from kernels import UserError
-from model import NORMALISATIONS, MultiTaskViT, convert_source, read_source, read_weights, timm_layout
+from model import convert_source, read_source, read_weights, timm_layout
 from train.cli import Parser, guarded
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
 from train.run import checkpoint
-from train.run.build import load_on_cpu
+from train.run.backbone import settings_of, weights_of_run
 
 DESCRIPTION = """\
 Write the ViT in SOURCE by timm's names, to a file that timm and --pretrained read.
 
 SOURCE is the folder of a run, or weights in any form that --pretrained reads: a file, or owner/name on the Hugging Face
 Hub. Of a run the backbone is written, whether it was trained or frozen. Experts, LoRA, task embeddings and heads are
-left out: gates depend on the token, so that experts cannot be merged. Values stay as they are; only a class token in
-front of registers gets its position added, as in timm's files."""
+left out: gates depend on the token, so that experts cannot be merged. Values stay as they are, but for two: the
+embedding of the only task that a backbone was trained on is added to its positions, and the position of a class token
+in front of registers to that token, as in timm's files."""
 
 
 def build_parser() -> Parser:
@@ -36,20 +35,12 @@ def build_parser() -> Parser:
 def of_run(run: Path) -> tuple[dict[str, Tensor], str, str]:
     """(tensors as timm stores them, the normalisation of the input, what was left out)."""
     folder = checkpoint.find(run)
-    settings, model, _ = load_on_cpu(folder, kernel="reference")
-    if not isinstance(model, MultiTaskViT):
-        raise UserError(f"{folder} holds a decoder and not its encoder: convert {settings.pretrained} instead")
-    remove(model.vit)
-    mean_std = [buffer.flatten() for buffer in (model.image_mean, model.image_std)]
-    normalisation = next(
-        name
-        for name, known in NORMALISATIONS.items()
-        if all(torch.equal(ours, torch.tensor(theirs)) for ours, theirs in zip(mean_std, known, strict=True))
-    )
-    left = ["heads", "task embeddings"]
+    settings, weights = settings_of(folder), weights_of_run(folder)
+    left = ["heads"]
+    left += ["task embeddings"] if len(settings.task_names) > 1 or settings.frozen_backbone else []
     left += [f"experts {settings.moe_config}"] if settings.moe_config else []
     left += [f"LoRA of rank {settings.lora_rank}"] if settings.lora_rank else []
-    return timm_layout(model.vit.state_dict(), model.vit.rope is not None), normalisation, ", ".join(left)
+    return timm_layout(weights.tensors, "rope.periods" in weights.tensors), weights.normalisation, ", ".join(left)
 
 
 def of_weights(given: str) -> tuple[dict[str, Tensor], str, str]:

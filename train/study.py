@@ -11,26 +11,28 @@ import torch
 
 from kernels import UserError
 from train.cli import Parser, flags_of, guarded
-from train.config.arms import FIGURES, PRETRAINING, PRETRAINING_SEED, SINGLE, Arm, arms_of
+from train.config.arms import FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
 from train.evaluation.results import Results, require_comparable
 from train.evaluation.study import as_json, compare, reference_scores, table
 from train.files.atomic import make_folder, write_json, write_text
 from train.output.charts import draw
 from train.output.versions import versions
 from train.run.arms import Runs
+from train.run.course import WRITTEN, draw_routing
 
 DESCRIPTION = """\
 Train the arms of a figure or table of ASE (arXiv 2510.00570) and compare them by Delta_m against single-task models,
 over several seeds. Finished runs are not repeated: the same command continues a study that was stopped.
 
 Without --data it adapts, on rendered scenes, a frozen backbone that was trained on one task. With --data it needs
---pretrained. OUT receives FIGURE.json, FIGURE.md, FIGURE.png, and in runs/ the runs."""
+--pretrained. OUT receives FIGURE.json, FIGURE.md, FIGURE.png, and in runs/ the runs. fig4 draws, as python -m
+train.routing does, which experts the tasks chose in the course of one run."""
 SCENES, PAPER = "scenes_adapt", "paper"  # the recipes below all arms
 
 
 def build_parser() -> Parser:
     parser = Parser("train.study", DESCRIPTION)
-    choices = [*FIGURES, "all"]
+    choices = [*FIGURES, ROUTED.name, "all"]
     parser.add_argument("figures", metavar="FIGURE", nargs="+", choices=choices, help=", ".join(choices))
     parser.add_argument("--seeds", type=int, metavar="N", default=3, help="runs of every arm (%(default)s)")
     parser.add_argument("--out", metavar="DIR", default="runs/study", help="(%(default)s)")
@@ -73,20 +75,29 @@ def say(arm: Arm, seed: int, results: Results) -> None:
 
 def run(options: Namespace) -> None:
     shared, out = shared_settings(options), Path(options.out)
-    figures = tuple(FIGURES) if "all" in options.figures else tuple(dict.fromkeys(options.figures))
+    asked = (*FIGURES, ROUTED.name) if "all" in options.figures else tuple(dict.fromkeys(options.figures))
+    figures = [figure for figure in asked if figure in FIGURES]
     make_folder(out / "runs")
     runs = Runs(out / "runs", shared | {"pretrained": pretrained(out / "runs", shared)})
-    arms = dict.fromkeys((*SINGLE, *(arm for figure in figures for arm in arms_of(figure))))
-    finished: list[dict[Arm, Results]] = []  # by seed
-    for seed in range(options.seeds):
+    run_figures(runs, figures, out, options.seeds)
+    for figure in figures:
+        print(f"\n{(out / f'{figure}.md').read_text()}\n{out}/: {figure}.json, {figure}.md, {figure}.png")
+    if ROUTED.name in asked:
+        say(ROUTED, 0, runs.run(ROUTED, 0))
+        print(f"\n{draw_routing(runs.folder(ROUTED, 0), out)}\n\n{out}/: {', '.join(WRITTEN)}")
+
+
+def run_figures(runs: Runs, figures: Sequence[str], out: Path, seeds: int) -> None:
+    """Train what the figures compare, seed by seed, and write them after each."""
+    arms = dict.fromkeys((*SINGLE, *(arm for figure in figures for arm in arms_of(figure)))) if figures else {}
+    finished: list[dict[Arm, Results]] = []
+    for seed in range(seeds):
         finished.append({})
         for arm in arms:
             finished[-1][arm] = runs.run(arm, seed)
             say(arm, seed, finished[-1][arm])
         for figure in figures:
-            report(out, figure, finished, options.seeds)
-    for figure in figures:
-        print(f"\n{(out / f'{figure}.md').read_text()}\n{out}/: {figure}.json, {figure}.md, {figure}.png")
+            report(out, figure, finished, seeds)
 
 
 def report(out: Path, figure: str, finished: Sequence[Mapping[Arm, Results]], wanted: int) -> None:

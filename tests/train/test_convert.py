@@ -82,4 +82,4 @@ def test_a_decoder_names_the_weights_to_convert(tmp_path, monkeypatch, capsys):
     save_file(ViT(VITS["vit_micro"], 16).state_dict(), tmp_path / "micro.safetensors")
     argv = ["--decoder", "plain", "--pretrained", "micro.safetensors", "--tasks", "seg", "--steps", "1", *SCENES]
     assert train([*argv, "--out", "run"]) == 0
-    assert f"convert {tmp_path / 'micro.safetensors'} instead" in error_of(capsys, "run", "--to", "to.safetensors")
+    assert f"take {tmp_path / 'micro.safetensors'} instead" in error_of(capsys, "run", "--to", "to.safetensors")

@@ -59,6 +59,8 @@ def test_a_study_that_is_killed_is_continued_to_the_same_numbers(backbone, tmp_p
         for suffix in ("md", "png"):
             assert (tmp_path / "whole" / f"{figure}.{suffix}").stat().st_size > 0
     assert "inconclusive" in (tmp_path / "whole" / "fig2.md").read_text()
+    routing = [(tmp_path / out / "routing.json").read_text() for out in ("whole", "killed")]
+    assert routing[0] == routing[1] and (tmp_path / "whole" / "fig4.png").exists()
 
 
 def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone, tmp_path, capsys):
@@ -76,8 +78,8 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone,
 
 
 def test_a_command_in_the_results_trains_the_same_run_again(backbone, tmp_path):
-    assert main(["fig4", "--seeds", "1", "--pretrained", str(backbone), *TINY, "--out", str(tmp_path)]) == 0
-    command = json.loads((tmp_path / "fig4.json").read_text())["commands"]["stl_sal"].split()
+    assert main(["fig2", "--seeds", "1", "--pretrained", str(backbone), *TINY, "--out", str(tmp_path)]) == 0
+    command = json.loads((tmp_path / "fig2.json").read_text())["commands"]["stl_sal"].split()
     assert command[:3] == ["python", "-m", "train"]
     again = [*command[3 : command.index("--out")], *command[command.index("--out") + 2 :], "--out", str(tmp_path / "x")]
     assert train(again) == 0

@@ -14,15 +14,17 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "fig3a": tuple(name for k in range(3, 8) for name in (f"lora_moe_16_{k + 1}_0_4", f"ase_16_{k}_1_4")),
     "fig3b": ("lora_moe_16_4_0_4", "ase_16_3_1_4", "lora_moe_32_8_0_2", "ase_32_6_2_2", "lora_moe_64_16_0_1",
               "ase_64_12_4_1"),
-    "fig4": ("ase_16_3_1_4",),
     "decoders": ("ase_16_3_1_4", "plain", "fgmoe", "mlore"),
 }  # fmt: skip
-MOMENTS = 24  # at which the routing of fig4 is recorded
+MOMENTS = 24  # at which the routing of fig4 is recorded in a run whose steps are given
+
+
+SHARED = ("paper", "scenes")  # recipes whose values a study has of its own
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: a recipe's own values over those of the study, on all tasks or on one."""
+    """What is trained: a recipe's values over those that all arms share, on all tasks or on one."""
 
     recipe: str
     tasks: tuple[str, ...] = DEFAULT_TASKS
@@ -34,13 +36,15 @@ class Arm:
     @property
     def values(self) -> dict[str, Any]:
         own = own_values(self.recipe)
-        own.pop("base")
+        while (base := own.pop("base")) not in SHARED:
+            own = own_values(base) | own
         return own | {"tasks": ",".join(self.tasks)}
 
 
 SINGLE = tuple(Arm("stl", (task,)) for task in DEFAULT_TASKS)  # the single-task models of Delta_m
 DECODERS = (Arm("plain"), Arm("fgmoe"), Arm("mlore"))  # they get as many trainable parameters as
 LIKE = Arm("ase_16_3_1_4")
+ROUTED = Arm("fig4")  # the run whose routing is drawn
 PRETRAINING = Arm("scenes_pretrain", ("seg",))  # the backbone of a study on rendered scenes,
 PRETRAINING_SEED = 1000  # which trains on other scenes than the arms
 

@@ -61,6 +61,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "warmup": (0, 1),
     "clip_norm": (1e-9, 1e9),
     "eval_every": (0, MANY),
+    "routing_every": (0, MANY),
     "checkpoint_every": (0, MANY),
     "keep": (1, MANY),
     "accumulate": (1, 65_536),
@@ -143,6 +144,7 @@ class Settings:
     cuda_graphs: bool = False
     on_nonfinite: str = "stop"
     eval_every: int = 5
+    routing_every: int = 0  # steps between two records in routing.csv; 0: none
     checkpoint_every: int = 0
     keep: int = 1
     scenes: int = 12_800

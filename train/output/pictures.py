@@ -1,4 +1,4 @@
-"""Pictures of a data set and of a run: labels, predictions next to labels, and routing."""
+"""Pictures of a data set and of a run: labels, predictions next to labels, and losses."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastmoe_lora import RoutingStatistics
 from train.datasets.batches import Batch
 from train.files.atomic import replacing
 from train.tasks import TASKS, Classes
@@ -123,27 +122,6 @@ def _draw_legends(figure: Figure, tasks: Iterable[str], classes: Classes) -> Non
             entries = [Patch(facecolor=PALETTE[i] / 255, label=name) for i, name in enumerate(classes[task])]
             place: dict[str, Any] = {"loc": f"outside lower {corner}", "ncols": columns}
             figure.legend(handles=entries, title=task, fontsize=7, title_fontsize=8, frameon=False, **place)
-
-
-def save_routing(path: Path, statistics: RoutingStatistics, tasks: tuple[str, ...], shared: int) -> None:
-    """One map of the mean gates per task: a row per layer, a column per expert, shared experts last."""
-    mass, _ = statistics.compute()
-    layers, _, experts = mass.shape
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(2.6 * len(tasks) + 0.8, 1.4 + 0.22 * layers), squeeze=False, layout="constrained"
-    )
-    for axis, task, values in zip(axes[0], tasks, mass.numpy().swapaxes(0, 1), strict=True):
-        image = axis.imshow(values, aspect="auto", vmin=0, vmax=float(mass.nan_to_num().max()), cmap="viridis")
-        if shared:
-            axis.axvline(experts - shared - 0.5, color="white", linewidth=1)
-        axis.set_title(task, fontsize=9)
-        axis.set_xlabel("expert" + (" | shared" if shared else ""), fontsize=8)
-        axis.tick_params(labelsize=7)
-        for numbers in (axis.xaxis, axis.yaxis):  # of experts and layers
-            numbers.get_major_locator().set_params(integer=True)
-    axes[0, 0].set_ylabel("layer", fontsize=8)
-    figure.colorbar(image, ax=axes[0], pad=0.01, label="mean gate")
-    _write(figure, path, dpi=110)
 
 
 def save_loss_curves(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels import UserError
-from train.config.arms import DECODERS, LIKE, Arm
+from train.config.arms import DECODERS, LIKE, MOMENTS, ROUTED, Arm
 from train.config.settings import Settings, resolve_settings
 from train.evaluation.results import Results, read_results
 from train.files.progress import quiet
@@ -36,8 +36,12 @@ class Runs:
 
     def flags(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The settings of ``python -m train`` for a run."""
-        width = {"decoder_width": self.widths[arm]} if arm in DECODERS else {}
-        return self.shared | arm.values | width | {"seed": seed, "out": str(self.folder(arm, seed))}
+        own = dict(arm.values)
+        if arm in DECODERS:
+            own["decoder_width"] = self.widths[arm]
+        if arm == ROUTED and (steps := resolve_settings(self.shared).steps):
+            own["routing_every"] = max(1, steps // MOMENTS)
+        return self.shared | own | {"seed": seed, "out": str(self.folder(arm, seed))}
 
     def finished(self, arm: Arm, seed: int) -> Results | None:
         """The results of a finished run, else None. UserError where it was trained with other settings."""

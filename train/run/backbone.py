@@ -14,19 +14,19 @@ ADAPTERS = ("lora_A", "lora_B", "routers")
 
 def is_plain(folder: Path) -> bool:
     """Whether the run has a single task and no adapters, so that its backbone sees no tasks."""
-    settings = _settings_of(folder)
+    settings = settings_of(folder)
     return settings.moe == settings.decoder == "none" and not settings.lora_rank and len(settings.task_names) == 1
 
 
 def weights_of_run(folder: Path) -> Weights:
     """The backbone of the checkpoint in ``folder``, by timm's names, without experts and LoRA.
 
-    Every token of a run with one task has the same task embedding added to its position; here it is part of the
-    position. Embeddings of several tasks are left out.
+    A backbone that was trained on one task alone was trained with that task's embedding, which every token has added
+    to its position; here it is part of the position. Other embeddings are left out, as the adapters are.
     """
-    settings = _settings_of(folder)
+    settings = settings_of(folder)
     if settings.decoder != "none":
-        raise UserError(f"{folder} holds a decoder and no backbone: give --pretrained a run without --decoder")
+        raise UserError(f"{folder} holds a decoder and not its encoder: take {settings.pretrained} instead")
     tensors = checkpoint.read_weights(folder)
     backbone = {
         name.removeprefix("vit.").replace(".base.", "."): tensor
@@ -34,13 +34,14 @@ def weights_of_run(folder: Path) -> Weights:
         if name.startswith("vit.") and not name.endswith(ADAPTERS)
     }
     embedding = tensors["task_embed"]
-    if len(embedding) == 1 and "pos_embed" in backbone:
+    if len(embedding) == 1 and not settings.frozen_backbone and "pos_embed" in backbone:
         backbone["pos_embed"] = backbone["pos_embed"] + embedding[0]
     family = "DINOv3" if "rope.periods" in backbone else "finished run's"
     return Weights(folder, family, _normalisation(tensors["image_mean"]), backbone)
 
 
-def _settings_of(folder: Path) -> Settings:
+def settings_of(folder: Path) -> Settings:
+    """Those that the checkpoint in ``folder`` was trained with."""
     return Settings(**layer(checkpoint.read_state(folder).settings, f"checkpoint {folder}"))
 
 

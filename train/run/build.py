@@ -63,6 +63,8 @@ def require_possible(settings: Settings, device: torch.device) -> None:
         )
     if settings.log == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--log wandb needs the package wandb: pip install wandb, or choose --log tensorboard")
+    if settings.routing_every and (settings.compile or settings.cuda_graphs):
+        raise UserError("routing_every records what a compiled or graphed step hides: leave out one of them")
     if settings.cuda_graphs and device.type != "cuda":
         raise UserError("--cuda-graphs needs a GPU: leave it out")
     if settings.cuda_graphs and (world_size() > 1 or settings.compile):

@@ -24,7 +24,7 @@ from train.files.atomic import write_json
 from train.files.progress import counter
 from train.output.scores import score_table
 from train.output.versions import versions
-from train.run import checkpoint, schedule
+from train.run import checkpoint, routes, schedule
 from train.run.distributed import agreed, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.losses import NotFiniteError
@@ -59,6 +59,8 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
             else:
                 run.baselines["untrained"], _ = score(run, "untrained")
                 run.baselines["constant"] = constant_baseline(run)
+            if leads():
+                routes.begin(run, folder)
             return finish(run, fit(run))
 
 
@@ -86,7 +88,8 @@ def fit(run: Run) -> float:
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
     with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
         for batch in pace.watch(spanned("data", on_device(loader, run.device))):
-            losses = step(batch)
+            with routes.recorded(run):
+                losses = step(batch)
             run.step += 1
             run.losses.add(run.step, losses)
             pace.step()
@@ -193,9 +196,8 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
     print(f"\n{score_table(columns)}\n{count_images(run)}\n")
-    names = ["results.json", "last", "losses.csv", "predictions.png"]
-    names += ["routing.png"] * bool(routing) + ["tensorboard"] * (run.settings.log == "tensorboard")
-    print(f"{run.out}/: {', '.join(names)}")
+    names = ["results.json", "last", "losses.csv", "predictions.png", "routing.png", routes.NAME, "tensorboard"]
+    print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results
 
 
@@ -246,6 +248,7 @@ def describe_model(s: Settings) -> dict[str, Any]:
 def draw(run: Run, routing: RoutingStatistics | None) -> None:
     """predictions.png for a few validation images of every group, and routing.png."""
     from train.output import pictures
+    from train.output.routing import save_maps
 
     s, val_set = run.settings, run.data[1]
     indices = pictures.spread(val_set.groups, PICTURES)
@@ -255,4 +258,5 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
         predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
     if routing is not None and s.moe_config is not None:
-        pictures.save_routing(run.out / "routing.png", routing, run.model.tasks, s.moe_config.shared)
+        mass, _ = routing.compute()
+        save_maps(run.out / "routing.png", {"": mass}, run.model.tasks, s.moe_config.shared)

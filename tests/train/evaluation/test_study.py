@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from scipy.stats import ttest_rel
 
 from model import VITS, ViT
-from train.config.arms import DECODERS, FIGURES, LIKE, PRETRAINING, SINGLE, arms_of
+from train.config.arms import DECODERS, FIGURES, LIKE, PRETRAINING, ROUTED, SINGLE, arms_of
 from train.config.settings import resolve_settings
 from train.evaluation.study import compare, paired, table
 from train.run.arms import Runs
@@ -74,7 +74,7 @@ def test_decoders_get_as_many_trainable_parameters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arm", sorted({arm for figure in FIGURES for arm in arms_of(figure)} | {*SINGLE, PRETRAINING}, key=str)
+    "arm", sorted({arm for figure in FIGURES for arm in arms_of(figure)} | {*SINGLE, PRETRAINING, ROUTED}, key=str)
 )
 def test_every_arm_builds(arm):
     shared = {"recipe": "scenes_adapt", "image_size": 16}
