@@ -103,7 +103,8 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     else:
         backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
         config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
-        model = _adapt(_empty_vit(config, settings), settings, classes)
+        vit = _empty_vit(config, settings).requires_grad_(not settings.frozen_backbone)
+        model = _adapt(vit, settings, classes)
     model.load_state_dict(tensors)
     return model.eval()
 

@@ -1,0 +1,129 @@
+"""``python -m train.prune RUN --keep K --out DIR``: a run without the experts that its routers use least."""
+
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmoe_lora import MoEConfig
+from kernels import UserError
+from model import MultiTaskModel
+from train.cli import Parser, guarded
+from train.config.settings import Settings
+from train.datasets.batches import eval_loader, train_loader
+from train.evaluation.validate import validate
+from train.files.atomic import make_folder, write_json
+from train.files.folders import require_outside_data
+from train.output.scores import score_table
+from train.run import checkpoint
+from train.run.build import build_data, build_optimizer, load_checkpoint, rebuild_model
+from train.run.loop import train
+
+CALIBRATION_BATCHES = 32  # of the training images, on which gates are measured
+
+DESCRIPTION = f"""\
+Drop the experts that the routers use least, K of N remain in every layer (the idea of SEER-MoE). An expert's use is its
+gate mass, the mean over tasks, on {CALIBRATION_BATCHES} training batches. Shared experts stay. The scores before and
+after are printed and written to DIR/prune.json. DIR becomes a run: evaluate, predict and train --resume read it.
+--steps N fine-tunes it for so many steps, with a fresh optimiser."""
+
+
+def build_parser() -> Parser:
+    parser = Parser("train.prune", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--keep", type=int, metavar="K", required=True, help="experts of a layer, shared ones included")
+    parser.add_argument("--steps", type=int, metavar="N", default=0, help="fine-tune for N steps (0)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="what does not exist yet")
+    return parser
+
+
+def pruned_config(config: MoEConfig | None, keep: int, run: Path) -> MoEConfig:
+    """The pool of K experts; UserError where K is none that is fewer and has enough sparse ones."""
+    if config is None:
+        raise UserError(f"{run} has no experts in its backbone: give a run with --moe N/k/S/r")
+    least = config.active + config.shared
+    if not least <= keep < config.experts:
+        raise UserError(f"--keep {keep}: {config} can keep {least} to {config.experts - 1} experts")
+    return replace(config, experts=keep)
+
+
+def most_used(mass: Tensor, keep: int, shared: int) -> list[list[int]]:
+    """Per layer the ``keep`` experts that stay, in their order: the sparse ones with the largest gate mass, a mean over
+    the tasks of ``mass`` (layers, tasks, N), and the ``shared`` last."""
+    experts = mass.shape[-1]
+    use = mass.nanmean(1)[:, : experts - shared]
+    chosen = use.argsort(dim=1, descending=True, stable=True)[:, : keep - shared].sort(dim=1).values
+    return [[*row, *range(experts - shared, experts)] for row in chosen.tolist()]
+
+
+def without_experts(tensors: dict[str, Tensor], kept: list[list[int]], rank: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose layers have only the ``kept`` experts: their rows of A and columns of B, and
+    their routers' rows. Routers of ``naive-shared`` have none for shared experts."""
+    cut = dict(tensors)
+    layers = sorted({name.removesuffix("routers") for name in tensors if name.endswith(".routers")}, key=_natural)
+    for layer, experts in zip(layers, kept, strict=True):
+        routers = tensors[f"{layer}routers"]
+        ranks = torch.tensor([expert * rank + i for expert in experts for i in range(rank)])
+        cut[f"{layer}lora_A"] = tensors[f"{layer}lora_A"][ranks].contiguous()
+        cut[f"{layer}lora_B"] = tensors[f"{layer}lora_B"][:, ranks].contiguous()
+        cut[f"{layer}routers"] = routers[:, [e for e in experts if e < routers.shape[1]]].contiguous()
+    return cut
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Orders block 2 before block 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
+
+
+def measured_mass(settings: Settings, model: MultiTaskModel) -> Tensor:
+    """Gate mass (layers, tasks, N) on training batches."""
+    data, steps = build_data(settings)[0], range(CALIBRATION_BATCHES)
+    batches = train_loader(data, model.tasks, settings.batch_size, steps, settings.seed, settings.workers)
+    _, statistics = validate(model, batches, data.classes, "gates")
+    assert statistics is not None
+    return statistics.compute()[0]
+
+
+def run(options: Namespace) -> None:
+    given, out = Path(options.run), Path(options.out)
+    require_outside_data(out)
+    if out.exists():
+        raise UserError(f"{out} exists already and is not overwritten: choose another --out")
+    folder = checkpoint.find(given)
+    settings, model, state = load_checkpoint(folder)
+    config = pruned_config(settings.moe_config, options.keep, given)
+    kept = most_used(measured_mass(settings, model), options.keep, config.shared)
+    fewer = replace(settings, moe=str(config), out="")
+    smaller = rebuild_model(fewer, fewer.source.classes, without_experts(model.cpu().state_dict(), kept, config.rank))
+    scores = {"before": score(settings, model), "pruned": score(settings, smaller)}
+    make_folder(out)
+    state = replace(state, settings=state.settings | {"moe": str(config), "out": ""}, written=[])
+    scaler = torch.amp.GradScaler(enabled=False)
+    checkpoint.save(out, state, smaller, {"optimizer": build_optimizer(fewer, smaller), "scaler": scaler})
+    if options.steps:
+        total = state.step + options.steps
+        tuned = train({"steps": total}, str(out), ["--resume", str(out), "--steps", str(total)])
+        scores["fine-tuned"] = tuned["metrics"]
+    pools = {"before": settings.moe, "after": str(config)}
+    write_json(out / "prune.json", {"run": str(given), "moe": pools, "kept": kept, "scores": scores})
+    print(f"\n{settings.moe} -> {config}\n\n{score_table(scores)}\n\n{out}/: last, prune.json")
+
+
+def score(settings: Settings, model: MultiTaskModel) -> dict:
+    """Metrics over the validation images."""
+    data = build_data(settings)[1]
+    loader = eval_loader(data, model.tasks, settings.batch_size, settings.workers)
+    return validate(model, loader, data.classes, "evaluate")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prune; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    return guarded(lambda: run(options), options.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
