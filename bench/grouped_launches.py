@@ -1,7 +1,7 @@
 """Every launch of kernels/grouped on random tensors, for programs that compile them one by one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from bench.launches import parse_pool
 from kernels.experts import Experts
 from kernels.grouped.expand import combine, expand, expand_backward
 from kernels.grouped.shrink import shrink, shrink_backward
-from kernels.grouped.sort import Sorted, sort
+from kernels.grouped.sort import BLOCK, Sorted, sort
 from kernels.grouped.weight_grad import weight_grad_a, weight_grad_b
-from kernels.segments import TaskSegments
+from kernels.segments import TaskSegments, ceil_div
 
 # LoRA pools of N/k/S/r, and slices of a hidden layer: experts with GELU, biases and a set for each task.
 GROUPED_POOLS = ("64/12/4/16", "64/12/4/64", "16/4/2/256 gelu")
@@ -34,7 +34,8 @@ class Call:
 
 
 def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Call:
-    """Random inputs for the pool named ``pool``; ``like`` gives the dtype and the device."""
+    """Random inputs for the pool named ``pool``; ``like`` gives the dtype and the device. On tensors without memory
+    every expert has equally many pairs."""
     numbers, _, activation = pool.partition(" ")
     shape, wide = parse_pool(numbers), bool(activation)
     counts = segments.counts
@@ -53,6 +54,10 @@ def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Ca
     scores = torch.rand(tokens, shape.experts, device=like.device)
     g = scores * (scores >= scores.topk(slots).values[:, -1:])
     order = sort(g, segments, slots, sets)
+    if like.is_meta:
+        ids = len(order.ends)
+        blocks = ceil_div(ceil_div(tokens * slots, ids), BLOCK)
+        order = replace(order, ends=torch.arange(1, ids + 1, dtype=torch.int32) * blocks)
     places = len(order.rows)
     x, rows = normal(tokens, width), normal(tokens, width)
     return Call(x, rows, experts, g, segments, slots, order, normal(places, shape.rank), normal(places, width))

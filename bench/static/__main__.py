@@ -20,14 +20,19 @@ from tqdm import tqdm
 
 from bench.aot import DTYPES, compiled
 from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS
+from bench.grouped_launches import GROUPED_LAUNCHES, GROUPED_POOLS
 from bench.launches import LAUNCHES
-from bench.static import budget, table
+from bench.static import budget, large, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
 from kernels.ffn import ALGORITHMS
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
-KERNELS = {**dict.fromkeys(LAUNCHES, POOLS), **dict.fromkeys(EXPERT_LAUNCHES, POOLS + EXPERT_POOLS)}  # pools by kernel
+KERNELS = {
+    **dict.fromkeys(LAUNCHES, POOLS),
+    **dict.fromkeys(EXPERT_LAUNCHES, POOLS + EXPERT_POOLS),
+    **dict.fromkeys(GROUPED_LAUNCHES, GROUPED_POOLS),
+}  # pools by kernel
 TOKENS, TASKS = (40_960, 7_880), 5
 HALF = ("bf16", "fp16")  # the types of the assumed rates of cuBLAS
 
@@ -54,6 +59,16 @@ def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list
     for n, pool, dtype, algorithm in tqdm(combinations, "ratios", leave=False):
         setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
         rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))
+    return rows
+
+
+def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
+    rows = []
+    halves = [dtype for dtype in dtypes if dtype in HALF]
+    combinations = list(product(tokens, pools or large.POOLS, halves))
+    for n, pool, dtype in tqdm(combinations, "large pools", leave=False):
+        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in large.ALGORITHMS}
+        rows += [large.row({"pool": pool, "dtype": dtype, "tokens": n}, gpu, both) for gpu in table.GPUS]
     return rows
 
 
@@ -88,7 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1 if lines else 0
     rest = chosen.pools, chosen.dtypes, chosen.tokens
-    results = {"kernels": model_kernels(chosen.kernels, *rest), "ratios": model_ratios(*rest)}
+    results = {
+        "kernels": model_kernels(chosen.kernels, *rest),
+        "ratios": model_ratios(*rest),
+        "large": model_large([], *rest[1:]),
+    }
     chosen.out.write_text(table.dump(results))
     print(table.text(results, chosen.markdown))
     return 0

@@ -14,6 +14,7 @@ import triton
 
 from bench.aot import compiled
 from bench.expert_launches import EXPERT_LAUNCHES
+from bench.grouped_launches import GROUPED_LAUNCHES
 from bench.launches import LAUNCHES
 from bench.static.model import TARGET, cost
 
@@ -47,7 +48,9 @@ def renew(kernels: Sequence[str], pools: Sequence[str], file: Path = FILE) -> No
     budgets = json.loads(file.read_text())["triton"] if file.exists() else {}
     old = budgets.get(version(), {})
     budgets[version()] = {
-        kernel: dict(old.get(kernel, {})) for kernel in LAUNCHES | EXPERT_LAUNCHES if kernel in {*old, *kernels}
+        kernel: dict(old.get(kernel, {}))
+        for kernel in (*LAUNCHES, *EXPERT_LAUNCHES, *GROUPED_LAUNCHES)
+        if kernel in {*old, *kernels}
     }
     for kernel in kernels:
         budgets[version()][kernel].update((pool, measure(kernel, pool)) for pool in pools)

@@ -7,6 +7,7 @@ import triton
 from bench.aot import Launch
 from bench.static.constants import CONSTANTS, RATES
 from bench.static.ffn import Passes, ratios
+from bench.static.large import ALGORITHMS
 from bench.static.model import TARGET, Cost
 from train.output.tables import format_table
 
@@ -98,6 +99,17 @@ def predictions(rows: list[Row], markdown: bool) -> str:
     return format_table([head, *lines], markdown, text_columns=2)
 
 
+def large_pools(rows: list[Row], markdown: bool) -> str:
+    head = ["pool, type, tokens", "GPU", "rule"]
+    head += [f"{name} {way}" for name in ALGORITHMS for way in ("forward", "backward")] + ["grouped / dense"]
+    lines = []
+    for row in rows:
+        times = [row[name][way] for name in ALGORITHMS for way in ("forward", "backward")]
+        line = [f"{row['pool']} {row['dtype']} {row['tokens']:,}", row["gpu"], row["rule"]]
+        lines.append([*line, *(f"{us:,.0f}" for us in times), f"{sum(times[2:]) / sum(times[:2]):.2f}"])
+    return format_table([head, *lines], markdown, text_columns=3)
+
+
 def text(results: Row, markdown: bool) -> str:
     """All tables, with the constants that they depend on."""
     parts = [("# Static model" if markdown else "Static model"), NOT_TIMED]
@@ -105,6 +117,7 @@ def text(results: Row, markdown: bool) -> str:
         (COUNTED_TITLE, counts, results["kernels"]),
         ("Modelled microseconds by unit", times, results["kernels"]),
         ("Modelled time of the adapted FFN over the frozen one", predictions, results["ratios"]),
+        ("Modelled microseconds of the experts of large pools, without routers' logits", large_pools, results["large"]),
     )
     for title, table, rows in sections:
         if rows:
@@ -114,6 +127,6 @@ def text(results: Row, markdown: bool) -> str:
 
 def dump(results: Row) -> str:
     """JSON with one row to a line."""
-    kernels, predicted = (",\n".join(map(json.dumps, results[name])) for name in ("kernels", "ratios"))
+    parts = [f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in results.items()]
     facts = json.dumps({"nothing_was_timed": NOT_TIMED, "triton": triton.__version__, "constants": CONSTANTS.lines()})
-    return f'{facts[:-1]},\n"kernels": [\n{kernels}\n], "ratios": [\n{predicted}\n]}}\n'
+    return f"{facts[:-1]},\n{', '.join(parts)}}}\n"

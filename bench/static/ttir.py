@@ -4,6 +4,7 @@ Loop bounds are computed from the launch's arguments for program (0, 0, 0). No o
 loops.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "maxsi": max,
     "maxui": max,
 }
+COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "sgt": operator.gt, "sge": operator.ge, "slt": operator.lt,
+               "sle": operator.le}  # fmt: skip
 SAME_VALUE = ("extsi", "extui", "trunci", "index_cast", "round")
 
 
@@ -86,7 +89,11 @@ class Code:
         if name == "get_num_programs":
             axis = "xyz".index(find(r"get_num_programs ([xyz])", operation.text)[1])
             return (*self.launch.grid, 1, 1)[axis]
+        if name == "cmpi":
+            return int(COMPARISONS[find(r"cmpi (\w+)", operation.text)[1]](*map(self.value, operation.operands[:2])))
         if name == "load":
+            if len(operation.operands) == 3 and not self.value(operation.operands[1]):
+                return self.value(operation.operands[2])
             tensor, place = self.address(operation.operands[0])
             return int(tensor.flatten()[place])
         if name in SAME_VALUE:

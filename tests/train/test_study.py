@@ -134,3 +134,16 @@ def test_the_backbone_is_trained_too_where_asked(backbone, tmp_path):
     name = "vit.blocks.0.attn.qkv.weight"
     assert not torch.equal(before[name], after[name])
     assert json.loads((tmp_path / "run" / "results.json").read_text())["model"]["backbone"] == "trained"
+
+
+def test_a_pretrained_backbone_has_a_learning_rate_of_its_own(backbone, tmp_path):
+    """Of 0: then it stays as it was, and the heads learn."""
+    flags = ["--pretrained", str(backbone), "--recipe", "scenes_adapt", "--set", "train_backbone=true", "--log", "none"]
+    flags += ["--set", "backbone_lr=0", "--set", "weight_decay=0", "--moe", "none", "--tasks", "seg"]
+    assert train([*flags, *TINY, "--out", str(tmp_path / "run")]) == 0
+    before, after = (checkpoint.read_weights(checkpoint.find(run)) for run in (backbone, tmp_path / "run"))
+    assert torch.equal(before["vit.blocks.0.attn.qkv.weight"], after["vit.blocks.0.attn.qkv.weight"])
+    rate = torch.load(checkpoint.find(tmp_path / "run") / "training.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in rate} == {0.0, 1.0}
+    lora = {name for name in after if name.endswith("lora_B")}
+    assert lora and all(after[name].any() for name in lora)

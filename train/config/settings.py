@@ -57,6 +57,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "steps": (0, MANY),
     "batch_size": (1, 65_536),
     "lr": (0, 1e6),
+    "backbone_lr": (0, 1e3),
     "weight_decay": (0, 1e6),
     "warmup": (0, 1),
     "clip_norm": (1e-9, 1e9),
@@ -111,6 +112,7 @@ class Settings:
     cache: str = ""
     pretrained: str = ""
     train_backbone: bool = False  # also where it is pretrained
+    backbone_lr: float = 1.0  # times lr, of a backbone that is pretrained and trained
     normalisation: str = ""
     recipe: str = ""
     model: str = "vit_base"

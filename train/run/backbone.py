@@ -31,13 +31,18 @@ def weights_of_run(folder: Path) -> Weights:
     backbone = {
         name.removeprefix("vit.").replace(".base.", "."): tensor
         for name, tensor in tensors.items()
-        if name.startswith("vit.") and not name.endswith(ADAPTERS)
+        if name.startswith("vit.") and not is_adapter(name)
     }
     embedding = tensors["task_embed"]
     if len(embedding) == 1 and not settings.frozen_backbone and "pos_embed" in backbone:
         backbone["pos_embed"] = backbone["pos_embed"] + embedding[0]
     family = "DINOv3" if "rope.periods" in backbone else "finished run's"
     return Weights(folder, family, _normalisation(tensors["image_mean"]), backbone)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to LoRA or experts."""
+    return name.endswith(ADAPTERS)
 
 
 def settings_of(folder: Path) -> Settings:

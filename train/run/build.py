@@ -37,7 +37,7 @@ from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
-from train.run.backbone import is_plain, weights_of_run
+from train.run.backbone import is_adapter, is_plain, weights_of_run
 from train.tasks import Classes, output_channels
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
@@ -224,5 +224,15 @@ def _encoder_of_run(settings: Settings) -> MultiTaskViT:
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms."""
-    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True)
+    """AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms. A group's
+    ``lr_scale`` multiplies its learning rate."""
+    groups = parameter_groups(model, settings.weight_decay)
+    if settings.train_backbone and isinstance(model, MultiTaskViT):
+        pretrained = {id(parameter) for name, parameter in model.vit.named_parameters() if not is_adapter(name)}
+        groups = [
+            group | {"params": params, "lr_scale": scale}
+            for group in groups
+            for inside, scale in ((True, settings.backbone_lr), (False, 1.0))
+            if (params := [p for p in group["params"] if (id(p) in pretrained) == inside])
+        ]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)

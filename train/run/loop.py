@@ -148,7 +148,7 @@ def report_losses(run: Run, pace: Pace, board: Tracker, bar: tqdm) -> None:
         board(f"loss/{task}", loss, run.step)
     board("images_per_second", pace.speed, run.step)
     board("images_per_second_without_waiting", pace.appetite, run.step)
-    board("lr", run.optimizer.param_groups[0]["lr"], run.step)
+    board("lr", run.optimizer.param_groups[-1]["lr"], run.step)
 
 
 def log_metrics(run: Run, board: Tracker, metrics: Metrics) -> None:

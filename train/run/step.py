@@ -32,10 +32,11 @@ def set_learning_rate(run: Run) -> None:
     """That of the step to come; where it is a tensor, since a CUDA graph reads it, the tensor is filled."""
     rate = schedule.learning_rate(run.settings, run.step, run.total)
     for group in run.optimizer.param_groups:
+        own = rate * group.get("lr_scale", 1.0)
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def update(run: Run, batch: Batch) -> Tensor:
