@@ -27,7 +27,7 @@ COSTS = {
     "bench/test_tune.py": "integration",
     "train/run/*": "integration",
     "train/test_*": "integration",
-    "test_readme.py": "integration",
+    "test_docs.py": "integration",
     "test_wheel.py": "integration",
 }
 

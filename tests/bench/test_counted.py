@@ -75,6 +75,6 @@ def test_every_peer_that_is_here_and_visible_is_counted(committed):
     assert layers.TASKS == 5
 
 
-def test_readme_shows_the_committed_counts(committed):
-    readme = (Path(counted.__file__).parents[1] / "README.md").read_text()
-    assert counted.table([row for row in committed["rows"] if row["config"] == "16/3/1/4"]) in readme
+def test_the_guide_shows_the_committed_counts(committed):
+    guide = (Path(counted.__file__).parents[1] / "docs" / "pages" / "your-gpu.md").read_text()
+    assert counted.table([row for row in committed["rows"] if row["config"] == "16/3/1/4"]) in guide

@@ -1,4 +1,4 @@
-"""Files that transformers writes give the features of transformers, for every ViT of README's table."""
+"""Files that transformers writes give the features of transformers, for every ViT of the guide's table."""
 
 import pytest
 import torch
