@@ -252,6 +252,16 @@ def test_the_modelled_ratios_are_the_committed_ones():
             assert row in README and row in GUIDES["your-gpu.md"]
 
 
+def test_the_modelled_times_of_large_pools_are_the_committed_ones():
+    rows = json.loads((ROOT / "bench" / "results" / "static.json").read_text())["large"]
+    chosen = [row for row in rows if (row["dtype"], row["gpu"], row["tokens"]) == ("bf16", "H200", 40_960)]
+    for row in chosen:
+        cells = (f"{row[way]['forward']:,.0f} / {row[way]['backward']:,.0f}" for way in ("dense", "grouped"))
+        assert f"| {row['pool']} | {' | '.join(cells)} |" in GUIDES["your-gpu.md"]
+    dense, grouped = (sum(chosen[1][way].values()) for way in ("dense", "grouped"))
+    assert f"takes {grouped / dense:.2f} of its time\nfor {chosen[1]['pool']}" in GUIDES["your-gpu.md"]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built site; a warning is an error."""

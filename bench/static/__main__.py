@@ -65,7 +65,7 @@ def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list
 def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
     halves = [dtype for dtype in dtypes if dtype in HALF]
-    combinations = list(product(tokens, pools or large.POOLS, halves))
+    combinations = list(product(tokens, [pool for pool in large.POOLS if pool in (pools or large.POOLS)], halves))
     for n, pool, dtype in tqdm(combinations, "large pools", leave=False):
         both = {name: large.passes(pool, dtype, n, TASKS, name) for name in large.ALGORITHMS}
         rows += [large.row({"pool": pool, "dtype": dtype, "tokens": n}, gpu, both) for gpu in table.GPUS]
@@ -89,12 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.static compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    pools = {
+        kernel: [p for p in KERNELS[kernel] if p in (chosen.pools or KERNELS[kernel])] for kernel in chosen.kernels
+    }
     if chosen.budget:
         for kernel in chosen.kernels:
-            budget.renew([kernel], chosen.pools or KERNELS[kernel])
+            budget.renew([kernel], pools[kernel])
         return 0
     if chosen.check:
-        found = (budget.exceeded([kernel], chosen.pools or KERNELS[kernel]) for kernel in chosen.kernels)
+        found = (budget.exceeded([kernel], pools[kernel]) for kernel in chosen.kernels)
         lines = [line for each in found for line in each]
         print(
             "\n".join(
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = {
         "kernels": model_kernels(chosen.kernels, *rest),
         "ratios": model_ratios(*rest),
-        "large": model_large([], *rest[1:]),
+        "large": model_large(*rest),
     }
     chosen.out.write_text(table.dump(results))
     print(table.text(results, chosen.markdown))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.aot import Launch
-from bench.static import budget, ffn, latency, model, sass, table, ttir
+from bench.static import budget, ffn, large, latency, model, sass, table, ttir
 from bench.static.__main__ import KERNELS
 from bench.static.constants import CONSTANTS
 from kernels.ffn import ALGORITHMS
@@ -375,11 +375,41 @@ def run_static(tmp_path_factory):
     return run
 
 
+class TestLargePools:
+    pytestmark = compiles
+
+    def test_both_algorithms_are_in_the_committed_table_beside_the_rule(self):
+        rows = json.loads((ROOT / "bench" / "results" / "static.json").read_text())["large"]
+        settings = {(row["pool"], row["dtype"], row["tokens"], row["gpu"]) for row in rows}
+        assert settings == set(product(large.POOLS, ("bf16", "fp16"), (40_960, 7_880), ("H100", "H200")))
+        assert all(row[name][way] > 0 for row in rows for name in large.ALGORITHMS for way in ("forward", "backward"))
+        assert {row["pool"]: row["rule"] for row in rows} == dict.fromkeys(large.POOLS, "dense")
+
+    def test_sorted_experts_are_the_launches_of_kernels_grouped(self):
+        """Every expert has equally many pairs, so that a program of weight_grad walks over its share of them."""
+        code = """
+import json
+from bench.static import ffn, large
+own, dense = (large.passes("64/12/4/16", "bf16", 1280, 5, name) for name in ("grouped", "dense"))
+(grad, _) = (step for step in own.backward if step.name == "weight_grad_kernel")
+products = [(step.m, step.k, step.n) for step in dense.forward if isinstance(step, ffn.Product)]
+print(json.dumps([[step.name for step in own.forward if step.name.endswith("kernel")], grad.loops[0][1], products]))
+"""
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        names, trips, products = json.loads(done.stdout)
+        sorting = ["count_kernel", "prefix_kernel", "scatter_kernel"]
+        assert names == ["route_kernel", *sorting, "shrink_kernel", "expand_kernel", "combine_kernel"]
+        assert trips == 1280 * 16 // 64 // 64  # pairs over experts, 64 at a time
+        assert products == [[1280, 768, 1024], [1280, 1024, 768]]
+
+
 class TestCommand:
     pytestmark = compiles
 
     def test_every_kernel_is_within_its_budget(self, run_static):
-        done = run_static("--check", "--pools", "16/3/1/4")
+        done = run_static("--check", "--pools", "16/3/1/4,64/12/4/16")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_the_table_says_that_nothing_was_timed_and_prints_its_constants(self, run_static, tmp_path):
