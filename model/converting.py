@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import UserError
 from model.names import unfolded
+from model.rope import RoPE
 from model.vit import ViT, ViTConfig
 from model.weights import Source, by_timm_names, is_pos_embed, load_pretrained
 
@@ -60,7 +61,10 @@ def _vit_like(tensors: Mapping[str, Tensor], rope: bool) -> ViT:
 
 def _as_eva(tensors: dict[str, Tensor]) -> None:
     """Biases of queries and values apart, and none where all are 0; LayerScale, 1 where it was folded, as gamma_1 and
-    gamma_2. timm skips the rotary periods and computes them."""
+    gamma_2; no rotary periods. timm computes the periods: others than those stay, so that it refuses the file."""
+    periods = tensors.get("rope.periods")
+    if periods is not None and torch.allclose(periods.float(), RoPE(4 * len(periods)).periods, rtol=1e-6):
+        del tensors["rope.periods"]
     biases: dict[str, Tensor] = {}
     for weight in [name for name in tensors if name.endswith(".attn.qkv.weight")]:
         block = weight.removesuffix("attn.qkv.weight")
