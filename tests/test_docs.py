@@ -25,11 +25,15 @@ from train.compare import main as compare
 from train.convert import main as convert
 from train.datasets.scenes.dataset import LABELS
 from train.evaluate import main as evaluate
+from train.evaluation.study import Comparison, Summary, paired, table
 from train.export import main as export
 from train.lossdiff import main as lossdiff
 from train.output.scores import score_table
 from train.parameters import main as count
 from train.predict import main as predict
+from train.prune import main as prune
+from train.routing import main as routing
+from train.study import main as study
 from train.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +133,45 @@ def test_training_commands_run(command, tmp_path, request):
     if "--resume" in argv:
         quick += ["--steps", "1", "--batch-size", "2"]
     assert main([*argv, *quick, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
+def test_commands_of_the_study_run(tmp_path, monkeypatch):
+    """In their order, on a backbone of two steps."""
+    monkeypatch.chdir(tmp_path)
+    tools = {"train.study": study, "train.routing": routing, "train.prune": prune}
+    tiny = ["--set", "scenes=8", "--set", "val_scenes=2", "--set", "image_size=16", "--set", "batch_size=4"]
+    assert main(["--recipe", "scenes_pretrain", "--steps", "2", *tiny, "--log", "none", "--out", "BACKBONE"]) == 0
+    quick = {"train.study": ["--seeds", "1", "--steps", "2", "--pretrained", "BACKBONE", "--workers", "0", *tiny]}
+    quick |= {"train.prune": ["--steps", "1"]}
+    commands = [shlex.split(command) for command in COMMANDS]
+    commands = [words for words in commands if words[2:] and words[2] in tools]
+    assert len(commands) == 4
+    for words in commands:
+        assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
+
+
+def test_the_tables_of_the_study_are_the_committed_ones():
+    """Built anew from the scores of every seed."""
+    for path in sorted((ROOT / "bench" / "results").glob("study-*.json")):
+        results = json.loads(path.read_text())
+        if "arms" in results:
+            assert table_of(results) in GUIDES["study.md"], path
+
+
+def table_of(results: dict[str, Any]) -> str:
+    scores = {task: {"metric": s["key"], "value": 0.0, "higher": s["higher"]} for task, s in results["scores"].items()}
+    first = next(iter(results["arms"].values()))["delta_m"]
+    arms = {
+        name: Summary(
+            arm["trainable"],
+            arm["scores"],
+            arm["delta_m"],
+            paired(arm["delta_m"], first) if arm["against_first"] else None,
+        )
+        for name, arm in results["arms"].items()
+    }
+    return table(Comparison(arms, results["single_task_models"], scores))
 
 
 def test_every_promise_names_a_test():

@@ -36,12 +36,15 @@ def draw(path: Path, figure: str, deltas: Mapping[Arm, Sequence[float]], note: s
 
 
 def save_arms(path: Path, deltas: Mapping[str, Sequence[float]], note: str) -> None:
-    """One row per arm: Delta_m of every seed as a dot, their mean as a bar, and a dashed line at the first arm's."""
+    """One row per arm: Delta_m of every seed as a dot, joined to that of the same seed in the next row, their mean as a
+    bar, and a dashed line at the first arm's mean."""
     figure, axis = plt.subplots(figsize=(7, 1.2 + 0.4 * len(deltas)), layout="constrained")
     rows = range(len(deltas))[::-1]
     for row, values in zip(rows, deltas.values(), strict=True):
         axis.plot(values, [row] * len(values), "o", markersize=4, color="tab:blue", alpha=0.5, clip_on=False)
         axis.plot([mean(values)] * 2, [row - 0.3, row + 0.3], linewidth=2.5, color="black")
+    for pair in zip(*deltas.values(), strict=True):
+        axis.plot(pair, list(rows), linewidth=0.7, color="tab:blue", alpha=0.3, zorder=0)
     axis.axvline(mean(next(iter(deltas.values()))), linestyle="--", linewidth=1, color="grey", zorder=0)
     axis.set_yticks(list(rows), list(deltas), fontsize=8)
     axis.set_ylim(-0.6, len(deltas) - 0.4)
