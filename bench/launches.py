@@ -96,14 +96,16 @@ def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) 
 
 class AdaptedFFN:
     """Both passes of an adapted FFN ``width`` wide over random tensors; ``like`` gives the dtype and the device.
-    ``algorithm`` is one of :data:`kernels.ffn.ALGORITHMS`."""
+    ``algorithm`` is one of :data:`kernels.ffn.ALGORITHMS`, with " stacked" behind it for stacked weights."""
 
     def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
-        self.setting, self.t = (segments, pool, algorithm), make_tensors(pool, segments.counts, width, like)
+        name, _, stacked = algorithm.partition(" ")
+        self.setting, self.t = (segments, pool, name), make_tensors(pool, segments.counts, width, like)
         t = self.t
-        self.packed = Packed.empty((width, 4 * width, width), (t["a"], t["b"], t["routers"]), like.dtype)
+        adapters = t["a"], t["b"], t["routers"]
+        self.packed = Packed.empty((width, 4 * width, width), adapters, like.dtype, bool(stacked))
         self.packed.fill_frozen((t["up"].t(), None), (t["down"].t(), None))
-        self.packed.fill(t["a"], t["b"], t["routers"])
+        self.packed.fill(*adapters)
 
     def forward(self) -> None:
         _, _, _, h, z, u = ffn_forward(self.t["x"], self.packed, *self.setting)

@@ -132,10 +132,14 @@ def tune_kernel(kernel: str, row: Table, device: torch.device) -> None:
 
 
 def tune_ffn(row: Table, device: torch.device) -> None:
-    """The same for the algorithm of the FFN, by number of tokens."""
+    """The same for the algorithm of the FFN, by number of tokens, and for stacked weights, by the large number."""
     present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
     for name, tokens in TOKENS.items():
         present[name] = fastest(present[name], list(ALGORITHMS), partial(time_algorithm, tokens=tokens, device=device))
+    if present["large"] in ("columns", "fused"):
+        ways = {f"{present['large']}{layout}": bool(layout) for layout in ("", " stacked")}
+        time = partial(time_algorithm, tokens=TOKENS["large"], device=device)
+        present["stacked"] = ways[fastest(present["large"], list(ways), time)]
 
 
 def difference(before: Table, after: Table) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.packed import Packed, columns_pay, fill_all
+from kernels.tiles import stacks_weights
 
 # Names of an FFN's first linear layer, activation and second linear layer: timm's, and Hugging Face's two.
 FFN_NAMES = (("fc1", "act", "fc2"), ("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
@@ -87,7 +88,8 @@ class PackedLayer:
         packed = self.packed
         if packed is None or state[0] != self._frozen:
             shape = linears[0].in_features, *(linear.out_features for linear in linears)
-            packed = self.packed = Packed.empty(shape, adapters, dtype=state[0][0])
+            stacked = len(linears) == 2 and stacks_weights(adapters[0].device)
+            packed = self.packed = Packed.empty(shape, adapters, state[0][0], stacked)
             packed.fill_frozen(*((linear.weight, linear.bias) for linear in linears))
         self._frozen, self._ahead = state[0], state
         return packed

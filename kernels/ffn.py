@@ -14,6 +14,9 @@ Four algorithms over the same packed weights; kernels/tables.json chooses one by
     matmul      our GEMM computes y and dx; the routers are the last step of its sum for dx
     expand      cuBLAS over the frozen columns, then expand adds the experts in one pass over y, and over dx
     fused       as columns, but our GEMMs compute u and [da | dH'], with GELU in their epilogue
+
+With stacked weights, [W1 ; A ; W_task] for each task, dz has C columns in all, and dx is one batched GEMM over the
+tasks if they have equally many tokens. If they have not, columns and fused compute dx as matmul does.
 """
 
 import torch
@@ -57,14 +60,14 @@ def ffn_forward(
     """(y (T, D), g, P, H, z, u (T, F)) from x (T, d), in the type of ``packed``."""
     hidden, up = packed.hidden, packed.up
     inner = x.new_empty(len(x), up.shape[1])
-    a = packed.down[hidden : hidden + pool.ranks]
+    a = packed.first_down[hidden : hidden + pool.ranks]
     with span("route"):
         h, z, g, p = route_shrink(x, a, packed.routers, inner[:, hidden:], segments, pool)
     with span("ffn"):
         if algorithm == "fused":
-            u = matmul_gelu(x, packed.down[:hidden], packed.bias_down, inner[:, :hidden], pool)
+            u = matmul_gelu(x, packed.first_down[:hidden], packed.bias_down, inner[:, :hidden], pool)
         else:
-            u = F.linear(x, packed.down[:hidden], packed.bias_down)
+            u = F.linear(x, packed.first_down[:hidden], packed.bias_down)
             gelu(u, inner[:, :hidden])
         if algorithm == "matmul":
             y = matmul(inner, up.t(), packed.bias_up, segments, pool)
@@ -87,9 +90,11 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three fp32, from (dY, dP) and (x, u, H, z), which the forward pass saved."""
     (dy, dp), (x, u, h, z) = gradients, saved
-    hidden, up, down = packed.hidden, packed.up, packed.down
+    hidden, up, down = packed.hidden, packed.up, packed.first_down
     width = up.shape[1]  # F + R, padded
-    grad = x.new_empty(len(x), len(down) if algorithm in ("columns", "fused") else width)
+    batched = not packed.stacked or len(set(segments.counts)) == 1
+    one_product = algorithm in ("columns", "fused") and batched
+    grad = x.new_empty(len(x), len(down) if one_product else width)
     if algorithm == "fused":
         matmul_gelu_backward(dy, up, u, grad[:, :width], pool)
     else:
@@ -101,11 +106,13 @@ def ffn_backward(
     else:
         dh, dz, gated, peak = gate_backward_inplace(grad[:, hidden:], packed.padded_ranks, h, z, dp, segments, pool)
     da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
-    if algorithm == "matmul":
-        dx = matmul_routed(grad, down[:width], dz, routers, segments, pool)
+    if one_product and packed.stacked:
+        dx = torch.bmm(grad.view(len(packed.down), segments.counts[0], len(down)), packed.down).flatten(0, 1)
+    elif one_product:
+        dx = torch.mm(grad, down)
     elif algorithm == "expand":
         base = torch.mm(grad[:, :hidden], down[:hidden])
         dx = expand_backward(base, dh, dz, down[hidden : hidden + pool.ranks], routers, segments, pool)
     else:
-        dx = torch.mm(grad, down)
+        dx = matmul_routed(grad, down[:width], dz, routers, segments, pool)
     return dx, da, db, drouters

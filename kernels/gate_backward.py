@@ -8,8 +8,9 @@
 
 Grid (block, task), BM tokens each. The gates are recomputed from z, which carries the selection (jit_helpers.mark). H'
 is written for weight_grad. A gate's gradient is an inner product of H and dH', so no expert's output is stored.
-GIVEN: dH' comes from a wider GEMM and is overwritten by dH. SPREAD: dz is also stored in per-task blocks, C columns per
-task and zero elsewhere, so that dz W_task joins the next GEMM.
+GIVEN: dH' comes from a wider GEMM and is overwritten by dH. SPREAD: dz is also stored beside dH, so that dz W_task
+joins the next GEMM: in a block of C columns for each task, ``apart`` columns from one to the next and zero elsewhere,
+or with ``apart`` 0 in the same C columns for every task.
 Bytes: T (D es + R es + 4C) read, T (2R es + 4C) written. FLOPs: 2 T D R.
 """
 
@@ -52,7 +53,8 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def gate_backward_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, D,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width,
+    apart, D,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     GIVEN: tl.constexpr, SPREAD: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):  # fmt: skip
@@ -89,7 +91,7 @@ def gate_backward_kernel(
     else:
         tl.store(dz + rows * C + column, dlogits, inside & (column < C))
     if SPREAD:
-        spread, first = dh + rows * dh_stride + padded_ranks, tl.program_id(1) * C
+        spread, first = dh + rows * dh_stride + padded_ranks, tl.program_id(1) * apart
         for start in range(0, width, NP):
             other = start + column
             elsewhere = (other < width) & ((other < first) | (other >= first + C))
@@ -120,7 +122,8 @@ def gate_backward_inplace(
     """As :func:`gate_backward`, (dH, dz, H', peak), but dH' is read from the first R columns of ``rank_buffer``.
 
     ``rank_buffer`` (T, at least padded_ranks), with any row stride, becomes [dH | 0], ``padded_ranks`` columns wide,
-    followed by [dz of task 0 | dz of task 1 | ..] if it is wider.
+    followed by [dz of task 0 | dz of task 1 | ..] if it has room for all of them, or by dz in the same C columns for
+    every task if it has room for these.
     """
     return rank_buffer[:, : h.shape[1]], *_launch(None, (h, z, dp), (rank_buffer, padded_ranks), segments, pool)
 
@@ -141,11 +144,12 @@ def _launch(
     gated = torch.empty_like(h)
     sizes = tile("gate_backward" if product else "gate_backward_inplace", h, pool)
     blocks, tasks = segments.grid(sizes["BM"])
+    width = dh.shape[1] - padded_ranks
     peaks = (z.new_empty if blocks else z.new_zeros)(tasks, max(blocks, 1)) if find_peak else z
     gate_backward_kernel[blocks, tasks](
         dy, b, h, z, dp, segments.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0),
-        padded_ranks, dh.shape[1] - padded_ranks, len(b),
+        padded_ranks, width, pool.columns if width >= tasks * pool.columns else 0, len(b),
         **pool.constants(), **pool.gate_constants(),
-        GIVEN=product is None, SPREAD=dh.shape[1] > padded_ranks, PEAK=find_peak, **sizes,
+        GIVEN=product is None, SPREAD=width > 0, PEAK=find_peak, **sizes,
     )  # fmt: skip
     return dz, gated, peaks.amax() if find_peak else None

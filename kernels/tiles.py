@@ -88,3 +88,8 @@ def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
     ``deterministic`` takes the one for large batches whatever the number of tokens.
     """
     return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]
+
+
+def stacks_weights(device: torch.device) -> bool:
+    """Whether the FFN was faster there with a copy of W1 for each task (:class:`kernels.packed.Packed`)."""
+    return _row("ffn", device).get("stacked", False)

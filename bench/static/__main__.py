@@ -34,6 +34,7 @@ KERNELS = {
     **dict.fromkeys(GROUPED_LAUNCHES, GROUPED_POOLS),
 }  # pools by kernel
 TOKENS, TASKS = (40_960, 7_880), 5
+WAYS = (*ALGORITHMS, "columns stacked")
 HALF = ("bf16", "fp16")  # the types of the assumed rates of cuBLAS
 
 
@@ -55,7 +56,7 @@ def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], token
 def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
     halves = [dtype for dtype in dtypes if dtype in HALF]
-    combinations = list(product(tokens, pools or POOLS, halves, ALGORITHMS))
+    combinations = list(product(tokens, pools or POOLS, halves, WAYS))
     for n, pool, dtype, algorithm in tqdm(combinations, "ratios", leave=False):
         setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
         rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))

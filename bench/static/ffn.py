@@ -8,6 +8,7 @@ packing of weights are not modelled.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from bench.static.model import TARGET, Cost, cost, power_sum
 from kernels.segments import TaskSegments
 
 PRODUCTS = {"mm": 0, "linear": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # position of the left operand
+TILE_ROWS = 128  # to which each product of a batch is rounded up
 # Operators that move no data.
 FREE = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh"}
 UNCERTAINTY = {"few": 0.06, "many": 0.03}  # of a ratio, estimated; the range of cuBLAS's rates comes on top
@@ -98,7 +100,10 @@ class _Operators(TorchDispatchMode):
 def _step(name: str, inputs: list[Tensor], result: Tensor) -> Step:
     moved = sum(t.numel() * t.element_size() for t in (*inputs, result) if isinstance(t, Tensor))
     if name in PRODUCTS:
-        return Product(result.numel() // result.shape[-1], inputs[PRODUCTS[name]].shape[-1], result.shape[-1])
+        *batch, rows, n = result.shape
+        if batch:  # no tile spans two products
+            rows = prod(batch) * -(-rows // TILE_ROWS) * TILE_ROWS
+        return Product(rows, inputs[PRODUCTS[name]].shape[-1], n)
     if name in CONSTANTS.torch_gelu_instructions:
         return TorchGelu(name, result.numel(), moved)
     return Other(name, moved)

@@ -29,7 +29,8 @@ BF16 = pytest.param(
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 EVERY_HALF = pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 EVERY_GATING = pytest.mark.parametrize("gating", GATINGS)
-EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS)
+STACKED = "columns stacked"  # with a copy of W1 and A for each task
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", [*ALGORITHMS, STACKED])
 WITH_SHARED = ("ase", "naive-shared")
 RESULTS = ("y", "g", "P", "dx", "dA", "dB", "drouters")
 
@@ -65,18 +66,21 @@ class FFN:
     linears: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     leaves: list[Tensor]  # x, A, B, routers
     cotangents: tuple[Tensor, Tensor]  # of y and P: neither drowns the other in dz
-    packed: Packed = field(init=False)
+    packed: dict[bool, Packed] = field(init=False)  # not stacked, and stacked
 
     def __post_init__(self) -> None:
         x, *adapters = self.leaves
         (w1, _), (w2, _) = self.linears
-        self.packed = Packed.empty((w1.shape[1], len(w1), len(w2)), adapters, x.dtype)
-        self.packed.fill_frozen(*self.linears)
-        self.packed.fill(*adapters)
+        widths = w1.shape[1], len(w1), len(w2)
+        self.packed = {stacked: Packed.empty(widths, adapters, x.dtype, stacked) for stacked in (False, True)}
+        for packed in self.packed.values():
+            packed.fill_frozen(*self.linears)
+            packed.fill(*adapters)
 
     def forward(self, algorithm, x=None, leaves=None):
         x, a, b, routers = leaves or self.leaves if x is None else (x, *self.leaves[1:])
-        return custom_ops.lora_moe_packed(x, self.packed, (a, b), routers, self.segments, self.gating, algorithm)
+        packed, name = self.packed[algorithm == STACKED], algorithm.split(" ")[0]
+        return custom_ops.lora_moe_packed(x, packed, (a, b), routers, self.segments, self.gating, name)
 
     def reference(self, dtype):
         """The results of PyTorch with x, the weights and the sums in ``dtype``, A, B and the routers no less exact."""
@@ -278,9 +282,10 @@ class TestGradients:
         assert_same_bits(ffn.results(outputs, ffn.leaves), ffn(algorithm))
 
     def test_leave_the_packed_weights_as_they_are(self, algorithm, ffn):
-        before = [tensor.clone() for tensor in ffn.packed.tensors]
+        before = [tensor.clone() for packed in ffn.packed.values() for tensor in packed.tensors]
         ffn(algorithm)
-        assert all(torch.equal(tensor, was) for tensor, was in zip(ffn.packed.tensors, before, strict=True))
+        after = [tensor for packed in ffn.packed.values() for tensor in packed.tensors]
+        assert all(torch.equal(tensor, was) for tensor, was in zip(after, before, strict=True))
 
 
 @EVERY_DTYPE
@@ -290,7 +295,10 @@ def test_saved_beside_the_weights_are_x_u_h_and_the_logits(algorithm, gating, dt
     """To the byte, so neither gelu(u) nor anything else of its width is kept."""
     (experts, _, _, rank), counts, (_, hidden, _) = shape = SHAPES[0]
     ffn = make(gating, shape, dtype)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*ffn.leaves, *ffn.packed.tensors, ffn.segments.offsets)}
+    known = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*ffn.leaves, *ffn.packed[False].tensors, ffn.segments.offsets)
+    }
     saved = {}
 
     def keep(tensor):
@@ -305,6 +313,19 @@ def test_saved_beside_the_weights_are_x_u_h_and_the_logits(algorithm, gating, dt
     assert extra == sum(counts) * ((hidden + experts * rank) * dtype.itemsize + 4 * columns)
 
 
+@EVERY_GATING
+@pytest.mark.parametrize("counts", [(9, 9, 9), (40,)], ids=str)
+def test_stacked_weights_make_dx_one_batched_product_over_equal_runs(counts, gating, monkeypatch):
+    """C columns of dz instead of tasks C, both rounded up to multiples of 8."""
+    ffn, tasks, product, operands = make(gating, ((5, 2, 2, 1), counts, (24, 72, 40))), len(counts), torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *given: operands.append(given) or product(*given))
+    exact = ffn.reference(torch.float64)
+    operands.clear()
+    assert too_large(errors(ffn(STACKED), exact), dict.fromkeys(RESULTS, FP32_ERROR)) == {}
+    ((grad, down),) = operands
+    assert grad.shape == (tasks, counts[0], 72 + 8 + 8) and down.shape == (tasks, 72 + 8 + 8, 24)
+
+
 class TestOperators:
     """torch.library.opcheck: schema, fake tensors (shapes, strides, types), autograd registration, AOT dispatch."""
 
@@ -314,7 +335,8 @@ class TestOperators:
 
     @staticmethod
     def arguments(ffn, algorithm):
-        return *ffn.packed.tensors, ffn.segments.offsets, ffn.segments.counts, *vars(ffn.gating).values(), algorithm
+        static = ffn.segments.counts, *vars(ffn.gating).values(), algorithm
+        return *ffn.packed[False].tensors, ffn.segments.offsets, *static
 
     @EVERY_CASE
     def test_forward(self, case):

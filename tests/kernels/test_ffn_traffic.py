@@ -30,7 +30,7 @@ MATMUL_GELU = "matmul_gelu_kernel"
 
 
 @cache
-def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS) -> tuple[Traffic, Traffic]:
+def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS, stacked=False) -> tuple[Traffic, Traffic]:
     """(forward, backward) in fp16 with fp32 adapters, D wide on both sides."""
     experts, k, shared, rank = shape
     rng, tokens, gate = torch.Generator().manual_seed(0), sum(counts), Gating(gating, k, shared)
@@ -40,7 +40,7 @@ def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS) -> t
 
     x, a, b = normal(tokens, D, dtype=torch.float16), normal(experts * rank, D), normal(D, experts * rank)
     routers = normal(TASKS, gate.router_columns(experts), D)
-    packed = Packed.empty((D, F, D), (a, b, routers), torch.float16)
+    packed = Packed.empty((D, F, D), (a, b, routers), torch.float16, stacked)
     packed.fill_frozen((normal(F, D), normal(F)), (normal(D, F), normal(D)))
     packed.fill(a, b, routers)
     leaves = [leaf.requires_grad_() for leaf in (x, a, b, routers)]
@@ -130,6 +130,14 @@ def test_fused_moves_operands_and_results_once_and_saves_one_pass_over_f_forward
     for passes, own, other in zip((1, 2), fused, columns, strict=True):
         moved = [of_kernels(half) + sum(of_pytorch(half).values()) for half in (own, other)]
         assert moved[1] - moved[0] == passes * F * HALF
+
+
+@pools
+def test_stacked_weights_save_the_logits_columns_of_the_other_tasks(shape):
+    forward, backward = measure(shape)
+    stacked_forward, stacked_backward = measure(shape, stacked=True)
+    assert of_kernels(backward) - of_kernels(stacked_backward) == (TASKS - 1) * shape[0] * HALF
+    assert forward.issued == stacked_forward.issued
 
 
 @pools

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastmoe_lora import RoutingStatistics
+from kernels import UserError
 from train.cli import main as train
 from train.datasets.batches import train_loader
 from train.evaluation.conflict import gradient_cosines
@@ -93,6 +94,15 @@ def test_a_resumed_run_records_what_one_does_that_was_not(recorded, tmp_path):
     (out / "results.json").unlink()
     assert train([*TINY, "--steps", "2", "--resume", "--out", str(out)]) == 0  # from step 0
     assert not (out / "routing.csv").exists()
+
+
+def test_a_record_that_a_kill_cut_short_leaves_the_others_readable(recorded, tmp_path):
+    text = (recorded / "routing.csv").read_text()
+    (tmp_path / "cut.csv").write_text(text[: text.rindex("\n7,1,") + 9])  # layer 0 is whole, a line of layer 1 is not
+    assert [*read_routing(tmp_path / "cut.csv")[1]] == [1, 3, 6]
+    (tmp_path / "head.csv").write_text(text.splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match="holds no record yet"):
+        read_routing(tmp_path / "head.csv")
 
 
 def test_it_is_drawn_and_written_down(recorded, tmp_path, capsys):

@@ -69,13 +69,22 @@ def read_routing(path: Path) -> tuple[tuple[str, ...], dict[int, tuple[Tensor, T
         raise UserError(f"{path} does not exist: train with --set routing_every=N to record routing")
     with reading(path):
         _, *rows = [line.rstrip().split(",") for line in _whole_lines(path)]
-        tasks = tuple(dict.fromkeys(row[2] for row in rows))
-        layers = 1 + max(int(row[1]) for row in rows)
-        values = torch.tensor([[float(cell) for cell in row[4:]] for row in rows], dtype=torch.float64)
-        steps = [int(row[0]) for row in rows]
-        tables = values.view(-1, layers, len(tasks), len(MEASURES), values.shape[1])
-        each = len(rows) // len(tables)
-    return tasks, {steps[i * each]: (table[:, :, 0], table[:, :, 1]) for i, table in enumerate(tables)}
+        blocks: dict[int, list[list[str]]] = {}
+        for row in rows:
+            blocks.setdefault(int(row[0]), []).append(row)
+        first = next(iter(blocks.values()), [])
+        tasks = tuple(dict.fromkeys(row[2] for row in first))
+        found = {step: _tables(block, len(tasks)) for step, block in blocks.items() if len(block) == len(first)}
+    if not found:
+        raise UserError(f"{path} holds no record yet: wait for the first step")
+    return tasks, found
+
+
+def _tables(block: list[list[str]], tasks: int) -> tuple[Tensor, Tensor]:
+    """(mass, frequency) of one step."""
+    values = torch.tensor([[float(cell) for cell in row[4:]] for row in block], dtype=torch.float64)
+    mass, frequency = values.view(-1, tasks, len(MEASURES), values.shape[1]).unbind(2)
+    return mass, frequency
 
 
 def _append(path: Path, step: int, tasks: tuple[str, ...], statistics: RoutingStatistics) -> None:
