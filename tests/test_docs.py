@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -157,6 +158,22 @@ def test_the_tables_of_the_study_are_the_committed_ones():
         results = json.loads(path.read_text())
         if "arms" in results:
             assert table_of(results) in GUIDES["study.md"], path
+
+
+def test_the_decoders_of_the_readme_are_the_committed_ones():
+    arms = json.loads((ROOT / "bench" / "results" / "study-scenes-decoders.json").read_text())["arms"]
+    for name, shown in {
+        "ase_16_3_1_4": "ASE 16/3/1/4",
+        "plain": "`plain`",
+        "fgmoe": "`fgmoe`",
+        "mlore": "`mlore`",
+    }.items():
+        arm = arms[name]
+        means = {task: mean(values) for task, values in arm["scores"].items()}
+        cells = [f"{means.pop(task):.2f}" for task in ("seg", "parts", "sal", "normals")] + [f"{means['edge']:.4f}"]
+        cells.append(f"{arm['delta_m_mean']:+.2f}±{arm['delta_m_spread']:.2f}")
+        assert f"| {' | '.join(cells)} |" in README
+        assert f"| {shown} | {arm['trainable'] / 1e6:.2f}/" in README
 
 
 def table_of(results: dict[str, Any]) -> str:

@@ -50,7 +50,11 @@ def assert_promises(row, spills=True):
 
 @pytest.mark.parametrize(
     ("pool", "dtypes", "targets"),
-    [("16/3/1/4", "bf16,fp32", "sm_80,sm_89,sm_90,gfx942"), ("16/3/1/16,128/8/4/2", "bf16", "sm_90")],
+    [
+        ("16/3/1/4", "bf16,fp32", "sm_80,sm_90"),
+        pytest.param("16/3/1/4", "bf16,fp32", "sm_89,gfx942", marks=pytest.mark.long),
+        pytest.param("16/3/1/16,128/8/4/2", "bf16", "sm_90", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.slow
 def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes, targets, tmp_path):

@@ -148,9 +148,8 @@ def test_a_module_run_as_a_user_does_exits_2(tmp_path):
     assert done.stderr.startswith("error: unknown task 'flow'") and done.stderr.count("\n") == 1
 
 
-def test_help_groups_the_flags_and_names_the_recipes():
+def test_help_groups_the_flags_and_says_what_lists_the_recipes():
     text = build_parser().format_help()
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
-    recipes = [path.name.removesuffix(".yaml") for path in (resources.files("train.config") / "recipes").iterdir()]
-    assert all(name in text for name in recipes)
+    assert "a recipe of --list-recipes" in " ".join(text.split())
     assert "mi_weight=0.005" in text

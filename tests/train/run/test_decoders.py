@@ -79,6 +79,7 @@ def test_triton_trains_as_the_reference(encoder, tmp_path, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     RESOLVED.clear()  # another test may have asked without the interpreter
     options, losses = ["--decoder", "fgmoe", "--fg", "2/1/2/1", "--tasks", "seg,edge", "--steps", "2"], {}
+    options += ["--set", "decoder_width=32"]  # interpreted, the default takes half a minute
     for kernel in ("triton", "reference"):
         out = train(tmp_path / kernel, encoder, *options, "--kernel", kernel)
         results = json.loads((out / "results.json").read_text())

@@ -69,7 +69,7 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
                 "head": "light",
                 "image_size": 32,
                 "kernel": kernel,
-                "steps": 4,
+                "steps": 3,
                 "batch_size": 2,
                 "scenes": 8,
                 "val_scenes": 1,
@@ -79,11 +79,11 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
         )
         run = set_up(settings, None)
         losses = []
-        for batch in train_loader(run.data[0], settings.task_names, 2, range(4), 0, 0):
+        for batch in train_loader(run.data[0], settings.task_names, 2, range(3), 0, 0):
             losses.append(training_step(run, batch))
             run.step += 1
         curves[kernel] = torch.stack(losses)
-    # fp32 rounding, grown over four steps of Adam; weights that are one step old are off by 4e-4 at the second step
+    # fp32 rounding, grown over three steps of Adam; weights that are one step old are off by 4e-4 at the second step
     torch.testing.assert_close(curves["triton"], curves["reference"], rtol=1e-5, atol=1e-6)
 
 
