@@ -34,6 +34,8 @@ def processes() -> Iterator[None]:
     try:
         with quiet(rank() > 0):
             yield
+        # Gloo's threads must let go of the last tensors before Python ends, or they abort the process: pytorch#179291.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
