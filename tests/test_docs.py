@@ -119,11 +119,21 @@ def few_photos(pascal_mini, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def micro_run(tmp_path_factory):
+    """A run of one step with a backbone of its own."""
+    out = tmp_path_factory.mktemp("micro") / "run"
+    small = ["--steps", "1", "--batch-size", "2", "--set", "scenes=4", "--set", "val_scenes=2", "--log", "none"]
+    assert main(["--recipe", "scenes_pretrain", *small, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m train " in c])
 @pytest.mark.slow
 def test_training_commands_run(command, tmp_path, request):
     argv = shlex.split(command.removeprefix("TRITON_INTERPRET=1 "))[3:]
-    for placeholder, fixture in (("PASCAL_MT", "few_photos"), ("WEIGHTS.safetensors", "vit_tiny_weights")):
+    given = {"PASCAL_MT": "few_photos", "WEIGHTS.safetensors": "vit_tiny_weights", "RUN": "micro_run"}
+    for placeholder, fixture in given.items():
         if placeholder in argv:
             argv[argv.index(placeholder)] = str(request.getfixturevalue(fixture))
     quick = ["--steps", "2", "--set", "scenes=32", "--set", "val_scenes=4"]
