@@ -150,5 +150,5 @@ def test_a_module_run_as_a_user_does_exits_2(tmp_path):
 def test_help_groups_the_flags_and_says_what_lists_the_recipes():
     text = build_parser().format_help()
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
-    assert "a recipe of --list-recipes" in " ".join(text.split())
+    assert "a recipe of --list-recipes" in " ".join(text.replace("-\n", "- ").split()).replace("- ", "-")
     assert "mi_weight=0.005" in text
