@@ -92,8 +92,8 @@ def ffn_backward(
     (dy, dp), (x, u, h, z) = gradients, saved
     hidden, up, down = packed.hidden, packed.up, packed.first_down
     width = up.shape[1]  # F + R, padded
-    batched = not packed.stacked or len(set(segments.counts)) == 1
-    one_product = algorithm in ("columns", "fused") and batched
+    equal_runs = len(set(segments.counts)) == 1
+    one_product = algorithm in ("columns", "fused") and (equal_runs or not packed.stacked)
     grad = x.new_empty(len(x), len(down) if one_product else width)
     if algorithm == "fused":
         matmul_gelu_backward(dy, up, u, grad[:, :width], pool)

@@ -53,8 +53,7 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 @triton.jit
 def gate_backward_kernel(
-    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width,
-    apart, D,
+    dy, b, h, z, dp, offsets, dh, dz, gated, peaks, dy_stride, b_stride, dh_stride, padded_ranks, width, apart, D,
     N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr,
     GIVEN: tl.constexpr, SPREAD: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr = 16,
 ):  # fmt: skip
@@ -145,10 +144,11 @@ def _launch(
     sizes = tile("gate_backward" if product else "gate_backward_inplace", h, pool)
     blocks, tasks = segments.grid(sizes["BM"])
     width = dh.shape[1] - padded_ranks
+    apart = pool.columns if width >= tasks * pool.columns else 0
     peaks = (z.new_empty if blocks else z.new_zeros)(tasks, max(blocks, 1)) if find_peak else z
     gate_backward_kernel[blocks, tasks](
         dy, b, h, z, dp, segments.offsets, dh, dz, gated, peaks, dy.stride(0), b.stride(0), dh.stride(0),
-        padded_ranks, width, pool.columns if width >= tasks * pool.columns else 0, len(b),
+        padded_ranks, width, apart, len(b),
         **pool.constants(), **pool.gate_constants(),
         GIVEN=product is None, SPREAD=width > 0, PEAK=find_peak, **sizes,
     )  # fmt: skip

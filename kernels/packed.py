@@ -74,7 +74,7 @@ class Packed:
 
     R in ``up`` and ``down``, and tasks C, are rounded up to multiples of 8 with zeros. ``down`` of a stacked FFN is
     [W1 ; A ; W_task] (tasks, F + R + C, d), a copy of W1 and A for each task: the gradient of the logits then has C
-    columns instead of tasks C. For ViT-B and five tasks that is 24 MB a layer in half precision.
+    columns instead of tasks C, also rounded up. For ViT-B and five tasks that is 24 MB a layer in half precision.
     """
 
     up: Tensor
@@ -88,7 +88,8 @@ class Packed:
     def empty(
         cls, shape: tuple[int, ...], adapters: tuple[Tensor, ...], dtype: torch.dtype, stacked: bool = False
     ) -> "Packed":
-        """Zeros for an FFN of widths (d, F, D), ``stacked`` or not, or a linear layer of widths (d, D).
+        """Zeros for an FFN of widths (d, F, D), or a linear layer of widths (d, D). An FFN is ``stacked`` where that
+        makes the columns of the logits' gradient fewer.
 
         ``adapters`` is (A, B, routers), or (A, B) for a linear layer with plain LoRA.
         """
@@ -96,7 +97,7 @@ class Packed:
         make: dict[str, Any] = {"dtype": dtype, "device": a.device}
         hidden, ranks = sum(between), aligned(len(a))
         tasks, columns = adapters[2].shape[:2] if hidden else (1, 0)
-        copies, together = ((tasks,), 1) if stacked else ((), tasks)
+        copies, together = ((tasks,), 1) if stacked and aligned(columns) < tasks * columns else ((), tasks)
         up = torch.zeros(width, shape[-2] + ranks, **make)
         down = torch.zeros(*copies, hidden + ranks + aligned(together * columns), d, **make)
         split = SplitRouters.empty(adapters[2].shape if len(adapters) > 2 else (0, 0, d), dtype, a.device)

@@ -13,6 +13,7 @@ from kernels import UserError
 from model import MultiTaskModel
 from train.cli import Parser, guarded
 from train.config.settings import Settings
+from train.datasets.base import DataSet
 from train.datasets.batches import eval_loader, train_loader
 from train.evaluation.validate import validate
 from train.files.atomic import make_folder, write_json
@@ -21,6 +22,7 @@ from train.output.scores import score_table
 from train.run import checkpoint
 from train.run.build import build_data, build_optimizer, load_checkpoint, rebuild_model
 from train.run.loop import train
+from train.tasks import Metrics
 
 CALIBRATION_BATCHES = 32  # of the training images, on which gates are measured
 
@@ -60,10 +62,10 @@ def most_used(mass: Tensor, keep: int, shared: int) -> list[list[int]]:
 
 
 def without_experts(tensors: dict[str, Tensor], kept: list[list[int]], rank: int) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose layers have only the ``kept`` experts: their rows of A and columns of B, and
-    their routers' rows. Routers of ``naive-shared`` have none for shared experts."""
+    """The tensors of a model, in its order, whose layers have only the ``kept`` experts: their rows of A and columns of
+    B, and their routers' rows. Routers of ``naive-shared`` have none for shared experts."""
     cut = dict(tensors)
-    layers = sorted({name.removesuffix("routers") for name in tensors if name.endswith(".routers")}, key=_natural)
+    layers = [name.removesuffix("routers") for name in tensors if name.endswith(".routers")]
     for layer, experts in zip(layers, kept, strict=True):
         routers = tensors[f"{layer}routers"]
         ranks = torch.tensor([expert * rank + i for expert in experts for i in range(rank)])
@@ -73,16 +75,11 @@ def without_experts(tensors: dict[str, Tensor], kept: list[list[int]], rank: int
     return cut
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Orders block 2 before block 10."""
-    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
-
-
-def measured_mass(settings: Settings, model: MultiTaskModel) -> Tensor:
+def measured_mass(settings: Settings, model: MultiTaskModel, train_set: DataSet) -> Tensor:
     """Gate mass (layers, tasks, N) on training batches."""
-    data, steps = build_data(settings)[0], range(CALIBRATION_BATCHES)
-    batches = train_loader(data, model.tasks, settings.batch_size, steps, settings.seed, settings.workers)
-    _, statistics = validate(model, batches, data.classes, "gates")
+    steps = range(CALIBRATION_BATCHES)
+    batches = train_loader(train_set, model.tasks, settings.batch_size, steps, settings.seed, settings.workers)
+    _, statistics = validate(model, batches, train_set.classes, "gates")
     assert statistics is not None
     return statistics.compute()[0]
 
@@ -95,10 +92,11 @@ def run(options: Namespace) -> None:
     folder = checkpoint.find(given)
     settings, model, state = load_checkpoint(folder)
     config = pruned_config(settings.moe_config, options.keep, given)
-    kept = most_used(measured_mass(settings, model), options.keep, config.shared)
+    train_set, val_set = build_data(settings)
+    kept = most_used(measured_mass(settings, model, train_set), options.keep, config.shared)
     fewer = replace(settings, moe=str(config), out="")
     smaller = rebuild_model(fewer, fewer.source.classes, without_experts(model.cpu().state_dict(), kept, config.rank))
-    scores = {"before": score(settings, model), "pruned": score(settings, smaller)}
+    scores = {name: score(settings, which, val_set) for name, which in {"before": model, "pruned": smaller}.items()}
     make_folder(out)
     state = replace(state, settings=state.settings | {"moe": str(config), "out": ""}, written=[])
     scaler = torch.amp.GradScaler(enabled=False)
@@ -112,11 +110,10 @@ def run(options: Namespace) -> None:
     print(f"\n{settings.moe} -> {config}\n\n{score_table(scores)}\n\n{out}/: last, prune.json")
 
 
-def score(settings: Settings, model: MultiTaskModel) -> dict:
+def score(settings: Settings, model: MultiTaskModel, val_set: DataSet) -> Metrics:
     """Metrics over the validation images."""
-    data = build_data(settings)[1]
-    loader = eval_loader(data, model.tasks, settings.batch_size, settings.workers)
-    return validate(model, loader, data.classes, "evaluate")[0]
+    loader = eval_loader(val_set, model.tasks, settings.batch_size, settings.workers)
+    return validate(model, loader, val_set.classes, "evaluate")[0]
 
 
 def main(argv: list[str] | None = None) -> int:

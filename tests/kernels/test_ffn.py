@@ -315,7 +315,7 @@ def test_saved_beside_the_weights_are_x_u_h_and_the_logits(algorithm, gating, dt
 
 
 @EVERY_GATING
-@pytest.mark.parametrize("counts", [(9, 9, 9), (40,)], ids=str)
+@pytest.mark.parametrize("counts", [(9, 9, 9), (11, 11, 11, 11)], ids=str)
 def test_stacked_weights_make_dx_one_batched_product_over_equal_runs(counts, gating, monkeypatch):
     """C columns of dz instead of tasks C, both rounded up to multiples of 8."""
     ffn, tasks, product, operands = make(gating, ((5, 2, 2, 1), counts, (24, 72, 40))), len(counts), torch.bmm, []
@@ -325,6 +325,14 @@ def test_stacked_weights_make_dx_one_batched_product_over_equal_runs(counts, gat
     assert too_large(errors(ffn(STACKED), exact), dict.fromkeys(RESULTS, FP32_ERROR)) == {}
     ((grad, down),) = operands
     assert grad.shape == (tasks, counts[0], 72 + 8 + 8) and down.shape == (tasks, 72 + 8 + 8, 24)
+
+
+@pytest.mark.parametrize(("experts", "tasks", "stacked"), [(4, 2, False), (5, 1, False), (4, 3, True), (9, 2, True)])
+def test_weights_are_stacked_where_that_makes_columns_fewer(experts, tasks, stacked):
+    """Four logits of two tasks fill the eight columns that four logits are rounded up to."""
+    ffn = make("topk", ((experts, 1, 1, 2), (7,) * tasks, (24, 40, 24)))
+    assert ffn.packed[True].stacked == stacked
+    assert too_large(errors(ffn(STACKED), ffn.reference(torch.float64)), dict.fromkeys(RESULTS, FP32_ERROR)) == {}
 
 
 class TestOperators:

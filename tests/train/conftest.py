@@ -187,3 +187,17 @@ def tiny_scenes_run(tmp_path_factory):
     sizes = ["--set", "scenes=4", "--set", "val_scenes=3", "--batch-size", "2"]
     assert main(["--tasks", "seg,sal", "--steps", "2", *sizes, "--workers", "0", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def error_of(capsys):
+    """error_of(main, arguments..): the line that a command prints on a user's mistake, with exit status 2."""
+
+    def error(command, *argv) -> str:
+        capsys.readouterr()
+        assert command([*map(str, argv)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    return error

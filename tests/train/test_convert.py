@@ -13,14 +13,6 @@ from train.convert import main as convert
 SCENES = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", "--image-size", "16", "--workers", "0"]
 
 
-def error_of(capsys, *argv) -> str:
-    capsys.readouterr()
-    assert convert([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def test_a_backbone_trained_in_full_is_written_with_its_bits(tiny_scenes_run, tmp_path, capsys):
     path = tmp_path / "new" / "backbone.safetensors"
     assert convert([str(tiny_scenes_run), "--to", str(path)]) == 0
@@ -60,26 +52,26 @@ def test_a_real_file_of_timm_keeps_its_names_and_bits(vit_tiny_weights, tmp_path
     )
 
 
-def test_mistakes_are_one_line(tiny_scenes_run, pascal_copy, tmp_path, capsys):
+def test_mistakes_are_one_line(tiny_scenes_run, pascal_copy, tmp_path, error_of):
     path = tmp_path / "w.safetensors"
     save_file(ViT(ViTConfig(width=24, depth=2, heads=3, patch=4), 16).state_dict(), path)
-    assert "exists already and is not overwritten" in error_of(capsys, path, "--to", path)
-    assert "must end in .safetensors" in error_of(capsys, path, "--to", tmp_path / "w.pth")
-    assert "which is only read" in error_of(capsys, path, "--to", pascal_copy / "w.safetensors")
+    assert "exists already and is not overwritten" in error_of(convert, path, "--to", path)
+    assert "must end in .safetensors" in error_of(convert, path, "--to", tmp_path / "w.pth")
+    assert "which is only read" in error_of(convert, path, "--to", pascal_copy / "w.safetensors")
     to = tmp_path / "to.safetensors"
-    assert "no such weights file" in error_of(capsys, tmp_path / "absent.safetensors", "--to", to)
-    assert "is not a checkpoint" in error_of(capsys, tmp_path, "--to", to)
+    assert "no such weights file" in error_of(convert, tmp_path / "absent.safetensors", "--to", to)
+    assert "is not a checkpoint" in error_of(convert, tmp_path, "--to", to)
     run = shutil.copytree(tiny_scenes_run, tmp_path / "run", symlinks=True)
     with (run / "last" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    assert "damaged" in error_of(capsys, run, "--to", to)
+    assert "damaged" in error_of(convert, run, "--to", to)
     assert not to.exists()
 
 
-def test_a_decoder_names_the_weights_to_convert(tmp_path, monkeypatch, capsys):
+def test_a_decoder_names_the_weights_to_convert(tmp_path, monkeypatch, error_of):
     monkeypatch.chdir(tmp_path)
     save_file(ViT(VITS["vit_micro"], 16).state_dict(), tmp_path / "micro.safetensors")
     argv = ["--decoder", "plain", "--pretrained", "micro.safetensors", "--tasks", "seg", "--steps", "1", *SCENES]
     assert train([*argv, "--out", "run"]) == 0
-    assert f"take {tmp_path / 'micro.safetensors'} instead" in error_of(capsys, "run", "--to", "to.safetensors")
+    assert f"take {tmp_path / 'micro.safetensors'} instead" in error_of(convert, "run", "--to", "to.safetensors")

@@ -26,14 +26,6 @@ def exported(tiny_run, tmp_path_factory):
     return folder
 
 
-def error_of(capsys, command, *argv) -> str:
-    capsys.readouterr()
-    assert command([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def test_the_folder_holds_the_weights_of_the_run(exported, tiny_run):
     assert {path.name for path in exported.iterdir()} == {"model.safetensors", "config.json", "SHA256SUMS", "README.md"}
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (exported, tiny_run / "last"))
@@ -92,7 +84,7 @@ def test_the_scores_of_train_evaluate_are_taken(tiny_run, pascal_tree, tmp_path)
     assert without_paths(trained_by) in card and "python -m train.evaluate" not in card
 
 
-def test_a_decoder_names_the_encoder_it_needs(tmp_path, monkeypatch, capsys):
+def test_a_decoder_names_the_encoder_it_needs(tmp_path, monkeypatch, error_of):
     monkeypatch.chdir(tmp_path)
     save_file(ViT(VITS["vit_micro"], 16).state_dict(), tmp_path / "micro.safetensors")
     scenes = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", "--image-size", "16", "--workers", "0"]
@@ -101,27 +93,27 @@ def test_a_decoder_names_the_encoder_it_needs(tmp_path, monkeypatch, capsys):
     assert "the weights `micro.safetensors` of its encoder are needed too" in (tmp_path / "hub/README.md").read_text()
     load_checkpoint(tmp_path / "hub")
     (tmp_path / "micro.safetensors").unlink()
-    assert "the encoder's weights are not at micro.safetensors" in error_of(capsys, evaluate, "hub")
+    assert "the encoder's weights are not at micro.safetensors" in error_of(evaluate, "hub")
 
 
-def test_mistakes_are_one_line(exported, tiny_run, pascal_copy, tmp_path, capsys):
-    assert "exists already and is not overwritten" in error_of(capsys, export, tiny_run, "--to", exported)
-    assert "which is only read" in error_of(capsys, export, tiny_run, "--to", pascal_copy / "hub")
-    assert "is not a checkpoint" in error_of(capsys, export, tmp_path, "--to", tmp_path / "hub")
+def test_mistakes_are_one_line(exported, tiny_run, pascal_copy, tmp_path, error_of):
+    assert "exists already and is not overwritten" in error_of(export, tiny_run, "--to", exported)
+    assert "which is only read" in error_of(export, tiny_run, "--to", pascal_copy / "hub")
+    assert "is not a checkpoint" in error_of(export, tmp_path, "--to", tmp_path / "hub")
     resumed = ["--resume", exported, "--data", pascal_copy, "--steps", "4", "--out", tmp_path / "run"]
-    assert "exported without the optimiser's state: resume from the run" in error_of(capsys, train, *resumed)
+    assert "exported without the optimiser's state: resume from the run" in error_of(train, *resumed)
     assert not (tmp_path / "hub").exists()
 
 
-def test_scores_of_another_step_are_refused(tiny_run, tmp_path, capsys):
+def test_scores_of_another_step_are_refused(tiny_run, tmp_path, error_of):
     results = json.loads((tiny_run / "results.json").read_text()) | {"steps": 2}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    error = error_of(capsys, export, tiny_run, "--results", tmp_path, "--to", tmp_path / "hub")
+    error = error_of(export, tiny_run, "--results", tmp_path, "--to", tmp_path / "hub")
     assert "has scores of step 2" in error and "is at step 3: score it with python -m train.evaluate" in error
 
 
-def test_a_damaged_export_is_refused(exported, tmp_path, capsys):
+def test_a_damaged_export_is_refused(exported, tmp_path, error_of):
     folder = shutil.copytree(exported, tmp_path / "hub")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"step": 3', '"step": 4'))
-    assert checkpoint.STATES[1] in error_of(capsys, evaluate, folder)
+    assert checkpoint.STATES[1] in error_of(evaluate, folder)

@@ -24,14 +24,6 @@ def run(tmp_path_factory):
     return out
 
 
-def error_of(capsys, *argv):
-    capsys.readouterr()
-    assert main([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def test_the_most_used_sparse_experts_stay_in_their_order():
     mass = torch.tensor([[[0.1, 0.4, 0.0, 0.3, 0.2], [0.1, 0.0, 0.3, 0.3, 0.3]], [[0.0, 0.0, 0.5, 0.1, 0.4]] * 2])
     assert most_used(mass, keep=3, shared=1) == [[1, 3, 4], [2, 3, 4]]
@@ -97,12 +89,12 @@ def test_it_is_fine_tuned_where_asked(run, tmp_path):
     assert results["steps"] == 5 and results["moe"] == "3/2/1/2"
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
+def test_mistakes_are_one_line(run, tmp_path, capsys, error_of):
     for keep in (2, 6):
         assert f"--keep {keep}: 6/2/1/2 can keep 3 to 5 experts" in error_of(
-            capsys, run, "--keep", keep, "--out", tmp_path / "x"
+            main, run, "--keep", keep, "--out", tmp_path / "x"
         )
-    assert "exists already" in error_of(capsys, run, "--keep", 4, "--out", run)
+    assert "exists already" in error_of(main, run, "--keep", 4, "--out", run)
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
-    assert "has no experts" in error_of(capsys, tmp_path / "plain", "--keep", 4, "--out", tmp_path / "x")
+    assert "has no experts" in error_of(main, tmp_path / "plain", "--keep", 4, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -31,14 +31,6 @@ def backbone(tmp_path_factory):
     return out
 
 
-def error_of(capsys, *argv):
-    capsys.readouterr()
-    assert main([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def test_a_study_that_is_killed_is_continued_to_the_same_numbers(backbone, tmp_path, capsys):
     """Every figure, with one seed each."""
     argv = ["all", "--seeds", "1", "--pretrained", str(backbone), *TINY]
@@ -63,7 +55,7 @@ def test_a_study_that_is_killed_is_continued_to_the_same_numbers(backbone, tmp_p
     assert routing[0] == routing[1] and (tmp_path / "whole" / "fig4.png").exists()
 
 
-def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone, tmp_path, capsys):
+def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone, tmp_path, error_of):
     argv = ["fig2", "--seeds", "1", "--pretrained", str(backbone), *TINY, "--out", str(tmp_path)]
     assert main(argv) == 0
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/results.json")}
@@ -73,7 +65,7 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone,
     study = json.loads((tmp_path / "fig2.json").read_text())
     assert study["seeds"] == {"finished": 2, "wanted": 2} and "2 seeds" in study["note"]
     assert all(len(arm["delta_m"]) == 2 for arm in study["arms"].values())
-    error = error_of(capsys, *argv, "--steps", "3")
+    error = error_of(main, *argv, "--steps", "3")
     assert "was trained with other settings (steps 2 -> 3): choose another --out" in error
 
 
@@ -100,9 +92,9 @@ def test_a_study_on_scenes_trains_its_backbone_on_one_task(tmp_path, monkeypatch
     assert flags["tasks"] == "seg" and flags["moe"] == "none" and flags["image_size"] == "32" and flags["steps"] == 600
 
 
-def test_mistakes_are_one_line(backbone, tmp_path, capsys):
-    assert "--data needs --pretrained" in error_of(capsys, "fig2", "--data", tmp_path)
-    assert "--seeds 0" in error_of(capsys, "fig2", "--seeds", 0)
+def test_mistakes_are_one_line(backbone, tmp_path, error_of):
+    assert "--data needs --pretrained" in error_of(main, "fig2", "--data", tmp_path)
+    assert "--seeds 0" in error_of(main, "fig2", "--seeds", 0)
     with pytest.raises(SystemExit, match="2"):
         main(["fig5"])
 

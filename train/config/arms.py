@@ -16,10 +16,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
               "ase_64_12_4_1"),
     "decoders": ("ase_16_3_1_4", "plain", "fgmoe", "mlore"),
 }  # fmt: skip
-MOMENTS = 24  # at which the routing of fig4 is recorded in a run whose steps are given
-
-
-SHARED = ("paper", "scenes")  # recipes whose values a study has of its own
+SHARED = ("paper", "scenes")  # recipes below the arms', in whose place a study has its own
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,11 @@ class Arm:
 
 
 SINGLE = tuple(Arm("stl", (task,)) for task in DEFAULT_TASKS)  # the single-task models of Delta_m
-DECODERS = (Arm("plain"), Arm("fgmoe"), Arm("mlore"))  # they get as many trainable parameters as
 LIKE = Arm("ase_16_3_1_4")
-ROUTED = Arm("fig4")  # the run whose routing is drawn
-PRETRAINING = Arm("scenes_pretrain", ("seg",))  # the backbone of a study on rendered scenes,
-PRETRAINING_SEED = 1000  # which trains on other scenes than the arms
+DECODERS = (Arm("plain"), Arm("fgmoe"), Arm("mlore"))  # they get as many trainable parameters as LIKE
+ROUTED, MOMENTS = Arm("fig4"), 24  # the run whose routing is drawn; how often it is recorded, where its steps are given
+PRETRAINING = Arm("scenes_pretrain", ("seg",))  # the backbone of a study on rendered scenes
+PRETRAINING_SEED = 1000  # whose scenes are none of those that the arms see
 
 
 def arms_of(figure: str) -> tuple[Arm, ...]:

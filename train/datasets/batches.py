@@ -7,12 +7,14 @@ step, and the shapes of the tensors never change.
 
 import ctypes
 import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_start_method
 from typing import Any, TextIO
 
 import numpy as np
@@ -177,7 +179,7 @@ class Loader:
             collate_fn=partial(_gather_or_report, gather=gather),
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
         )
@@ -192,10 +194,12 @@ class Loader:
             yield batch
 
 
-def _end_with_parent(worker: int) -> None:
+def _end_with_parent(parent: int, worker: int) -> None:
     """On Linux a worker ends with the process that started it, and prints nothing of the connections it then lacks."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent and get_start_method() == "fork":  # it ended before it could be waited for
+            os._exit(1)
         sys.stderr = _Patient(sys.stderr)
 
 

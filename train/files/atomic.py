@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON; raises as :func:`replacing` does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines to a file in UTF-8; UserError where the disk refuses. A kill may cut the last one short."""
+    with _one_line(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of such a file, each with its end, but for one that was cut short."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [line for line in file if line.endswith("\n")]
 
 
 def make_folder(path: Path) -> Path:

@@ -5,15 +5,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
 
 from fastmoe_lora import MoEConfig
 from train.config.arms import Arm
-from train.files.atomic import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
-from matplotlib.axes import Axes  # noqa: E402
+from train.output.figures import plt, write_figure
 
 DELTA = "Delta_m %, against single-task models"
 SWEEPS: dict[str, tuple[str, Callable[[MoEConfig], int]]] = {
@@ -50,7 +46,7 @@ def save_arms(path: Path, deltas: Mapping[str, Sequence[float]], note: str) -> N
     axis.set_ylim(-0.6, len(deltas) - 0.4)
     axis.set_xlabel(DELTA, fontsize=8)
     _finish(axis, note)
-    _write(path)
+    write_figure(figure, path, dpi=130)
 
 
 def save_lines(path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], axis_name: str, note: str) -> None:
@@ -66,16 +62,10 @@ def save_lines(path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], a
     axis.set_ylabel(DELTA, fontsize=8)
     axis.legend(fontsize=8, frameon=False)
     _finish(axis, note)
-    _write(path)
+    write_figure(figure, path, dpi=130)
 
 
 def _finish(axis: Axes, note: str) -> None:
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(note, fontsize=8, loc="left")
-
-
-def _write(path: Path) -> None:
-    with replacing(path) as partial:
-        plt.gcf().savefig(partial, dpi=130, format="png")
-    plt.close()

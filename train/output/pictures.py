@@ -4,22 +4,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from train.datasets.batches import Batch
-from train.files.atomic import replacing
+from train.output.figures import plt, write_figure
 from train.tasks import TASKS, Classes
 from train.tasks.palette import PALETTE
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
 
 BLANK = 242  # grey of a cell without a label
 CELL = 224  # side of a cell on a contact sheet, pixels
@@ -50,14 +46,7 @@ def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], cla
             shown = i.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
             axis.text(left + CELL / 2, below + CAPTION / 4, shown, ha="center", va="top", fontsize=6, color="dimgrey")
     _draw_legends(figure, names, classes)
-    _write(figure, path, dpi=170)
-
-
-def _write(figure: Figure, path: Path, dpi: int) -> None:
-    """As a PNG, whole or not at all."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=dpi, format="png")
-    plt.close(figure)
+    write_figure(figure, path, dpi=170)
 
 
 def _fitted(shape: Sequence[int]) -> tuple[int, int]:
@@ -96,7 +85,7 @@ def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, 
     figure, axis = plt.subplots(figsize=(1.3 * len(columns), 1.3 * len(batch.images) + 1), layout="constrained")
     _draw_grid(axis, columns)
     _draw_legends(figure, tasks, classes)
-    _write(figure, path, dpi=120)
+    write_figure(figure, path, dpi=120)
 
 
 def _draw_grid(axis: Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
@@ -153,4 +142,4 @@ def save_loss_curves(
     axes[0, 0].set_ylabel("loss", fontsize=8)
     axes[1, 0].set_ylabel("relative difference", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False)
-    _write(figure, path, dpi=120)
+    write_figure(figure, path, dpi=120)

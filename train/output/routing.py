@@ -4,16 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from train.files.atomic import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from train.output.figures import plt, write_figure
 
 
 def save_maps(path: Path, moments: Mapping[str, Tensor], tasks: Sequence[str], shared: int) -> None:
@@ -37,7 +32,7 @@ def save_maps(path: Path, moments: Mapping[str, Tensor], tasks: Sequence[str], s
                 axis.set_xlabel("expert" + (" | shared" if shared else ""), fontsize=8)
         row[0].set_ylabel(f"{name}\nlayer" if name else "layer", fontsize=8)
     figure.colorbar(image, ax=axes, pad=0.01, label="mean gate", aspect=20 * len(moments))
-    _write(figure, path)
+    write_figure(figure, path, dpi=110)
 
 
 def save_curves(path: Path, steps: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -54,7 +49,7 @@ def save_curves(path: Path, steps: Sequence[int], panels: Mapping[str, Mapping[s
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 6 else 1)
-    _write(figure, path)
+    write_figure(figure, path, dpi=110)
 
 
 def save_agreement(path: Path, cosines: Mapping[str, Tensor], tasks: Sequence[str]) -> None:
@@ -71,15 +66,9 @@ def save_agreement(path: Path, cosines: Mapping[str, Tensor], tasks: Sequence[st
         axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
         axis.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes[0], pad=0.02, label="cosine of gradients")
-    _write(figure, path)
+    write_figure(figure, path, dpi=110)
 
 
 def _whole_numbers(axis: Axes) -> None:
     for numbers in (axis.xaxis, axis.yaxis):  # of experts and layers
         numbers.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-
-def _write(figure: Figure, path: Path) -> None:
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)

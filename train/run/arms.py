@@ -8,10 +8,11 @@ from typing import Any
 
 from kernels import UserError
 from train.config.arms import DECODERS, LIKE, MOMENTS, ROUTED, Arm
-from train.config.settings import Settings, resolve_settings
+from train.config.settings import resolve_settings
 from train.evaluation.results import Results, read_results
 from train.files.progress import quiet
 from train.run import checkpoint
+from train.run.backbone import settings_of
 from train.run.build import build_model
 from train.run.loop import train
 from train.run.start import count_parameters
@@ -48,8 +49,7 @@ class Runs:
         folder = self.folder(arm, seed)
         if not (folder / "results.json").exists():
             return None
-        written = checkpoint.read_state(checkpoint.find(folder)).settings
-        before, now = (asdict(settings) for settings in (Settings(**written), resolve_settings(self.flags(arm, seed))))
+        before, now = map(asdict, (settings_of(checkpoint.find(folder)), resolve_settings(self.flags(arm, seed))))
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed := [text for text in changed if text.split()[0] not in WITHOUT_MEANING]:
             raise UserError(f"{folder} was trained with other settings ({', '.join(changed)}): choose another --out")

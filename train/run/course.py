@@ -40,8 +40,8 @@ def draw_routing(folder: Path, out: Path) -> str:
     moments = {f"step {step}": masses[step] for step in dict.fromkeys((steps[0], early, steps[-1]))}
     save_maps(out / "fig4.png", moments, tasks, shared)
     information = torch.stack([mutual_information(mass) for mass in masses.values()])  # (steps, layers)
-    on = torch.stack([mass[..., mass.shape[-1] - shared :].sum(-1) for mass in masses.values()])
-    save_curves(out / "gate_mass.png", steps, panels_of(on if shared else None, information, tasks))
+    on = torch.stack([mass[..., -shared:].sum(-1) for mass in masses.values()]) if shared else None
+    save_curves(out / "gate_mass.png", steps, panels_of(on, information, tasks))
     numbers = {
         "tasks": tasks,
         "experts": settings.moe,
@@ -71,9 +71,11 @@ def by_name(values: Tensor, names: tuple[str, ...]) -> dict[str, list[float]]:
     return dict(zip(names, values.T.tolist(), strict=True))
 
 
-def table(steps: list[int], tasks: tuple[str, ...], on: Tensor, information: Tensor) -> str:
-    """Per step the shared experts' gate mass of each task and the mutual information, means over the layers."""
-    rows = [["step", *(f"shared, {task}" for task in tasks), "mutual information"]]
-    for step, masses, nats in zip(steps, on.nanmean(1).tolist(), information.mean(1).tolist(), strict=True):
-        rows.append([str(step), *(f"{mass:.3f}" for mass in masses), f"{nats:.4f}"])
+def table(steps: list[int], tasks: tuple[str, ...], on: Tensor | None, information: Tensor) -> str:
+    """Per step the shared experts' gate mass of each task, if there are any, and the mutual information, means over the
+    layers."""
+    rows = [["step", *(f"shared, {task}" for task in tasks if on is not None), "mutual information"]]
+    masses = [[]] * len(steps) if on is None else on.nanmean(1).tolist()
+    for step, shares, nats in zip(steps, masses, information.mean(1).tolist(), strict=True):
+        rows.append([str(step), *(f"{share:.3f}" for share in shares), f"{nats:.4f}"])
     return format_table(rows, text_columns=0)

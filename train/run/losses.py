@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import UserError
-from train.files.atomic import write_text
+from train.files.atomic import append_lines, whole_lines, write_text
 from train.files.reading import reading
 
 Row = tuple[float, ...]
@@ -41,7 +40,7 @@ class LossLog:
         self._pending.clear()
         self.rows |= new
         if self.path is not None:
-            _append(self.path, [f"{_line(step, row)}\n" for step, row in new.items()])
+            append_lines(self.path, (_line(step, row) for step, row in new.items()))
         for step, row in new.items():
             for task, loss in zip(self.tasks, row, strict=True):
                 if not math.isfinite(loss):
@@ -70,21 +69,11 @@ class NotFiniteError(Exception):
 def read_losses(path: Path, until: int) -> tuple[tuple[str, ...], dict[int, Row]]:
     """(tasks, {step: losses}) of a losses.csv up to the step ``until``. A line that a kill cut short ends it."""
     with reading(path):
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        head, *rows = csv.reader(lines)
+        head, *rows = csv.reader(whole_lines(path))
         values = {int(row[0]): tuple(map(float, row[1:])) for row in rows}
         if head[:1] != ["step"] or any(len(row) != len(head) - 1 for row in values.values()):
             raise ValueError("it is not a table of losses")
     return tuple(head[1:]), {step: row for step, row in values.items() if step <= until}
-
-
-def _append(path: Path, lines: list[str]) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free some space there") from None
 
 
 def _line(step: int, row: Row) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmoe_lora import RoutingStatistics
 from kernels import UserError
 from train.evaluation.validate import merged
-from train.files.atomic import write_text
+from train.files.atomic import append_lines, whole_lines, write_text
 from train.files.reading import reading
 from train.run.distributed import leads
 from train.run.start import Run
@@ -48,19 +48,15 @@ def recorded(run: Run) -> Iterator[None]:
 
 def begin(run: Run, folder: Path | None) -> None:
     """Takes over what was recorded up to the checkpoint ``folder`` that the run continues, and nothing else."""
-    path = folder.parent / NAME if folder else None
-    head, *rows = _whole_lines(path) if path and path.exists() else [""]
-    kept = [row for row in rows if int(row.partition(",")[0]) <= run.step]
+    path, kept = run.out / NAME, []
+    if folder and (given := folder.parent / NAME).exists():
+        with reading(given):
+            head, *rows = whole_lines(given) or [""]
+            kept = [row for row in rows if int(row.partition(",")[0]) <= run.step]
     if kept:
-        write_text(run.out / NAME, "".join([head, *kept]))
+        write_text(path, "".join([head, *kept]))
     else:
-        (run.out / NAME).unlink(missing_ok=True)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Without one that a kill cut short."""
-    with reading(path):
-        return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or [""]
+        path.unlink(missing_ok=True)
 
 
 def read_routing(path: Path) -> tuple[tuple[str, ...], dict[int, tuple[Tensor, Tensor]]]:
@@ -68,7 +64,7 @@ def read_routing(path: Path) -> tuple[tuple[str, ...], dict[int, tuple[Tensor, T
     if not path.exists():
         raise UserError(f"{path} does not exist: train with --set routing_every=N to record routing")
     with reading(path):
-        _, *rows = [line.rstrip().split(",") for line in _whole_lines(path)]
+        rows = [line.rstrip().split(",") for line in whole_lines(path)][1:]
         blocks: dict[int, list[list[str]]] = {}
         for row in rows:
             blocks.setdefault(int(row[0]), []).append(row)
@@ -97,8 +93,4 @@ def _append(path: Path, step: int, tasks: tuple[str, ...], statistics: RoutingSt
     ]
     if not path.exists():
         lines.insert(0, "step,layer,task,measure," + ",".join(map(str, range(both.shape[-1]))))
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free some space there") from None
+    append_lines(path, lines)

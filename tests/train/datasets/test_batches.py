@@ -1,8 +1,11 @@
 """Batches: their fixed composition, the sampler's streams, what a batch holds, and the loaders."""
 
 import os
+import sys
+import time
 from collections import Counter
 from itertools import islice
+from multiprocessing import get_start_method
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import UserError
-from train.datasets.batches import BatchSampler, collate, compose, eval_loader, train_loader
+from train.datasets.batches import BatchSampler, _end_with_parent, collate, compose, eval_loader, train_loader
 from train.tasks import TASKS
 
 GROUPED_TASKS = [("seg", "sal"), ("normals",), ("sal", "edge")]
@@ -235,3 +238,21 @@ def test_loading_leaves_the_random_state_of_torch_alone():
     list(eval_loader(Toy(), TASKS, batch_size=5, workers=0))
     list(train_loader(Toy(), TASKS, batch_size=5, steps=range(2), seed=0, workers=1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or get_start_method() != "fork", reason="workers are forked on Linux alone")
+def test_a_worker_whose_parent_ended_before_it_began_ends_too():
+    """Of a process that is killed just after it forked; such a worker waited for ever."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            _end_with_parent(parent, 0)
+            os.write(write, b"alive")
+        os._exit(0)
+    os.close(write)
+    os.wait()
+    assert os.read(read, 5) == b""  # the worker has closed it
+    os.close(read)

@@ -45,14 +45,6 @@ def run(encoder, tmp_path_factory):
     )
 
 
-def error_of(capsys, command, *argv):
-    capsys.readouterr()
-    assert command([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -124,39 +116,39 @@ def test_a_checkpoint_is_scored_predicts_and_compares(run, tmp_path, monkeypatch
     assert (tmp_path / "compared" / "predictions.png").is_file()
 
 
-def test_another_encoder_and_a_missing_one_are_refused(tmp_path, capsys):
+def test_another_encoder_and_a_missing_one_are_refused(tmp_path, error_of):
     encoder = save_encoder(tmp_path / "micro.safetensors")
     out = train(tmp_path / "run", encoder, "--decoder", "fgmoe", "--tasks", "seg", "--steps", "1")
     resumed = ["--resume", out / "last", "--steps", "2"]
     save_encoder(encoder, seed=1)
     for command, argv in ((evaluate, [out, "--workers", "0", "--out", tmp_path / "scored"]), (main, resumed)):
-        error = error_of(capsys, command, *argv)
+        error = error_of(command, *argv)
         assert "this decoder was trained on an encoder whose weights have sha256" in error
         assert "give the --pretrained weights that it was trained with" in error
     encoder.rename(tmp_path / "moved.safetensors")
-    error = error_of(capsys, evaluate, out, "--out", tmp_path / "scored")
+    error = error_of(evaluate, out, "--out", tmp_path / "scored")
     assert f"the encoder's weights are not at {encoder}: bring them there" in error
     save_encoder(tmp_path / "moved.safetensors")  # a resumed run may name another path of the same weights
     assert main([*map(str, resumed), "--pretrained", str(tmp_path / "moved.safetensors")]) == 0
 
 
 @pytest.mark.parametrize("decoder", ["fgmoe", "mlore"])
-def test_a_finished_run_is_an_encoder_per_image_and_task(decoder, tiny_scenes_run, tmp_path, capsys):
+def test_a_finished_run_is_an_encoder_per_image_and_task(decoder, tiny_scenes_run, tmp_path, capsys, error_of):
     """The encoder was trained on seg and sal."""
     argv = ["--decoder", decoder, "--pretrained", str(tiny_scenes_run), *SCENES, "--steps", "2"]
     assert main([*argv, "--tasks", "sal", "--out", str(tmp_path / "run")]) == 0
     assert "encoder frozen, one pass per image and task" in capsys.readouterr().out
     assert evaluate([str(tmp_path / "run"), "--workers", "0", "--out", str(tmp_path / "scored")]) == 0
-    error = error_of(capsys, main, *argv, "--tasks", "sal,edge", "--out", tmp_path / "other")
+    error = error_of(main, *argv, "--tasks", "sal,edge", "--out", tmp_path / "other")
     assert "the encoder has no task edge: choose --tasks among seg, sal" in error
-    error = error_of(capsys, main, *argv, "--tasks", "sal", "--model", "vit_tiny", "--out", tmp_path / "other")
+    error = error_of(main, *argv, "--tasks", "sal", "--model", "vit_tiny", "--out", tmp_path / "other")
     assert "is a vit_micro: give --model vit_micro" in error
     nested = ["--decoder", decoder, "--pretrained", tmp_path / "run", *SCENES, "--steps", "2", "--tasks", "sal"]
-    assert "holds a decoder" in error_of(capsys, main, *nested, "--out", tmp_path / "other")
+    assert "holds a decoder" in error_of(main, *nested, "--out", tmp_path / "other")
 
 
-def test_a_decoder_without_a_trained_encoder_is_refused(tmp_path, capsys):
-    error = error_of(capsys, main, "--decoder", "fgmoe", *SCENES, "--out", tmp_path / "run")
+def test_a_decoder_without_a_trained_encoder_is_refused(tmp_path, error_of):
+    error = error_of(main, "--decoder", "fgmoe", *SCENES, "--out", tmp_path / "run")
     assert "--decoder fgmoe needs a trained encoder: give --pretrained FILE, or the folder of a run" in error
-    error = error_of(capsys, main, "--decoder", "fgmoe", "--moe", "8/2/1/2", *SCENES, "--out", tmp_path / "run")
+    error = error_of(main, "--decoder", "fgmoe", "--moe", "8/2/1/2", *SCENES, "--out", tmp_path / "run")
     assert "--moe 8/2/1/2 adapts the backbone, which --decoder fgmoe freezes: drop --moe" in error
