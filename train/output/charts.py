@@ -53,10 +53,11 @@ def save_lines(path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], a
     """One line per kind of expert: the mean Delta_m over ``axis_name``, with the standard deviation over seeds."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     ticks = sorted({x for points in lines.values() for x in points})
-    for name, points in lines.items():
+    for number, (name, points) in enumerate(lines.items()):
+        places = [ticks.index(x) + 0.06 * number for x in points]  # side by side, so that no bar hides another
         spreads = [stdev(values) if len(values) > 1 else 0 for values in points.values()]
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2}
-        axis.errorbar([ticks.index(x) for x in points], list(map(mean, points.values())), spreads, label=name, **style)
+        axis.errorbar(places, list(map(mean, points.values())), spreads, label=name, **style)
     axis.set_xticks(range(len(ticks)), list(map(str, ticks)))
     axis.set_xlabel(axis_name, fontsize=8)
     axis.set_ylabel(DELTA, fontsize=8)
@@ -66,6 +67,6 @@ def save_lines(path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], a
 
 
 def _finish(axis: Axes, note: str) -> None:
-    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(note, fontsize=8, loc="left")
