@@ -9,6 +9,7 @@ sal/<id>.png           L         255 p, p the probability of "salient"
 normals/<id>.png       RGB       255 (n + 1) / 2 of the unit vector n (x, y, z)
 edge/<id>.png          L         255 p, p the probability of an edge, truncated
 depth/<id>.png         I;16      millimetres, at least 1
+cls/<id>.png           L or P    the image's class id at every pixel
 =====================  ========  ==================================================
 
 Each task encodes and decodes its files: :class:`train.tasks.Task`.

@@ -6,6 +6,7 @@ from kernels.errors import UserError
 from train.metrics.base import Metric
 from train.metrics.constant import Constant
 from train.tasks.base import GREY, VOID, Headline, Picture, Shape, Task
+from train.tasks.cls import ImageClass
 from train.tasks.depth import DepthTask
 from train.tasks.edge import EdgeTask
 from train.tasks.normals import NormalsTask
@@ -19,12 +20,13 @@ __all__ = [
 ]  # fmt: skip
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask(), DepthTask())
+    task.name: task
+    for task in (Segmentation(), HumanParts(), SaliencyTask(), NormalsTask(), EdgeTask(), DepthTask(), ImageClass())
 }
 DEFAULT_TASKS = ("seg", "parts", "sal", "normals", "edge")  # PASCAL-Context's
 
 
-Classes = dict[str, tuple[str, ...]]  # names of the classes of seg and parts in a data set
+Classes = dict[str, tuple[str, ...]]  # names of the classes of a task in a data set
 Metrics = dict[str, dict[str, float | None]]  # {task: {score: value}}, None where nothing was labelled
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -99,16 +100,22 @@ class ConstantClass(LabelCounts):
 class ClassTask(Task):
     """Labels uint8 (H, W) of class ids, 255 void; a head gives logits (n, classes, H, W)."""
 
-    headlines = (Headline("mIoU", True, "%"), Headline("mIoU_field", True, "%", variant_of="mIoU"))
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("mIoU", True, "%"),
+        Headline("mIoU_field", True, "%", variant_of="mIoU"),
+    )
     delta_key = "mIoU"
     modes = ("L", "P")
     content = "class ids, 8 bits"
     palette = PALETTE
     stretching = cv2.INTER_NEAREST
     totals = staticmethod(class_totals)
-    loss = staticmethod(class_loss)
-    metric_type = ConfusionIoU
+    metric_type: ClassVar[type[Metric]] = ConfusionIoU
     constant_type = ConstantClass
+
+    @staticmethod
+    def loss(prediction: Tensor, label: Tensor, totals: Tensor | None = None, /) -> Tensor:
+        return class_loss(prediction, label, totals)
 
     def head_channels(self, classes: Sequence[str]) -> int:
         return len(classes)

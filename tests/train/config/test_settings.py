@@ -19,7 +19,7 @@ def test_without_data_the_scenes_recipe_applies():
 def test_with_data_the_papers_setting_applies():
     settings = resolve_settings({"data": "somewhere"})
     assert (settings.recipe, settings.model, settings.image_size, settings.head) == ("", "vit_base", 224, "up")
-    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50, "depth": 1}
+    assert settings.task_weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 50, "depth": 1, "cls": 1}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
     assert settings.recipe == name
     header = (resources.files("train.config") / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     tasks = "seg,normals,edge,depth" if name.startswith("nyud") else "seg,parts,sal,normals,edge"
-    tasks = "seg" if name in ("stl", "scenes_pretrain") else tasks
+    tasks = {"stl": "seg", "scenes_pretrain": "seg", "scenes_pretrain_cls": "cls"}.get(name, tasks)
     assert f"#   python -m train --tasks {tasks}" in header and settings.tasks == tasks
     assert name == "scenes" or f"--recipe {name}" in header
 
@@ -183,7 +183,7 @@ def test_a_resumed_run_keeps_its_decoder():
 def test_loss_weights_that_are_not_named_keep_their_default():
     assert parse_loss_weights("semseg=2") == {"seg": 2.0}
     weights = resolve_settings({"loss_weights": "edge=1"}).task_weights
-    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1, "depth": 1}
+    assert weights == {"seg": 1, "parts": 2, "sal": 5, "normals": 10, "edge": 1, "depth": 1, "cls": 1}
 
 
 def test_a_resumed_run_keeps_its_settings_and_may_be_prolonged():

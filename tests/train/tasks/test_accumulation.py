@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from train.tasks import PART_NAMES, TASKS, VOID, build_constants, build_metrics, output_channels
 
-CLASSES = {"seg": ("background", "cat", "dog", "bird"), "parts": PART_NAMES}
+CLASSES = {"seg": ("background", "cat", "dog", "bird"), "parts": PART_NAMES, "cls": ("cat", "dog", "bird")}
 CHANNELS = output_channels(TASKS, CLASSES)
 IMAGES = 6
 # A float32 function rounds a pixel's value by its place in the vector lanes; the sums are float64, counts are exact.
@@ -27,7 +27,8 @@ def random_set(task: str) -> tuple[torch.Tensor, torch.Tensor]:
         return prediction, F.normalize(torch.randn(prediction.shape, generator=random), dim=1) * ~void[:, None]
     if task == "depth":
         return prediction, (0.5 + 9 * torch.rand(shape, generator=random)) * ~void
-    label = torch.randint(max(CHANNELS[task], 2), shape, generator=random, dtype=torch.uint8)
+    sizes = (IMAGES, 1, 1) if task == "cls" else shape
+    label = torch.randint(max(CHANNELS[task], 2), sizes, generator=random, dtype=torch.uint8).expand(shape)
     return prediction, label.masked_fill(void, VOID)
 
 

@@ -10,7 +10,7 @@ from train.metrics.constant import Constant
 from train.tasks import TASKS, VOID, build_constants, build_metrics
 from train.tasks.normals import ConstantNormals
 
-CLASSES = {"seg": ("background", "cat", "dog", "bird"), "parts": ("background", "head", "torso")}
+CLASSES = {"seg": ("background", "cat", "dog", "bird"), "parts": ("background", "head", "torso"), "cls": ("cat", "dog")}
 
 
 def fitted(task: str, label: torch.Tensor) -> Constant:
@@ -139,6 +139,6 @@ def test_without_labels_there_still_is_a_constant(task):
     label = torch.full((2, 4, 5), VOID, dtype=torch.uint8)
     label = {"normals": torch.zeros(2, 3, 4, 5), "depth": torch.zeros(2, 4, 5)}.get(task, label)
     prediction = fitted(task, label).prediction(label)
-    channels = {"seg": 4, "parts": 3, "sal": 2, "normals": 3, "edge": 1, "depth": 1}
+    channels = {"seg": 4, "parts": 3, "sal": 2, "normals": 3, "edge": 1, "depth": 1, "cls": 2}
     assert prediction.shape == (2, channels[task], 4, 5) and prediction.dtype == torch.float32
     assert prediction.isfinite().all()

@@ -13,7 +13,7 @@ from train.tasks.edge import edge_loss
 from train.tasks.normals import normals_loss, unit
 from train.tasks.sal import saliency_loss
 
-CHANNELS = {"seg": 5, "parts": 7, "sal": 2, "normals": 3, "edge": 1, "depth": 1}
+CHANNELS = {"seg": 5, "parts": 7, "sal": 2, "normals": 3, "edge": 1, "depth": 1, "cls": 5}
 # Float32 rounds at 6e-8; a loss of 24 pixels rounds some dozens of times.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -30,8 +30,9 @@ def random_batch(task: str, seed: int = 0, shape: tuple[int, int, int] = (2, 3, 
     if task == "depth":
         return prediction, (0.5 + 9 * torch.rand(shape, generator=random)) * ~void
     classes = max(CHANNELS[task], 2)
-    label = torch.randint(classes, shape, generator=random).to(torch.uint8)
-    return prediction, label.masked_fill(void, VOID)
+    one_per_image = task == "cls"
+    label = torch.randint(classes, (n, 1, 1) if one_per_image else shape, generator=random).to(torch.uint8)
+    return prediction, label.expand(shape).masked_fill(void, VOID)
 
 
 def void_like(task: str, label: Tensor) -> Tensor:
@@ -87,6 +88,12 @@ def naive_edge(prediction: Tensor, label: Tensor) -> Tensor:
     return sum(-0.95 * p.log() if y == 1 else -0.05 * (1 - p).log() for p, y in probabilities) / len(pixels)
 
 
+def naive_image(prediction: Tensor, label: Tensor) -> Tensor:
+    images = [naive_pixels(*pair) for pair in zip(prediction[:, None], label[:, None], strict=True)]
+    pooled = [(sum(z for z, _ in pixels) / len(pixels), pixels[0][1]) for pixels in images]
+    return sum(-(z.exp()[y] / z.exp().sum()).log() for z, y in pooled) / len(pooled)
+
+
 NAIVE = {
     "seg": naive_class,
     "parts": naive_class,
@@ -94,6 +101,7 @@ NAIVE = {
     "normals": naive_normals,
     "edge": naive_edge,
     "depth": naive_depth,
+    "cls": naive_image,
 }
 
 
@@ -206,4 +214,5 @@ def test_every_task_has_a_loss_and_a_weight():
         "normals": 10,
         "edge": 50,
         "depth": 1,
+        "cls": 1,
     }

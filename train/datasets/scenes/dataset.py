@@ -64,9 +64,15 @@ def label_depth(scene: Scene, buffer: ZBuffer) -> np.ndarray:
     return (CAMERA - buffer.depth).astype(np.float32)
 
 
+def label_cls(scene: Scene, buffer: ZBuffer) -> np.ndarray:
+    """The class of the salient object, by the numbers of segmentation, at every pixel."""
+    seg, sal = label_seg(scene, buffer), label_sal(scene, buffer)
+    return np.full_like(seg, seg[sal == 1].max())
+
+
 LABELS: dict[str, Callable[[Scene, ZBuffer], np.ndarray]] = {
     "seg": label_seg, "parts": label_parts, "sal": label_sal, "normals": label_normals, "edge": label_edge,
-    "depth": label_depth,
+    "depth": label_depth, "cls": label_cls,
 }  # fmt: skip
 
 
@@ -104,7 +110,7 @@ class Scenes:
     origin = ""
     boundary_distance = MAX_DISTANCE
     skipped: tuple[str, ...] = ()
-    classes: Classes = {"seg": SEG_NAMES, "parts": PART_NAMES}
+    classes: Classes = {"seg": SEG_NAMES, "parts": PART_NAMES, "cls": SEG_NAMES}
 
     def __init__(
         self, split: str, size: int, length: int, seed: int = 0, tasks: tuple[str, ...] = DEFAULT_TASKS

@@ -60,7 +60,7 @@ def test_a_sample_has_the_shapes_and_types_of_the_contract(size):
 def test_length_groups_and_classes():
     scenes = Scenes("train", SIZE, 9)
     assert len(scenes) == 9 and [group.tolist() for group in scenes.groups] == [list(range(9))]
-    assert scenes.classes == {"seg": SEG_NAMES, "parts": PART_NAMES}
+    assert scenes.classes == {"seg": SEG_NAMES, "parts": PART_NAMES, "cls": SEG_NAMES}
 
 
 def test_a_sample_depends_on_seed_split_and_index_only(samples):
