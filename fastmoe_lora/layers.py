@@ -90,14 +90,16 @@ class LoRAMoE(nn.Module):
         """The base's linear layers for the fused kernels; empty if they cannot compute the base, the gradients of its
         weights or so large a pool."""
         linears = fusible(self.base) if self.one_tile else ()
-        trained = any(tensor.requires_grad for tensor in weights_of(linears))
-        return () if trained else linears
+        return () if any(tensor.requires_grad for tensor in weights_of(linears)) else linears
+
+    @property
+    def runs_triton(self) -> bool:
+        return resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
 
     @property
     def fused(self) -> bool:
         """Whether base and experts are one operation."""
-        # The kernel first: packing asks for this before a compiled pass, which then finds the kernel resolved.
-        return resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton" and bool(self.linears)
+        return self.parts is not None
 
     @property
     def adapters(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +108,13 @@ class LoRAMoE(nn.Module):
     @property
     def parts(self) -> Parts | None:
         """What is packed; None if base and experts are not one operation."""
-        return (self.linears, self.adapters) if self.fused else None
+        # The kernel first: packing asks for this before a compiled pass, which then finds the kernel resolved.
+        linears = self.linears if self.runs_triton else ()
+        return (linears, self.adapters) if linears else None
 
     def forward(self, x: Tensor) -> Tensor:
-        linears = self.linears if self.routing.real is None else ()
-        fused = linears and resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
-        y, gates, mean_probs, segments = self._run_fused(x, linears) if fused else self._run_beside(x)
+        linears = self.linears if self.routing.real is None and self.runs_triton else ()
+        y, gates, mean_probs, segments = self._run_fused(x, linears) if linears else self._run_beside(x)
         self.routing.record(self.layer, gates, mean_probs, segments)
         return y.view(*x.shape[:-1], -1)
 

@@ -36,6 +36,8 @@ def differentiable(
             return backward(backward_body, ctx, *gradients)
 
     def call(*inputs):
-        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        return Eager.apply(*inputs) if torch.is_grad_enabled() else body(*inputs)
 
     return call

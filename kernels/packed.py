@@ -116,7 +116,7 @@ class Packed:
     @property
     def hidden(self) -> int:
         """F; 0 for a linear layer."""
-        return len(self.bias_down)
+        return self.bias_down.shape[0]  # len() of a tensor goes through Python
 
     @property
     def inner(self) -> int:

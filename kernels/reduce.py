@@ -46,7 +46,7 @@ def reduce(db: Tensor, da: Tensor, drouters: Tensor) -> tuple[Tensor, Tensor, Te
     """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32 from :func:`kernels.weight_grad.partial_sums`."""
     tasks, chunks = db.shape[:2]
     sums = da.new_empty(da.shape[2:]), db.new_empty(db.shape[2:]), da.new_empty(tasks, *drouters.shape[2:])
-    sizes = sums[1].numel(), sums[0].numel(), sums[2][0].numel()
+    sizes = sums[1].numel(), sums[0].numel(), sums[2].numel() // tasks
     reduce_kernel[(ceil_div(sum(sizes), BN),)](
         db, sums[1], sums[0], sums[2], chunks, *sizes,
         TASKS=tasks, ROUNDS=ceil_div(chunks, BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
