@@ -170,14 +170,10 @@ def test_the_tables_of_the_study_are_the_committed_ones():
             assert table_of(results) in GUIDES["study.md"], path
 
 
-def test_the_decoders_of_the_readme_are_the_committed_ones():
-    arms = json.loads((ROOT / "bench" / "results" / "study-scenes-decoders.json").read_text())["arms"]
-    for name, shown in {
-        "ase_16_3_1_4": "ASE 16/3/1/4",
-        "plain": "`plain`",
-        "fgmoe": "`fgmoe`",
-        "mlore": "`mlore`",
-    }.items():
+@pytest.mark.parametrize(("images", "ase"), [("scenes", "ASE 16/3/1/4"), ("mini", "**Photos, 3 seeds:** ASE")])
+def test_the_decoders_of_the_readme_are_the_committed_ones(images, ase):
+    arms = json.loads((ROOT / "bench" / "results" / f"study-{images}-decoders.json").read_text())["arms"]
+    for name, shown in {"ase_16_3_1_4": ase, "plain": "`plain`", "fgmoe": "`fgmoe`", "mlore": "`mlore`"}.items():
         arm = arms[name]
         means = {task: mean(values) for task, values in arm["scores"].items()}
         cells = [f"{means.pop(task):.2f}" for task in ("seg", "parts", "sal", "normals")] + [f"{means['edge']:.4f}"]
