@@ -157,8 +157,8 @@ def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
 
 
 def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
-    """Per warp: all instructions (``issue``), those of each unit, wavefronts, clocks of the tensor cores. Predicated
-    instructions count in full."""
+    """Per warp: all instructions (``issue``), those of each unit, wavefronts, clocks and operations of tensor cores.
+    Predicated instructions count in full."""
     total: dict[str, float] = defaultdict(float)
     for i in code.instructions:
         rounds = 1
@@ -169,6 +169,7 @@ def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
         total[i.unit] += rounds
         total["wavefronts"] += rounds * i.wavefronts
         total["tensor_clocks"] += rounds * i.tensor_clocks
+        total["operations"] += rounds * i.operations
     return dict(total)
 
 
@@ -185,13 +186,17 @@ def cost(launch: Launch) -> Cost:
     if any(i.name == "USETMAXREG" for i in code.instructions):
         warnings.warn("warps are specialised: every warp is counted as if it executed all of them", stacklevel=2)
     trips = loop_trips(code, source)
+    per_warp = count(code, trips)
+    found = per_warp["operations"] * launch.binary.metadata.num_warps * source.programs
+    if 0 < found < source.flops():  # a loop was missed
+        warnings.warn(f"the machine code has {found / source.flops():.0%} of the source's products", stacklevel=2)
     return Cost(
         launch.binary.metadata.name,
         source.programs,
         launch.binary.metadata.num_warps,
         registers,
         launch.binary.metadata.shared,
-        count(code, trips),
+        per_warp,
         latency.clocks(code, trips),
         *source.traffic(),
         source.flops(),

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,23 @@ class Instruction:
         return 1 if self.name == "SHFL" else next((n for mark, n in widths.items() if mark in self.opcode), 1)
 
     @property
+    def product(self) -> tuple[int, int, int]:
+        """(m, n, k) of a warpgroup's product; zeros of another instruction."""
+        if self.name != "HGMMA":
+            return 0, 0, 0
+        m, n, k = map(int, find(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups())
+        return m, n, k
+
+    @property
+    def operations(self) -> float:
+        """A warp's share of the operations of its warpgroup's product."""
+        return 2 * prod(self.product) / 4
+
+    @property
     def tensor_clocks(self) -> float:
         """Clocks of the tensor cores for a warp's share of a warpgroup's product: 4096 half-precision operations a
         clock, and operands from shared memory at 128 bytes a clock."""
-        if self.name != "HGMMA":
-            return 0
-        m, n, k = map(int, find(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups())
+        m, n, k = self.product
         size = 4 if "TF32" in self.opcode else 2
         a_in_registers = re.search(r"HGMMA\S*\s+R\d+,\s*R\d+,", self.text)
         operands = (0 if a_in_registers else m * k * size) + n * k * size
@@ -109,7 +121,7 @@ class Loop:
 
 @dataclass
 class Code:
-    """A kernel's instructions in order, up to its last EXIT, and the addresses of its labels."""
+    """A kernel's instructions in order, and the addresses of its labels."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -142,9 +154,19 @@ def parse(text: str) -> Code:
         elif words and (high := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/\s*$", row)):
             words[-1][3] = int(high[1], 16) >> 41
     code.instructions = [Instruction(*word) for word in words]
-    ends = [n for n, i in enumerate(code.instructions) if i.name == "EXIT"]
-    code.instructions = [i for i in code.instructions[: ends[-1] + 1 if ends else None] if i.name != "NOP"]
+    code.instructions = [i for i in code.instructions[: _length(code.instructions)] if i.name != "NOP"]
     return code
+
+
+def _length(instructions: list[Instruction]) -> int:
+    """How many are the kernel's: up to the last EXIT, or where that is predicated, to the branch that its loop ends in.
+    What follows is out of line: waits for barriers that are rarely taken, subroutines, padding."""
+    ends = [n for n, i in enumerate(instructions) if i.name == "EXIT"]
+    last = ends[-1] if ends else len(instructions) - 1
+    if instructions[last].text.startswith("@"):
+        rest = enumerate(instructions[last:], last)
+        last = next((n for n, i in rest if i.name == "BRA" and not i.text.startswith("@")), last)
+    return last + 1
 
 
 def disassemble(cubin: bytes) -> tuple[str, int]:
