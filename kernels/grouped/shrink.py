@@ -152,17 +152,17 @@ def shrink_backward(dy: Tensor, experts: Experts, g: Tensor, u: Tensor, order: S
         dy, experts.up, dy if bias is None else bias, g, order.rows, order.ends, u, gated, du, dg, len(dy),
         dy.stride(0), width * ranks, u.shape[1], ranks, 1, width,
         **order.constants(), RANK=u.shape[1], BACKWARD=True, BIAS=bias is not None, ACTIVATION=experts.activation,
-        **tile(dy, u.shape[1]),
+        **tile(dy, u.shape[1], backward=True),
     )  # fmt: skip
     return du, gated, dg
 
 
-def tile(x: Tensor, rank: int) -> dict[str, int]:
+def tile(x: Tensor, rank: int, backward: bool = False) -> dict[str, int]:
     """Tile sizes and Triton's options for tokens of x's type and experts of this rank."""
     if x.element_size() == 4:
-        sizes = {"BR": rank_tile(rank, 32), "BK": 32, "num_warps": 8, "num_stages": 2}
+        sizes = {"BR": rank_tile(rank, 32), "BK": 32, "num_warps": 4, "num_stages": 3}
     elif rank <= 64:
         sizes = {"BR": rank_tile(rank, 64), "BK": 64, "num_warps": 4, "num_stages": 3}
-    else:
-        sizes = {"BR": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+    else:  # backward, wider tiles need all registers of a multiprocessor for one program
+        sizes = {"BR": 64 if backward else 128, "BK": 64, "num_warps": 8, "num_stages": 3}
     return sizes | {"enable_fp_fusion": True}

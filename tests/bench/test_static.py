@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ class TestSass:
     def test_a_loop_is_known_by_the_line_of_its_branch(self):
         assert sass.parse(SASS).loops == [sass.Loop(0x10, 0x30, ("kernel.py", 4))]
 
+    def test_the_branch_back_of_a_loop_that_an_exit_leaves_is_kept(self):
+        rows = (".L_x_0:", "FADD R1, R1, R2", "@P0 EXIT", "BRA `(.L_x_0)", ".L_x_1:", "BRA `(.L_x_1)")
+        lines = [row if row.startswith(".") else f"        /*{16 * n:04x}*/ {row} ;" for n, row in enumerate(rows)]
+        code = sass.parse("\n".join(lines))
+        assert [i.name for i in code.instructions] == ["FADD", "EXIT", "BRA"]
+        assert [(loop.first, loop.last) for loop in code.loops] == [(16, 48)]
+
     def test_an_outer_loop_comes_before_the_inner_one(self):
         text = [(0, "NOP2"), (1, "MOV"), (2, "BRA `(.L_x_1)"), (3, "BRA `(.L_x_0)"), (4, "EXIT")]
         code = sass.Code([sass.Instruction(*row) for row in text], {".L_x_0": 0, ".L_x_1": 1})
@@ -85,10 +93,11 @@ class TestSass:
     def test_a_product_takes_its_operations_or_its_operands_from_shared_memory(self):
         # 2 x 64 x 128 x 16 operations at 4096 a clock are 64 clocks; 16 x 128 x 2 bytes at 128 a clock are 32.
         held = sass.Instruction(0, "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8].tnspB, R24, gsb0")
-        assert held.tensor_clocks == 64 / 4
+        assert held.tensor_clocks == 64 / 4 and held.operations == 2 * 64 * 128 * 16 / 4
         # 2 x 64 x 16 x 16 operations are 8 clocks; (64 + 16) x 16 x 2 bytes are 20.
         narrow = sass.Instruction(0, "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24")
         assert narrow.tensor_clocks == 20 / 4
+        assert sass.Instruction(0, "FADD R1, R1, R2").operations == 0
 
 
 class TestLatency:
@@ -278,6 +287,16 @@ class TestModel:
             "the loop of ('kernel.py', 4", "the loop of ('kernel.py', 7", "the loop of ('helper.py', 9",
         ]  # fmt: skip
 
+    def test_products_that_the_machine_code_lacks_are_told(self, source, monkeypatch):
+        product = sass.Instruction(0, "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24")
+        monkeypatch.setattr(model, "machine_code", lambda cubin: (sass.Code([product]), 32))
+        binary = SimpleNamespace(
+            asm={"cubin": b"", "ttir": TTIR}, metadata=SimpleNamespace(name="some_kernel", num_warps=4, shared=0)
+        )
+        launch = Launch(binary, source.launch.grid, source.launch.arguments)
+        with pytest.warns(UserWarning, match="the machine code has 25% of the source's products"):
+            model.cost(launch)  # 6 programs' 2 x 64 x 16 x 16, where the source has 12 rounds of 2 x 32 x 64 x 16
+
 
 class TestRatios:
     def test_products_at_cublas_s_assumed_rates(self):
@@ -422,10 +441,8 @@ class TestCommand:
             assert line in done.stdout
         results = json.loads(out.read_text())
         (row,) = results["kernels"]
-        assert list(row["loops"].values()) == [
-            12,
-            2,
-        ]  # 768 columns by 64, the second and the third expert of each token
+        # 768 columns by 128, the second and the third expert of each token
+        assert list(row["loops"].values()) == [6, 2]
         ratios = {(r["gpu"], r["algorithm"]): r for r in results["ratios"]}
         assert set(ratios) == set(product(("H100", "H200"), WAYS))
         for (gpu, algorithm), r in ratios.items():
