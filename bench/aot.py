@@ -1,4 +1,4 @@
-"""Compiles every kernel ahead of time for four GPU targets: registers, spills, shared memory, instructions.
+"""Compiles every kernel ahead of time for five GPU targets: registers, spills, shared memory, instructions.
 
     python -m bench.aot [--out FILE] [--kernels route_shrink,...] [--pools 16/3/1/4,...] [--dtypes bf16,...]
                         [--targets sm_90,...]
@@ -39,6 +39,7 @@ TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
