@@ -37,7 +37,7 @@ def save_maps(path: Path, moments: Mapping[str, Tensor], tasks: Sequence[str], s
 
 def save_curves(path: Path, steps: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """A panel per entry, in it a line per name over the steps, from zero up."""
-    size = 4.2 * len(panels) + 0.4, 3.2
+    size = 4.6 * len(panels), 3.2
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for position, (name, values) in enumerate(lines.items()):
@@ -48,7 +48,7 @@ def save_curves(path: Path, steps: Sequence[int], panels: Mapping[str, Mapping[s
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 6 else 1)
+        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     write_figure(figure, path, dpi=110)
 
 
