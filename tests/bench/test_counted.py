@@ -20,6 +20,7 @@ def committed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_committed_count_is_of_this_code(committed):
     recorded = next(row for row in committed["rows"] if (row["config"], row["subject"]) == ("16/3/1/4", "ours"))
     measured = counted.measure("16/3/1/4", counted.OURS)

@@ -74,9 +74,12 @@ def test_the_counter_counts_products():
 # ---- the operation ----
 
 TASKS = 3
-SMALL_POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1)]  # the paper's (N, k, S, r); R = N r = 64
-LARGE_POOLS = [(16, 3, 1, 8), (16, 3, 1, 16), (64, 12, 4, 4)]  # R = 128, 256, 256
-pools = pytest.mark.parametrize("shape", SMALL_POOLS + LARGE_POOLS, ids=lambda shape: "/".join(map(str, shape)))
+POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1)]  # the paper's (N, k, S, r); R = N r = 64
+POOLS += [(16, 3, 1, 8), (16, 3, 1, 16)]  # R = 128, 256
+LARGEST = (64, 12, 4, 4)  # R = 256 of many experts
+pools = pytest.mark.parametrize(
+    "shape", [*POOLS, pytest.param(LARGEST, marks=pytest.mark.long)], ids=lambda shape: "/".join(map(str, shape))
+)
 WIDE = 768  # interpreted, twice as slow as 384, which all tests measure
 widths = pytest.mark.parametrize("d", [pytest.param(WIDE, marks=pytest.mark.long), 384])
 
@@ -128,7 +131,8 @@ def ratio(shape, d: int, which: str) -> float:
 @pytest.mark.parametrize(
     ("gating", "shape"),
     [
-        *[("ase", shape) for shape in SMALL_POOLS + LARGE_POOLS],
+        *[("ase", shape) for shape in POOLS],
+        pytest.param("ase", LARGEST, marks=pytest.mark.long),
         ("topk", (16, 4, 0, 4)),
         ("topk-renorm", (16, 4, 0, 4)),
         ("naive-shared", (16, 3, 1, 4)),
