@@ -94,6 +94,7 @@ class LoRAMoE(nn.Module):
 
     @property
     def runs_triton(self) -> bool:
+        """Whether the routing's kernel is Triton's where the experts are."""
         return resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
 
     @property

@@ -186,10 +186,10 @@ def cost(launch: Launch) -> Cost:
     if any(i.name == "USETMAXREG" for i in code.instructions):
         warnings.warn("warps are specialised: every warp is counted as if it executed all of them", stacklevel=2)
     trips = loop_trips(code, source)
-    per_warp = count(code, trips)
+    per_warp, flops = count(code, trips), source.flops()
     found = per_warp["operations"] * launch.binary.metadata.num_warps * source.programs
-    if 0 < found < source.flops():  # a loop was missed
-        warnings.warn(f"the machine code has {found / source.flops():.0%} of the source's products", stacklevel=2)
+    if 0 < found < flops:  # a loop was missed; operations are known of HGMMA only
+        warnings.warn(f"the machine code has {found / flops:.0%} of the source's products", stacklevel=2)
     return Cost(
         launch.binary.metadata.name,
         source.programs,
@@ -199,7 +199,7 @@ def cost(launch: Launch) -> Cost:
         per_warp,
         latency.clocks(code, trips),
         *source.traffic(),
-        source.flops(),
+        flops,
         source.product(),
         tuple((":".join(map(str, loop.line or ())), n) for loop, n in zip(code.loops, trips, strict=True)),
         source.imbalance,

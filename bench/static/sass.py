@@ -161,8 +161,7 @@ def parse(text: str) -> Code:
 def _length(instructions: list[Instruction]) -> int:
     """How many are the kernel's: up to the last EXIT, or where that is predicated, to the branch that its loop ends in.
     What follows is out of line: waits for barriers that are rarely taken, subroutines, padding."""
-    ends = [n for n, i in enumerate(instructions) if i.name == "EXIT"]
-    last = ends[-1] if ends else len(instructions) - 1
+    last = max(n for n, i in enumerate(instructions) if i.name == "EXIT")
     if instructions[last].text.startswith("@"):
         rest = enumerate(instructions[last:], last)
         last = next((n for n, i in rest if i.name == "BRA" and not i.text.startswith("@")), last)

@@ -74,8 +74,8 @@ def test_the_counter_counts_products():
 # ---- the operation ----
 
 TASKS = 3
-POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1)]  # the paper's (N, k, S, r); R = N r = 64
-POOLS += [(16, 3, 1, 8), (16, 3, 1, 16)]  # R = 128, 256
+# (N, k, S, r): the paper's, with R = N r = 64, and two of R = 128 and 256
+POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (16, 3, 1, 8), (16, 3, 1, 16)]
 LARGEST = (64, 12, 4, 4)  # R = 256 of many experts
 pools = pytest.mark.parametrize(
     "shape", [*POOLS, pytest.param(LARGEST, marks=pytest.mark.long)], ids=lambda shape: "/".join(map(str, shape))

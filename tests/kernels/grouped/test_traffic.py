@@ -67,7 +67,7 @@ def test_memory_sees_at_most_8_percent_more_than_the_compulsory_bytes(rank, widt
 def test_programs_read_pairs_once_for_every_tile(rank, width, rank_tiles, column_tiles):
     """What programs issue: a gathered row once per pair and tile of ranks, hidden rows once per tile of columns."""
     wide, narrow = SLOTS * width * ES, SLOTS * rank * ES
-    backward_tiles = -(-rank // 64)
+    backward_tiles = -(-rank // 64)  # shrink's backward tiles are narrower
     expected = {
         ("shrink_kernel", "tokens", "read"): (rank_tiles + backward_tiles) * wide,
         ("shrink_kernel", "u", "written"): narrow,
