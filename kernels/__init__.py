@@ -1,6 +1,6 @@
 """Pure functions on tensors: each Triton kernel beside its PyTorch reference."""
 
-from kernels.dispatch import KERNELS, lora_moe, lora_moe_packed, resolve_kernel
+from kernels.dispatch import KERNELS, lora_moe, resolve_kernel
 from kernels.errors import UserError
 from kernels.gating import GATINGS, Gating
 from kernels.segments import TaskSegments
@@ -16,6 +16,5 @@ __all__ = [
     "TaskSegments",
     "UserError",
     "lora_moe",
-    "lora_moe_packed",
     "resolve_kernel",
 ]

@@ -1,38 +1,53 @@
-"""PyTorch custom operators over the kernels, with their fake versions and their autograd.
+"""lora_moe as an autograd function over the kernels, alone or fused with the frozen layer beside it.
 
-    lora_moe            forward     route_shrink, expand
-                        backward    gate_backward, weight_grad of dB, weight_grad of dA and dW, reduce, expand
-                        saved       x, H (T, R) in x's type and z (T, C) fp32
-    lora_moe_packed     forward     route_shrink, gelu, two GEMMs
-    of an FFN           backward    a GEMM, gelu, gate_backward, the same weight_grads, a GEMM
-                        saved       the same and u (T, F)
-    of a linear layer   forward     route_shrink, a copy of x, a GEMM
-                        backward    a GEMM, gate_backward, the same weight_grads, expand
-                        saved       the same, with u (T, 0)
+                        one pass                                                     saved beside parameters
+    beside any module   pack, route_shrink, expand                                   x, H (T, R), z (T, C) fp32
+                        pack, GEMM, gate_backward, 2 weight_grad, reduce, GEMM
+    a linear layer      pack, route_shrink, a copy of x, GEMM                        the same
+                        as above
+    an FFN              pack, route_shrink, GEMM, gelu, GEMM                         the same and u (T, F)
+                        pack, GEMM, gelu_backward, gate_backward, ..
 
-Weights are saved too; the output of an expert never is. Backward does not write to its inputs, so it may run twice.
+LoRA is a few more columns of the frozen GEMMs:
+
+    y = [act | H'] [W2 | B]^T + b2          act = gelu(x W1^T + b1), or x for one linear layer
+    [da | dH'] = dY [W2 | B]
+    dx = [du | dH | dz] [W1 ; A ; W_tasks]  dz has C columns per task, zero but for the token's own
+
+Algorithms of an FFN, which kernels/tables.json chooses by measurement (bench.tune):
+
+    columns     the GEMMs are cuBLAS's
+    fused       our GEMMs compute u and [da | dH'], with GELU in their epilogue
+
+The wide matrices are made in each pass (:mod:`kernels.pack`); only parameters are saved, never the output of an expert.
+Backward does not write to its inputs, so it may run twice. A compiled pass calls both directions as custom operators,
+an eager one as functions: torch.library's dispatch costs the host about as much as the launches.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from triton import knobs
 
-from kernels.eager import differentiable
 from kernels.errors import UserError
-from kernels.expand import expand, expand_backward
-from kernels.ffn import ffn_backward, ffn_forward
+from kernels.expand import expand
 from kernels.gate_backward import gate_backward
-from kernels.gating import Gating
-from kernels.linear import linear_backward, linear_forward
-from kernels.packed import Packed, SplitRouters
-from kernels.pool import Pool, make_pool
+from kernels.gating import Gating, Pool, make_pool
+from kernels.gelu import gelu, gelu_backward
+from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
+from kernels.nvtx import span
+from kernels.pack import aligned, pack_backward, pack_forward
+from kernels.reference import Linear
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.tiles import ffn_algorithm
+from kernels.vmap import is_batched, looped
 from kernels.weight_grad import weight_grads
+
+ALGORITHMS = ("columns", "fused")
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -40,112 +55,149 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).contiguous()
+def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _setting(
-    a: Tensor, routers: Tensor, offsets: Tensor, counts: Sequence[int], *gating: Any
-) -> tuple[TaskSegments, Pool]:
-    """What every launch is given."""
-    return TaskSegments(tuple(counts), offsets), make_pool(a.shape[0], routers.shape[1], *gating)
+def _parse(setting: str, a: Tensor, routers: Tensor) -> tuple[Pool, str]:
+    gating, _, algorithm = setting.rpartition("/")
+    return make_pool(a.shape[0], routers.shape[1], gating), algorithm
 
 
-def _fake(x: Tensor, width: int, a: Tensor, routers: Tensor, *gating: Any) -> tuple[Tensor, ...]:
-    """Empty (y, g, P, H, z), y with ``width`` columns."""
-    # Not from the cache: sizes may be symbolic.
-    pool, full = make_pool.__wrapped__(a.shape[0], routers.shape[1], *gating), torch.float32
-    return (
-        x.new_empty(len(x), width),
-        x.new_empty(len(x), pool.experts, dtype=full),
-        x.new_empty(len(routers), pool.columns, dtype=full),
-        x.new_empty(len(x), len(a)),
-        x.new_empty(len(x), pool.columns, dtype=full),
-    )
-
-
-def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
-
-
-def _given(dy: Tensor | None, dp: Tensor | None, x: Tensor, z: Tensor, width: int, tasks: int) -> tuple[Tensor, Tensor]:
-    """(dY, dP), zeros in place of an absent gradient."""
-    through_y = x.new_zeros(len(x), width) if dy is None else dy
-    return through_y, z.new_zeros(tasks, z.shape[1]) if dp is None else dp
-
-
-@torch.library.custom_op("fastmoe_lora::lora_moe", mutates_args=())
-def lora_moe_op(
+def forward(
     x: Tensor,
-    base: Tensor,
+    base: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
     a: Tensor,
     b: Tensor,
     routers: Tensor,
     offsets: Tensor,
-    counts: Sequence[int],
-    gating: str,
-    k: int,
-    shared: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, g, P, H, z)."""
-    segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
-    x, base = _rows(x), _rows(base)
-    gated, split = x.new_empty(len(x), pool.ranks), SplitRouters.of(routers, x.dtype)
-    h, z, g, p = route_shrink(x, _as(a, x.dtype), split, gated, segments, pool)
-    return expand(base, gated, _as(b, x.dtype), segments, pool), g, p, h, z
+    length: int,
+    setting: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, g, P, H, z, u). ``base`` beside any module; (w2, b2) for a linear layer; (w1, b1, w2, b2) for an FFN.
+    ``setting`` is gating and algorithm as one text."""
+    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, a, routers)
+    x, dtype, u = _rows(x), x.dtype, x.new_empty(len(x), 0)
+    with torch.cuda.device_of(x):
+        up, down, *split = pack_forward(w2, (a, b, routers), dtype)
+        hidden = 0 if w2 is None else w2.shape[1]
+        inner = x.new_empty(len(x), up.shape[1])
+        act, gated = inner[:, :hidden], inner[:, hidden:]
+        with span("route"):
+            h, z, g, p = route_shrink(x, down, (split[0], split[1]), gated, segments, pool)
+        with span("ffn"):
+            if base is not None:
+                return expand(_rows(base), gated, up, pool), g, p, h, z, u
+            if w1 is None:
+                act.copy_(x)
+            elif algorithm == "fused":
+                bias = x.new_zeros(hidden) if b1 is None else b1.to(dtype)
+                u = matmul_gelu(x, w1.to(dtype), bias, act, pool)
+            else:
+                u = F.linear(x, w1.to(dtype), _typed(b1, dtype))
+                gelu(u, act)
+            return F.linear(inner, up, _typed(b2, dtype)), g, p, h, z, u
 
 
-@lora_moe_op.register_fake
-def _(x, base, a, b, routers, offsets, counts, gating, k, shared):
-    return _fake(x, len(b), a, routers, gating, k, shared)
-
-
-@torch.library.custom_op("fastmoe_lora::lora_moe_backward", mutates_args=())
-def lora_moe_backward_op(
+def backward(
     dy: Tensor,
     dp: Tensor,
     x: Tensor,
     h: Tensor,
     z: Tensor,
+    u: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
     a: Tensor,
     b: Tensor,
     routers: Tensor,
     offsets: Tensor,
-    counts: Sequence[int],
-    gating: str,
-    k: int,
-    shared: int,
+    length: int,
+    setting: str,
+    needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    segments, pool = _setting(a, routers, offsets, counts, gating, k, shared)
-    x, dy = _rows(x), _rows(dy)
-    dh, dz, gated, peak = gate_backward(dy, _as(b, x.dtype), h, z, dp.contiguous(), segments, pool)
-    da, db, drouters = weight_grads((dy, x), (gated, dh), (dz, peak), segments, pool)
-    dx = expand_backward(None, dh, dz, _as(a, x.dtype), _as(routers, torch.float32), segments, pool)
+    """(dx, dA, dB, dW), the last three in the types of their parameters; dx is empty unless it is needed."""
+    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, a, routers)
+    dy, x, dp = _rows(dy), _rows(x), dp.contiguous()
+    if not needs_dx:  # dH' = dY B alone
+        w1 = w2 = None
+    with torch.cuda.device_of(x):
+        up, down = pack_backward((w1, w2), (a, b, routers), x.dtype)
+        hidden, width, ranks = 0 if w2 is None else w2.shape[1], up.shape[1], aligned(pool.ranks)
+        grad = x.new_empty(len(x), width + aligned(segments.tasks * pool.columns))
+        if w1 is not None and algorithm == "fused":
+            matmul_gelu_backward(dy, up, u, grad[:, :width], pool)
+        else:
+            torch.mm(dy, up, out=grad[:, :width])
+            if w1 is not None:
+                gelu_backward(u, grad[:, :hidden])
+        dz, gated = gate_backward(grad[:, hidden:], ranks, (h, z), dp, segments, pool)
+        dh = grad[:, hidden : hidden + pool.ranks]
+        da, db, drouters = weight_grads((dy, x), (gated, dh), dz, segments, pool)
+        if not needs_dx:
+            dx = x.new_empty(0)
+        elif w1 is None and w2 is not None:
+            dx = torch.addmm(grad[:, :hidden], grad[:, hidden:], down)
+        else:
+            dx = torch.mm(grad, down)
     return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
 
 
-@lora_moe_backward_op.register_fake
-def _(dy, dp, x, h, z, a, b, routers, *rest):
-    return _like(x, a, b, routers)
+forward_op = torch.library.custom_op("fastmoe_lora::lora_moe", forward, mutates_args=())
+backward_op = torch.library.custom_op("fastmoe_lora::lora_moe_backward", backward, mutates_args=())
 
 
-def _save(ctx, inputs, output):
-    x, _, a, b, routers, offsets, *static = inputs
-    _, g, _, h, z = output
-    ctx.static = static
-    ctx.set_materialize_grads(False)  # g, H and z have no gradient; zeros for them would be three passes
-    ctx.save_for_backward(x, h, z, a, b, routers, offsets)
-    ctx.mark_non_differentiable(g, h, z)
+@forward_op.register_fake
+def _(x, base, w1, b1, w2, b2, a, b, routers, offsets, length, setting):
+    (pool, _), full, rows = _parse(setting, a, routers), torch.float32, x.shape[0]
+    return (
+        x.new_empty(rows, b.shape[0]),
+        x.new_empty(rows, pool.experts, dtype=full),
+        x.new_empty(len(routers), pool.columns, dtype=full),
+        x.new_empty(rows, a.shape[0]),
+        x.new_empty(rows, pool.columns, dtype=full),
+        x.new_empty(rows, 0 if w1 is None else w1.shape[0]),
+    )
 
 
-def _backward(run, ctx, dy, dg, dp, dh, dz):
-    x, _, z, _, b, routers, _ = saved = ctx.saved_tensors  # asked for once, as checkpointing requires
-    gradients = run(*_given(dy, dp, x, z, len(b), len(routers)), *saved, *ctx.static)
-    return gradients[0], dy, *gradients[1:], None, None, None, None, None
+@backward_op.register_fake
+def _(dy, dp, x, h, z, u, w1, w2, a, b, routers, offsets, length, setting, needs_dx):
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return dx, *(parameter.new_empty(parameter.shape) for parameter in (a, b, routers))
 
 
-_lora_moe = differentiable(lora_moe_op, lora_moe_backward_op, _save, _backward)
+backward_op.register_vmap(looped(backward_op))
+
+
+class _LoRAMoE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, base, w1, b1, w2, b2, a, b, routers, offsets, length, setting):
+        run = forward_op if torch.compiler.is_compiling() else forward
+        y, g, p, h, z, u = run(x, base, w1, b1, w2, b2, a, b, routers, offsets, length, setting)
+        ctx.static = length, setting
+        ctx.set_materialize_grads(False)  # g has no gradient; zeros for it would be a pass
+        ctx.save_for_backward(x, h, z, u, w1, w2, a, b, routers, offsets)
+        ctx.mark_non_differentiable(g)
+        return y, g, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dg, dp):
+        x, h, z, u, w1, w2, a, b, routers, offsets = ctx.saved_tensors  # asked for once, as checkpointing requires
+        needed = ctx.needs_input_grad
+        if dp is None:
+            dp = z.new_zeros(routers.shape[:2])
+        if dy is None:
+            dy = x.new_zeros(x.shape[0], b.shape[0])
+        rest = x, h, z, u, w1, w2, a, b, routers, offsets, *ctx.static, needed[0]
+        as_op = torch.compiler.is_compiling() or is_batched(dy) or is_batched(dp)
+        dx, da, db, drouters = (backward_op if as_op else backward)(dy, dp, *rest)
+        dbase = dy if needed[1] else None
+        return dx if needed[0] else None, dbase, None, None, None, None, da, db, drouters, None, None, None
 
 
 def check_type(x: Tensor) -> None:
@@ -157,128 +209,28 @@ def check_type(x: Tensor) -> None:
 
 
 def lora_moe(
-    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient."""
-    check_type(x)
-    static = segments.counts, gating.name, gating.k, gating.shared
-    y, g, p, _, _ = _lora_moe(x, base, *lora, routers, segments.offsets, *static)
-    return y, g, p
-
-
-@torch.library.custom_op("fastmoe_lora::lora_moe_packed", mutates_args=())
-def lora_moe_packed_op(
     x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    routers: Tensor,
-    up: Tensor,
-    down: Tensor,
-    bias_up: Tensor,
-    bias_down: Tensor,
-    parts: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    counts: Sequence[int],
-    gating: str,
-    k: int,
-    shared: int,
-    algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, g, P, H, z, u). A and B are read where :class:`Packed` holds them; as arguments they receive gradients."""
-    setting = _setting(a, routers, offsets, counts, gating, k, shared)
-    packed = Packed.of(up, down, bias_up, bias_down, parts, scales)
-    x = _rows(x)
-    if packed.hidden:
-        return ffn_forward(x, packed, *setting, algorithm or ffn_algorithm(x))
-    return *linear_forward(x, packed, *setting), x.new_empty(len(x), 0)
-
-
-@lora_moe_packed_op.register_fake
-def _(x, a, b, routers, up, down, bias_up, bias_down, parts, scales, offsets, counts, gating, k, shared, algorithm):
-    return *_fake(x, len(up), a, routers, gating, k, shared), x.new_empty(len(x), len(bias_down))
-
-
-@torch.library.custom_op("fastmoe_lora::lora_moe_packed_backward", mutates_args=())
-def lora_moe_packed_backward_op(
-    dy: Tensor,
-    dp: Tensor,
-    x: Tensor,
-    u: Tensor,
-    h: Tensor,
-    z: Tensor,
-    a: Tensor,
-    b: Tensor,
-    routers: Tensor,
-    up: Tensor,
-    down: Tensor,
-    bias_up: Tensor,
-    bias_down: Tensor,
-    parts: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    counts: Sequence[int],
-    gating: str,
-    k: int,
-    shared: int,
-    algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dB, dW), the last three in the types of their parameters."""
-    setting = _setting(a, routers, offsets, counts, gating, k, shared)
-    packed = Packed.of(up, down, bias_up, bias_down, parts, scales)
-    gradients, x, exact = (_rows(dy), dp.contiguous()), _rows(x), _as(routers, torch.float32)
-    if packed.hidden:
-        known = algorithm or ffn_algorithm(x)
-        dx, da, db, drouters = ffn_backward(gradients, (x, u, h, z), packed, exact, *setting, known)
-    else:
-        dx, da, db, drouters = linear_backward(gradients, (x, h, z), packed, exact, *setting)
-    return dx, da.to(a.dtype), db.to(b.dtype), drouters.to(routers.dtype)
-
-
-@lora_moe_packed_backward_op.register_fake
-def _(dy, dp, x, u, h, z, a, b, routers, *rest):
-    return _like(x, a, b, routers)
-
-
-def _save_packed(ctx, inputs, output):
-    x, a, b, routers, *packed, offsets = inputs[:11]
-    _, g, _, h, z, u = output
-    # Not saved tensors: another pass may pack the same values once more before this one's backward.
-    ctx.packed, ctx.static = packed, inputs[11:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, u, h, z, a, b, routers, offsets)
-    ctx.mark_non_differentiable(g, h, z, u)
-
-
-def _packed_backward(run, ctx, dy, dg, dp, dh, dz, du):
-    x, _, _, z, _, b, routers, offsets = saved = ctx.saved_tensors
-    given = _given(dy, dp, x, z, len(b), len(routers))
-    gradients = run(*given, *saved[:-1], *ctx.packed, offsets, *ctx.static)
-    return *gradients, *[None] * 12
-
-
-_lora_moe_packed = differentiable(lora_moe_packed_op, lora_moe_packed_backward_op, _save_packed, _packed_backward)
-
-
-def lora_moe_packed(
-    x: Tensor,
-    packed: Packed,
+    base: Tensor | tuple[Linear, ...],
     lora: tuple[Tensor, Tensor],
     routers: Tensor,
     segments: TaskSegments,
     gating: Gating,
-    algorithm: str = "",
     deterministic: bool = False,
+    algorithm: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`, in fp32, fp16 or bf16.
+    """As :func:`kernels.reference.lora_moe`, in fp32, fp16 or bf16; g is for statistics and has no gradient.
 
-    ``packed`` holds the frozen weights and the newest values of ``lora`` and ``routers``, in x's type. ``algorithm`` is
-    one of :data:`kernels.ffn.ALGORITHMS`, for an FFN; by default the table's for this number of tokens, with
-    ``deterministic`` the same for every number.
+    ``base`` is a tensor, or the frozen layer whose output it is: (W, b) of a linear layer, or of the two of an FFN.
+    ``algorithm`` is one of ALGORITHMS; by default the table's for this number of tokens, with ``deterministic`` the
+    same for every number.
     """
     check_type(x)
-    if packed.hidden and deterministic and not algorithm:
-        algorithm = ffn_algorithm(x, deterministic)
-    static = segments.counts, gating.name, gating.k, gating.shared, algorithm
-    y, g, p, *_ = _lora_moe_packed(x, *lora, routers, *packed.tensors, segments.offsets, *static)
-    return y, g, p
+    algorithm = algorithm or ffn_algorithm(x, deterministic)
+    if isinstance(base, Tensor):
+        frozen: tuple[Any, ...] = base, None, None, None, None
+    else:
+        frozen = None, *((None, None) if len(base) == 1 else base[0]), *base[-1]
+    arguments = x, *frozen, *lora, routers, segments.offsets, segments.length, f"{gating}/{algorithm}"
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _LoRAMoE.apply(*arguments)
+    return forward(*arguments)[:3]

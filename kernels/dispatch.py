@@ -8,9 +8,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.errors import UserError
-from kernels.gating import Gating
-from kernels.packed import Packed
-from kernels.pool import fits_one_tile
+from kernels.gating import Gating, fits_one_tile
+from kernels.reference import Linear
 from kernels.segments import TaskSegments
 
 KERNELS = ("auto", "triton", "reference")
@@ -55,49 +54,76 @@ def _obstacle(device: torch.device) -> str:
 
 def lora_moe(
     x: Tensor,
-    base: Tensor,
+    base: Tensor | tuple[Linear, ...],
     lora: tuple[Tensor, Tensor],
     routers: Tensor,
     segments: TaskSegments,
     gating: Gating,
     kernel: str = "auto",
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, D) = base + sum_e g_e B_e A_e x, the gates g (T, N) and P (tasks, C); see :mod:`kernels.reference`.
 
     x (T, d) and base (T, D) share a floating type, ``lora`` is (A (R, d), B (D, R)), ``routers`` (tasks, C, d); the
-    parameters may be fp32 masters. UserError if ``kernel="triton"`` cannot run. A pool that exceeds one register tile
-    (:func:`kernels.pool.fits_one_tile`) runs as a mixture of experts without activation and biases.
+    parameters may be fp32 masters. ``base`` may instead be the frozen layer whose output it is, with which the kernels
+    fuse the experts: ((W, b),) of a linear layer, or ((W1, b1), (W2, b2)) of an FFN with GELU. The gates are for
+    statistics.
+
+    ValueError if shapes do not fit each other, UserError if ``kernel="triton"`` cannot run. A pool that exceeds one
+    register tile (:func:`kernels.gating.fits_one_tile`) runs as a mixture of experts without activation and biases.
+    With ``deterministic``, algorithm and tiles depend on the pool, the widths and the device alone, so that in our
+    kernels a token's bits do not depend on the other tokens of the batch. cuBLAS may still choose its kernel by the
+    number of tokens.
     """
+    check(x, base, lora, routers, segments, gating)
     if resolve_kernel(kernel, x.device) == "reference":
-        return reference.lora_moe(x, base, lora, routers, segments, gating)
+        y, g, p = reference.lora_moe(x, base, lora, routers, segments, gating)
+        return y, g.detach(), p
     from kernels import custom_ops  # imports Triton, which not every machine has
 
     experts = gating.experts(routers.shape[1])
     if fits_one_tile(experts, len(lora[0]) // experts):
-        return custom_ops.lora_moe(x, base, lora, routers, segments, gating)
+        return custom_ops.lora_moe(x, base, lora, routers, segments, gating, deterministic)
     from kernels.experts import Experts, ops  # its entry point imports this file
 
     z = reference.router_logits(x, routers, segments)
     down, up = (weight.unsqueeze(0) for weight in lora)
-    return ops.expert_mixture(x, base, Experts(down, up), z, segments, gating)
+    output = base if isinstance(base, Tensor) else reference.frozen(x, base)
+    return ops.expert_mixture(x, output, Experts(down, up), z, segments, gating)
 
 
-def lora_moe_packed(
+def check(
     x: Tensor,
-    packed: Packed,
+    base: Tensor | tuple[Linear, ...],
     lora: tuple[Tensor, Tensor],
     routers: Tensor,
     segments: TaskSegments,
     gating: Gating,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation fused with the frozen FFN or linear layer in ``packed``, by the Triton kernels: y, g and P of
-    :func:`kernels.ffn.ffn_reference` or :func:`kernels.linear.linear_reference`.
-
-    ``packed`` holds the newest values of ``lora`` and ``routers``, in x's type. With ``deterministic``, algorithm and
-    tiles depend on the pool, the widths and the device alone, so that in our kernels a token's bits do not depend on
-    the other tokens of the batch. cuBLAS may still choose its kernel by the number of tokens.
-    """
-    from kernels import custom_ops
-
-    return custom_ops.lora_moe_packed(x, packed, lora, routers, segments, gating, deterministic=deterministic)
+) -> None:
+    """ValueError unless the arguments of :func:`lora_moe` fit each other; the device is not asked."""
+    (a, b), (tokens, d), columns = lora, x.shape, routers.shape[1]
+    experts, sparse = gating.experts(columns), gating.experts(columns) - gating.shared
+    expected = {
+        "A": (a, (a.shape[0], d)),
+        "B": (b, (b.shape[0], a.shape[0])),
+        "routers": (routers, (segments.offsets.shape[0] - 1, columns, d)),
+    }
+    if isinstance(base, Tensor):
+        expected["base"] = base, (tokens, b.shape[0])
+    else:
+        inner = d
+        for number, (weight, bias) in enumerate(base, start=1):
+            outer = b.shape[0] if number == len(base) else weight.shape[0]
+            expected[f"W{number}"] = weight, (outer, inner)
+            if bias is not None:
+                expected[f"b{number}"] = bias, (outer,)
+            inner = outer
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, beside x of shape {tuple(x.shape)} it is {shape}")
+    if a.shape[0] % experts:
+        raise ValueError(f"A of shape {tuple(a.shape)} has no equally many rows for each of {experts} experts")
+    if not 0 < gating.k <= sparse:
+        raise ValueError(f"k = {gating.k}, but routers of shape {tuple(routers.shape)} have {sparse} sparse experts")
+    if segments.counts is not None and sum(segments.counts) != tokens:
+        raise ValueError(f"the segments {segments.counts} have {sum(segments.counts)} rows, x has shape {tuple(x.shape)}")

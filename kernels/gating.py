@@ -1,6 +1,7 @@
-"""The four gatings: how router logits become gates."""
+"""The four gatings, how router logits become gates, and the pool of experts that kernels are specialised for."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from kernels.errors import UserError
 
@@ -10,6 +11,7 @@ GATINGS = {
     "topk-renorm": "softmax over the k selected experts",
     "naive-shared": "topk over the sparse experts, shared gates fixed to 1, equation (5)",
 }
+MOST_RANKS = 256  # NP r of which a kernel keeps a row of H in registers without spills
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Gating:
             raise UserError(
                 f"gating {self.name!r} knows no shared experts but S = {self.shared}: use 'ase' or 'naive-shared'"
             )
+        if self.k < 1 or self.shared < 0:
+            raise UserError(f"gating {self.name!r}: k = {self.k} sparse and S = {self.shared} shared experts")
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.k}/{self.shared}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Gating":
+        """The inverse of ``str``: operators take text."""
+        name, k, shared = text.split("/")
+        return cls(name, int(k), int(shared))
 
     def router_columns(self, experts: int) -> int:
         """Logits per token for a pool of ``experts``: a shared expert whose gate is fixed has none."""
@@ -37,3 +50,60 @@ class Gating:
     def experts(self, columns: int) -> int:
         """The inverse of :meth:`router_columns`."""
         return columns + self.shared if self.name == "naive-shared" else columns
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def padded_experts(experts: int) -> int:
+    """NP: a power of two and at least 16, the narrowest operand of a GPU's matrix product."""
+    return max(16, next_power_of_two(experts))
+
+
+def fits_one_tile(experts: int, rank: int) -> bool:
+    """Whether kernels can keep all of H in one register tile; other pools go through :mod:`kernels.experts`."""
+    return padded_experts(experts) * rank <= MOST_RANKS and rank == next_power_of_two(rank)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N experts of rank r with C logits per token: the constants that a kernel is compiled for.
+
+    Tiles have NP >= N expert columns, see :func:`padded_experts`.
+    """
+
+    experts: int
+    columns: int
+    rank: int
+    gating: Gating
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return self.experts * self.rank
+
+    @property
+    def padded(self) -> int:
+        """NP."""
+        return padded_experts(self.experts)
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns that a kernel holds per token: its ranks and its gates or logits, NP (r + 1)."""
+        return self.padded * (self.rank + 1)
+
+    def constants(self) -> dict[str, int]:
+        """The constants that every kernel takes."""
+        return {"N": self.experts, "C": self.columns, "NP": self.padded, "RANK": self.rank}
+
+    def gate_constants(self) -> dict[str, int | str]:
+        return {"SHARED": self.gating.shared, "GATING": self.gating.name}
+
+
+@cache
+def make_pool(ranks: int, columns: int, gating: str) -> Pool:
+    """From R, C and the text of the gating; made once, not for every launch."""
+    known = Gating.parse(gating)
+    experts = known.experts(columns)
+    return Pool(experts, columns, ranks // experts, known)

@@ -119,24 +119,39 @@ def power_of_two(value):
 
 
 @triton.jit
-def dot_exact(a, b, acc, SCALED: tl.constexpr = False):
-    """acc + a b for an fp32 b: if ``a`` has half precision, b is split into two such parts, exact to 2^-17.
-
-    SCALED first divides b by a power of two so that its largest is in 1..2: fp16 would lose small values.
-    """
+def dot_exact(a, b, acc):
+    """acc + a b for an fp32 b. Beside an fp16 ``a``, b is divided by a power of two, so that its largest is in 1..2 and
+    small values are kept, and split into two fp16 parts, exact to 2^-17."""
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    elif SCALED and a.dtype == tl.float16:
+    else:
         scale = power_of_two(tl.max(tl.abs(b)))
         b = b * (1.0 / scale)
         high = b.to(a.dtype)
-        total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), tl.dot(a, high))
-        acc += total * scale
-    else:
-        high = b.to(a.dtype)
-        acc = tl.dot(a, high, acc)
-        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)
+        acc += tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), tl.dot(a, high)) * scale
     return acc
+
+
+@triton.jit
+def block_of_task(offsets, length, block, TASKS: tl.constexpr, BM):
+    """(task, first row, end row, tokens of the task) of a block of BM rows. Blocks are numbered task by task and never
+    span two tasks; past the last block no row lies before the end row."""
+    task, first, end, tokens = 0, 0, 0, 1
+    for t in tl.static_range(TASKS):
+        begin, stop = tl.load(offsets + t) * length, tl.load(offsets + t + 1) * length
+        blocks = tl.cdiv(stop - begin, BM)
+        here = (block >= 0) & (block < blocks)
+        task, tokens = tl.where(here, t, task), tl.where(here, stop - begin, tokens)
+        first, end = tl.where(here, begin + block * BM, first), tl.where(here, stop, end)
+        block -= blocks
+    return task, first, end, tokens
+
+
+@triton.jit
+def rows_of_block(first, end, BM: tl.constexpr):
+    """(rows (BM, 1) int64, mask (BM, 1)) of the rows from ``first`` on."""
+    rows = first + tl.arange(0, BM)
+    return rows.to(tl.int64)[:, None], (rows < end)[:, None]
 
 
 @triton.jit

@@ -1,22 +1,31 @@
 """lora_linear: plain LoRA on a frozen linear layer, y = W x + b + B A x, as one operator of PyTorch GEMMs.
 
-Two algorithms over the same packed weights; :func:`kernels.packed.columns_pay` chooses by the layer's widths:
+Two algorithms; :func:`columns_pay` chooses by the layer's widths:
 
     columns     y = [x | H] [W | B]^T + b                       D > d: copies x, adds no pass over y
                 [dx_0 | dH] = dy [W | B]
     add         y = x W^T + b, then y += H B^T                  else: reads and writes y once more
                 dx_0 = dy W,  dH = dy B
 
-with H = x A^T, and in both dx = dx_0 + dH A, dA = dH^T x, dB = dy^T H.
-Saved for backward: [x | H] (columns), or x and H (add).
+with H = x A^T, and in both dx = dx_0 + dH A, dA = dH^T x, dB = dy^T H. [W | B] is made in each pass.
+Saved for backward beside the parameters: [x | H] (columns), or x and H (add).
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels.eager import differentiable
-from kernels.packed import Linear, Packed, columns_pay
+from kernels.reference import Linear
+from kernels.vmap import is_batched, looped
+
+
+def columns_pay(d: int, width: int) -> bool:
+    """True if widening the GEMM of a linear layer d -> width is cheaper than adding LoRA to its output.
+
+    Widening copies x (2 T d elements); a separate add reads and writes y (2 T D): fc1 yes, fc2 no.
+    """
+    return width > d
 
 
 def lora_linear_reference(x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor]) -> Tensor:
@@ -28,74 +37,84 @@ def lora_linear_reference(x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor]
     return F.linear(x, *linear) + F.linear(F.linear(x, a), b)
 
 
-def _widened(x: Tensor, up: Tensor) -> bool:
-    return columns_pay(x.shape[1], len(up))
+def forward(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, [x | H] or H) of x (T, d)."""
+    (width, d), rank = w.shape, a.shape[0]
+    w, a, b = w.to(x.dtype), a.to(x.dtype), b.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    with torch.cuda.device_of(x):
+        if columns_pay(d, width):
+            inner = x.new_empty(x.shape[0], d + rank)
+            inner[:, :d] = x
+            torch.mm(x, a.t(), out=inner[:, d:])
+            return F.linear(inner, torch.cat([w, b], 1), bias), inner
+        h = F.linear(x, a)
+        return F.linear(x, w, bias).addmm_(h, b.t()), h
 
 
-@torch.library.custom_op("fastmoe_lora::lora_linear", mutates_args=())
-def lora_linear_op(x: Tensor, a: Tensor, b: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, [x | H] or H). A and B are read from ``down`` and ``up``; as arguments they receive gradients."""
-    d = x.shape[1]
-    if _widened(x, up):
-        inner = x.new_empty(len(x), up.shape[1])
-        inner[:, :d] = x
-        torch.mm(x, down.t(), out=inner[:, d:])
-        return F.linear(inner, up, bias), inner
-    h = F.linear(x, down)
-    return F.linear(x, up[:, :d], bias).addmm_(h, up[:, d:].t()), h
-
-
-@lora_linear_op.register_fake
-def _(x, a, b, up, down, bias):
-    return x.new_empty(len(x), len(up)), x.new_empty(len(x), up.shape[1] if _widened(x, up) else len(down))
-
-
-@torch.library.custom_op("fastmoe_lora::lora_linear_backward", mutates_args=())
-def lora_linear_backward_op(
-    dy: Tensor, x: Tensor, h: Tensor, a: Tensor, b: Tensor, up: Tensor, down: Tensor
+def backward(
+    dy: Tensor, x: Tensor, h: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB), the last two in the types of A and B; x (T, d) and h (T, r padded) may be columns of [x | H]."""
-    d, rank = x.shape[1], len(a)
-    if _widened(x, up):
-        grad = torch.mm(dy, up)
-        dx, dh = grad[:, :d], grad[:, d:]
-    else:
-        dx, dh = torch.mm(dy, up[:, :d]), torch.mm(dy, up[:, d:])
-    da, db = torch.mm(dh.t(), x)[:rank], torch.mm(dy.t(), h)[:, :rank]
-    return dx.addmm_(dh, down), da.to(a.dtype), db.to(b.dtype).contiguous()
+    """(dx, dA, dB), the last two in the types of A and B; x (T, d) and h (T, r) may be columns of [x | H]. dx is empty
+    unless it is needed."""
+    (width, d), small, up = w.shape, a.to(x.dtype), b.to(x.dtype)
+    with torch.cuda.device_of(x):
+        if not needs_dx:
+            dx, dh = x.new_empty(0), torch.mm(dy, up)
+        elif columns_pay(d, width):
+            grad = torch.mm(dy, torch.cat([w.to(x.dtype), up], 1))
+            dh = grad[:, d:]
+            dx = torch.addmm(grad[:, :d], dh, small)
+        else:
+            dh = torch.mm(dy, up)
+            dx = torch.mm(dy, w.to(x.dtype)).addmm_(dh, small)
+        return dx, torch.mm(dh.t(), x).to(a.dtype), torch.mm(dy.t(), h).to(b.dtype)
 
 
-@lora_linear_backward_op.register_fake
-def _(dy, x, h, a, b, up, down):
-    width = up.shape[1] if _widened(x, up) else x.shape[1]
-    return x.new_empty(len(x), width)[:, : x.shape[1]], torch.empty_like(a), torch.empty_like(b)
+forward_op = torch.library.custom_op("fastmoe_lora::lora_linear", forward, mutates_args=())
+backward_op = torch.library.custom_op("fastmoe_lora::lora_linear_backward", backward, mutates_args=())
 
 
-def _save(ctx, inputs, output):
-    x, a, b, up, down, _ = inputs
-    h = output[1]
-    # Not saved tensors: another pass may pack the same values once more before this one's backward.
-    ctx.packed, ctx.columns = (up, down), x.shape[1]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*((h,) if _widened(x, up) else (x, h)), a, b)
-    ctx.mark_non_differentiable(h)
+@forward_op.register_fake
+def _(x, w, bias, a, b):
+    (width, d), rank = w.shape, a.shape[0]
+    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], d + rank if columns_pay(d, width) else rank)
 
 
-def _backward(run, ctx, dy, _):
-    if dy is None:
-        return (None,) * 6
-    *tokens, a, b = ctx.saved_tensors
-    x, h = tokens if len(tokens) == 2 else tokens[0].tensor_split([ctx.columns], dim=1)
-    gradients = run(dy, x, h, a, b, *ctx.packed)
-    return *gradients, None, None, None
+@backward_op.register_fake
+def _(dy, x, h, w, a, b, needs_dx):
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return dx, a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-_lora_linear = differentiable(lora_linear_op, lora_linear_backward_op, _save, _backward)
+backward_op.register_vmap(looped(backward_op))
 
 
-def lora_linear(x: Tensor, packed: Packed, lora: tuple[Tensor, Tensor]) -> Tensor:
-    """y (T, D) of x (T, d), as :func:`lora_linear_reference`; differentiable in x and ``lora``.
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, a, b):
+        run = forward_op if torch.compiler.is_compiling() else forward
+        y, h = run(x, w, bias, a, b)
+        ctx.save_for_backward(None if columns_pay(w.shape[1], w.shape[0]) else x, h, w, a, b)
+        return y
 
-    ``packed`` holds the frozen layer and the newest values of ``lora``, in x's type, which is any floating type.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, h, w, a, b = ctx.saved_tensors
+        if x is None:
+            x, h = h[:, : w.shape[1]], h[:, w.shape[1] :]
+        rest = x, h, w, a, b, ctx.needs_input_grad[0]
+        as_op = torch.compiler.is_compiling() or is_batched(dy)
+        dx, da, db = (backward_op if as_op else backward)(dy, *rest)
+        return dx if ctx.needs_input_grad[0] else None, None, None, da, db
+
+
+def lora_linear(x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor]) -> Tensor:
+    """y (T, D) of x (T, d), as :func:`lora_linear_reference`; differentiable in x and ``lora``, not in ``linear``.
+
+    x has any floating type, to which the weights are cast in the pass.
     """
-    return _lora_linear(x, *lora, packed.up, packed.down, packed.bias_up)[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _LoRALinear.apply(x, *linear, *lora)
+    return forward(x, *linear, *lora)[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gelu import gelu_backward_reference, gelu_derivative, gelu_reference, gelu_value
-from kernels.pool import Pool
+from kernels.gating import Pool
 from kernels.tiles import has_descriptors, multiprocessors, tile
 
 

@@ -34,12 +34,18 @@ from torch.nn import functional as F
 from kernels.gating import Gating
 from kernels.segments import TaskSegments
 
+Linear = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
+
 
 def router_logits(x: Tensor, routers: Tensor, segments: TaskSegments) -> Tensor:
     """z (T, C) in at least fp32: the rows of x (T, d) of each task times that task's router of (tasks, C, d)."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    runs = x.to(exact).split(segments.counts)
-    return torch.cat([F.linear(run, router.to(exact)) for run, router in zip(runs, routers, strict=True)])
+    x, routers = x.to(exact), routers.to(exact)
+    if segments.counts is None:  # in a compiled pass: every router for every row, of which one is picked
+        task = segments.task_of_rows(len(x)).view(-1, 1, 1).expand(-1, 1, routers.shape[1])
+        return F.linear(x, routers.flatten(0, 1)).unflatten(1, routers.shape[:2]).gather(1, task).squeeze(1)
+    runs = x.split(segments.counts)
+    return torch.cat([F.linear(run, router) for run, router in zip(runs, routers, strict=True)])
 
 
 def top_k_mask(z: Tensor, k: int) -> Tensor:
@@ -66,18 +72,35 @@ def mean_probs(z: Tensor, segments: TaskSegments) -> Tensor:
 
     P is p(expert given task), the only input of the mutual-information loss.
     """
-    runs = z.softmax(-1).split(segments.counts)
-    return torch.stack([run.sum(0) / max(len(run), 1) for run in runs])
+    p = z.softmax(-1)
+    if segments.counts is None:  # in a compiled pass
+        total = z.new_zeros(segments.tasks, z.shape[1]).index_add(0, segments.task_of_rows(len(z)), p)
+        return total / (segments.offsets.diff() * segments.length).clamp_min(1)[:, None]
+    return torch.stack([run.sum(0) / max(len(run), 1) for run in p.split(segments.counts)])
+
+
+def frozen(x: Tensor, linears: tuple[Linear, ...]) -> Tensor:
+    """The frozen layer beside the experts: one linear layer, or the two of an FFN with GELU between them."""
+    if len(linears) == 1:
+        return F.linear(x, *linears[0])
+    return F.linear(F.gelu(F.linear(x, *linears[0])), *linears[1])
 
 
 def lora_moe(
-    x: Tensor, base: Tensor, lora: tuple[Tensor, Tensor], routers: Tensor, segments: TaskSegments, gating: Gating
+    x: Tensor,
+    base: Tensor | tuple[Linear, ...],
+    lora: tuple[Tensor, Tensor],
+    routers: Tensor,
+    segments: TaskSegments,
+    gating: Gating,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, D) = base + sum_e g_e B_e A_e x, with the gates g (T, N) and P (tasks, C).
 
-    x (T, d) and base (T, D) share a floating type; ``lora`` is (A (R, d), B (D, R)). A, B and the routers may have a
-    wider type; A and B are cast to that of x.
+    x (T, d) and base (T, D) share a floating type; instead of its output, ``base`` may be a frozen layer's weights.
+    ``lora`` is (A (R, d), B (D, R)). A, B and the routers may have a wider type; A and B are cast to that of x.
     """
+    if not isinstance(base, Tensor):
+        base = frozen(x, base)
     a, b = (weight.to(x.dtype) for weight in lora)
     z = router_logits(x, routers, segments)
     g = gates(z, gating)

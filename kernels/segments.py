@@ -13,32 +13,43 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class TaskSegments:
-    """Task t owns ``counts[t]`` consecutive rows, 0 if it has no token in this step.
+    """Task t owns the rows ``offsets[t] * length .. offsets[t + 1] * length``; it may have none.
 
-    ``counts`` is on the host, so that shapes are static and nothing waits for the device. ``offsets`` (tasks + 1,
-    int32) holds the same boundaries on the device, where the kernels read them.
+    ``offsets`` (tasks + 1, int32) is on the device of the tokens. ``counts`` are the rows of every task on the host,
+    where they are known: a compiled pass does not read them, so that one graph serves every composition of a batch.
     """
 
-    counts: tuple[int, ...]
     offsets: Tensor
-
-    def grid(self, block: int) -> tuple[int, int]:
-        """(blocks of the longest task, tasks): a launch grid whose blocks of ``block`` rows never span two tasks."""
-        return ceil_div(max(self.counts), block), len(self.counts)
+    counts: tuple[int, ...] | None = None
+    length: int = 1
 
     @staticmethod
     def of(counts: tuple[int, ...], device: torch.device) -> "TaskSegments":
-        """The segments of one batch composition on ``device``.
+        """The segments of ``counts`` rows per task."""
+        return TaskSegments(offsets_of(counts, device), counts)
 
-        They are built once per composition, of which a training run has only a few. They are kept in a dict because
-        torch.compile traces through functools.cache and would rebuild them.
-        """
-        if (counts, device) not in _KNOWN:
-            boundaries = [sum(counts[:t]) for t in range(len(counts) + 1)]
-            with torch.inference_mode(False):  # the first user may be an evaluation; backward cannot save its tensors
-                offsets = torch.tensor(boundaries, dtype=torch.int32, device=device)
-            _KNOWN[counts, device] = TaskSegments(counts, offsets)
-        return _KNOWN[counts, device]
+    @property
+    def tasks(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def blocks(self, rows: int, block: int) -> int:
+        """At least as many blocks of ``block`` rows as ``rows`` rows in segments need; no block spans two tasks."""
+        return (rows + self.tasks * (block - 1)) // block
+
+    def grid(self, block: int) -> tuple[int, int]:
+        """(blocks of the longest task, tasks)."""
+        assert self.counts is not None
+        return ceil_div(max(self.counts), block), self.tasks
+
+    def task_of_rows(self, rows: int) -> Tensor:
+        """The task of each of ``rows`` rows, int64, on the device; a pass of any composition computes the same."""
+        number = torch.arange(rows, device=self.offsets.device)
+        return torch.bucketize(number, self.offsets[1:-1] * self.length, right=True)
 
 
-_KNOWN: dict[tuple[tuple[int, ...], torch.device], TaskSegments] = {}
+def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(tasks + 1,) int32: the exclusive prefix sums of ``counts``, copied to ``device`` without waiting for it."""
+    boundaries = [sum(counts[:task]) for task in range(len(counts) + 1)]
+    with torch.inference_mode(False):  # backward cannot save tensors of inference mode
+        offsets = torch.tensor(boundaries, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return offsets.to(device, non_blocking=True)

@@ -7,7 +7,7 @@ come from what the compilers report and a model of latency, not from a clock.
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
 without spills and fits shared memory on sm_80, sm_89, sm_90 and gfx942, with Triton 3.6 and 3.9
 (bench/results/aot-3.6.json and aot.json); on sm_100, which has no rows of its own, a few spill up to 24 bytes. On sm_90
-half-precision products have at least 64 rows, which wgmma needs, except gate_backward with more than 272 columns.
+half-precision products have at least 64 rows, which wgmma needs.
 """
 
 import json
@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from kernels.errors import UserError
-from kernels.pool import MOST_RANKS, Pool, fits_one_tile
+from kernels.gating import MOST_RANKS, Pool, fits_one_tile
 
 LARGE = 16_384  # tokens from which the FFN uses the algorithm that was fastest for large batches
 
 # architecture: {kernel: {bytes of an element: {at most so many columns: (the sizes of NAMES, warps, stages)}}}
 TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())
 NAMES = {
-    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "gate_backward": ("BM", "BK"), "gate_backward_inplace":
-    ("BM",), "weight_grad_a": ("BW", "BT"), "weight_grad_b": ("BW", "BT"), "matmul": ("BM", "BN", "BK"),
-    "matmul_gelu": ("BM", "BN", "BK"),
+    "route_shrink": ("BM", "BK"), "expand": ("BM", "BN"), "gate_backward": ("BM",),
+    "weight_grad_a": ("BW", "BT"), "weight_grad_b": ("BW", "BT"), "matmul_gelu": ("BM", "BN", "BK"),
 }  # fmt: skip
 
 
@@ -84,13 +83,9 @@ def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
 
 
 def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
-    """The one of :data:`kernels.ffn.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
+    """The one of :data:`kernels.lora_moe.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
 
     ``deterministic`` takes the one for large batches whatever the number of tokens.
     """
     return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]
 
-
-def stacks_weights(device: torch.device) -> bool:
-    """Whether the FFN was faster there with a copy of W1 for each task (:class:`kernels.packed.Packed`)."""
-    return _row("ffn", device).get("stacked", False)

@@ -4,23 +4,26 @@
     dA      = dH^T x         (R, d)
     dW_task = dz^T x         (C, d)      over the tokens of the task
 
-Grid (columns, chunk, task). A program keeps BW rows of the result in registers and sums over a chunk of one task's
-tokens. The wide matrix is read once and the narrow one once per column tile, so tiles are as wide as registers allow.
-Chunks depend on shapes only, and :mod:`kernels.reduce` adds their fp32 sums in a fixed order: no atomics, the same bits
-in every run.
-Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA. FLOPs: 2 T D R; 2 T d (R + 2C).
+Grid (columns, chunk). A program keeps BW rows of the result in registers and sums over a chunk of one task's tokens.
+The wide matrix is read once and the narrow one once per column tile, so tiles are as wide as registers allow. Chunks
+depend on shapes only, and ``reduce`` adds their fp32 sums in a fixed order: no atomics, the same bits in every run.
+Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA; every partial sum written and read.
+FLOPs: 2 T D R; 2 T d (R + 2C).
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jit_helpers import dot_exact, power_of_two
-from kernels.pool import Pool
-from kernels.reduce import reduce
+from kernels.jit_helpers import block_of_task, dot_exact
+from kernels.gating import Pool
 from kernels.segments import TaskSegments, ceil_div
-from kernels.tiles import tile
+from kernels.tiles import multiprocessors, tile
+
+BP, BN = 8, 256  # partial sums and numbers that a program of reduce adds at a time
 
 
 def weight_grad_b_reference(dy: Tensor, gated: Tensor) -> Tensor:
@@ -30,30 +33,26 @@ def weight_grad_b_reference(dy: Tensor, gated: Tensor) -> Tensor:
 
 def weight_grad_a_reference(x: Tensor, dh: Tensor, dz: Tensor, segments: TaskSegments) -> tuple[Tensor, Tensor]:
     """(dA, dW)."""
+    assert segments.counts is not None
     pairs = zip(dz.split(segments.counts), x.to(dz.dtype).split(segments.counts), strict=True)
     return dh.T @ x, torch.stack([logits.T @ tokens for logits, tokens in pairs])
 
 
 @triton.jit
 def weight_grad_kernel(
-    wide, narrow, dz, peak, offsets, product, router_product, wide_stride, narrow_stride, W, chunk,
-    task_stride, chunk_stride, stride_w, stride_r,
-    N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, ROUTERS: tl.constexpr,
+    wide, narrow, dz, offsets, product, router_product, length, wide_stride, narrow_stride, W, chunk,
+    part_stride, stride_w, stride_r,
+    N: tl.constexpr, C: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, TASKS: tl.constexpr, ROUTERS: tl.constexpr,
     BW: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """product = wide^T narrow over this program's chunk; with ROUTERS also router_product = dz^T wide.
 
-    dz is [high | low] in bf16, else fp32. Beside fp16 it is divided by a power of two near its largest magnitude,
-    ``peak``, so that values of 1e-8 are kept.
+    dz is [high | low] in bf16, else fp32.
     """
-    column, expert = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
+    offs_e, offs_r = tl.arange(0, NP)[None, :], tl.arange(0, NP * RANK)[None, :]
     outer = tl.program_id(0) * BW + tl.arange(0, BW)
-    task = tl.program_id(2)
-    first = tl.load(offsets + task) + tl.program_id(1) * chunk
-    end = tl.minimum(first + chunk, tl.load(offsets + task + 1))
-    scale = 1.0
-    if ROUTERS and wide.dtype.element_ty == tl.float16:
-        scale = power_of_two(tl.load(peak))
+    _, first, end, _ = block_of_task(offsets, length, tl.program_id(1), TASKS, chunk)
+    end = tl.minimum(first + chunk, end)
     total = tl.zeros((BW, NP * RANK), tl.float32)
     router_total = tl.zeros((BW, NP), tl.float32)
     for start in range(first, end, BT):
@@ -61,18 +60,18 @@ def weight_grad_kernel(
         inside = row < end
         rows = row.to(tl.int64)
         across = tl.load(wide + rows * wide_stride + outer[None, :], inside & (outer[None, :] < W), 0.0)
-        ranks = tl.load(narrow + rows * narrow_stride + expert, inside & (expert < N * RANK), 0.0)
+        ranks = tl.load(narrow + rows * narrow_stride + offs_r, inside & (offs_r < N * RANK), 0.0)
         if ROUTERS:
             if dz.dtype.element_ty == tl.bfloat16:
-                high = tl.load(dz + rows * (2 * C) + column, inside & (column < C), 0.0)
-                low = tl.load(dz + rows * (2 * C) + C + column, inside & (column < C), 0.0)
+                high = tl.load(dz + rows * (2 * C) + offs_e, inside & (offs_e < C), 0.0)
+                low = tl.load(dz + rows * (2 * C) + C + offs_e, inside & (offs_e < C), 0.0)
                 router_total = tl.dot(tl.trans(across), high, router_total)
                 router_total = tl.dot(tl.trans(across), low, router_total)
             else:
-                exact = tl.load(dz + rows * C + column, inside & (column < C), 0.0) * (1.0 / scale)
+                exact = tl.load(dz + rows * C + offs_e, inside & (offs_e < C), 0.0)
                 router_total = dot_exact(tl.trans(across), exact, router_total)
         total = tl.dot(tl.trans(across), ranks, total, input_precision="ieee")
-    part = task.to(tl.int64) * task_stride + tl.program_id(1) * chunk_stride
+    part = tl.program_id(1).to(tl.int64) * part_stride
     inside = outer[:, None] < W
     # Stored in two halves: a store goes through shared memory, where a whole tile may not fit.
     half: tl.constexpr = NP * RANK // 2
@@ -82,74 +81,119 @@ def weight_grad_kernel(
     tl.store(place, left, inside & (rank < N * RANK))
     tl.store(place + half * stride_r, right, inside & (half + rank < N * RANK))
     if ROUTERS:
-        place = router_product + part + column * W + outer[:, None]
-        tl.store(place, router_total * scale, inside & (column < C))
+        place = router_product + part + offs_e * W + outer[:, None]
+        tl.store(place, router_total, inside & (offs_e < C))
 
 
-PROGRAMS = 132  # one per multiprocessor of an H100: a program fills its registers
-Parts = tuple[Tensor, Tensor, Tensor]
+@triton.jit
+def reduce_kernel(
+    parts, offsets, db, da, routers, length, chunk, chunks, b_size, a_size, router_size,
+    TASKS: tl.constexpr, ROUNDS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dB and dA: the sums of [dB | dA | dW] over all chunks; dW: over the chunks of its task. Every program does the
+    same work; BP running sums keep as many loads under way."""
+    number = tl.program_id(0) * BN + tl.arange(0, BN)
+    shared, size = b_size + a_size, b_size + a_size + router_size
+    task = (number - shared) // router_size
+    offset = tl.where(number < shared, number, shared + (number - shared) % router_size)
+    running = tl.zeros((BP, BN), tl.float32)
+    for first in tl.static_range(0, ROUNDS * BP, BP):
+        part = (first + tl.arange(0, BP))[:, None]
+        owner, begin = tl.full((BP, 1), -1, tl.int32), 0
+        for t in tl.static_range(TASKS):
+            owner += (part >= begin).to(tl.int32)
+            begin += tl.cdiv((tl.load(offsets + t + 1) - tl.load(offsets + t)) * length, chunk)
+        keep = (number < shared)[None, :] | (owner == task[None, :])
+        place = parts + part.to(tl.int64) * size + offset[None, :]
+        running += tl.load(place, keep & (part < chunks) & (number < shared + TASKS * router_size)[None, :], 0.0)
+    total = tl.sum(running, 0)
+    tl.store(db + number, total, number < b_size)
+    tl.store(da + number - b_size, total, (number >= b_size) & (number < shared))
+    tl.store(routers + number - shared, total, (number >= shared) & (number < shared + TASKS * router_size))
 
 
-def partial_sums(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool: Pool) -> Parts:
-    """Room for the fp32 partial sums of dB, dA and dW, (tasks, chunks, D, R), (.., R, d) and (.., C, d).
+@dataclass(frozen=True)
+class Parts:
+    """fp32 partial sums of dB, dA and dW: (chunks, D, R), (chunks, R, d) and (chunks, C, d), views of one buffer in
+    which the numbers of a chunk lie side by side. A chunk is up to ``chunk`` tokens of one task."""
 
-    They are views of one buffer, in which the numbers of a chunk lie side by side. About PROGRAMS programs compute the
-    wider of the two products; each has at least four steps.
-    """
+    db: Tensor
+    da: Tensor
+    drouters: Tensor
+    chunk: int
+
+    @property
+    def stride(self) -> int:
+        return self.db.stride(0)
+
+
+def empty_parts(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool: Pool) -> Parts:
+    """About one program for each multiprocessor computes the wider product; it has at least four steps."""
     sizes = tile("weight_grad_b", dh, pool), tile("weight_grad_a", dh, pool)
     tiles = max(ceil_div(wide.shape[1], size["BW"]) for wide, size in zip((dy, x), sizes, strict=True))
-    tasks, longest, step = len(segments.counts), max(1, *segments.counts), max(size["BT"] for size in sizes)
-    chunks = max(1, min(PROGRAMS // (tiles * tasks), longest // (4 * step)))
+    rows, step = len(x), max(size["BT"] for size in sizes)
+    wanted = max(1, min(multiprocessors(x.device) // tiles - segments.tasks + 1, rows // (4 * step)))
+    chunk = max(1, ceil_div(rows, wanted))
     shapes = (dy.shape[1], dh.shape[1]), (dh.shape[1], x.shape[1]), (pool.columns, x.shape[1])
-    numbers = [rows * columns for rows, columns in shapes]
-    parts = dh.new_empty(tasks, chunks, sum(numbers), dtype=torch.float32).split(numbers, -1)
-    db, da, drouters = (part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
-    return db, da, drouters
+    numbers = [height * width for height, width in shapes]
+    parts = dh.new_empty(max(1, segments.blocks(rows, chunk)), sum(numbers), dtype=torch.float32)
+    db, da, drouters = (
+        part.unflatten(-1, shape) for part, shape in zip(parts.split(numbers, -1), shapes, strict=True)
+    )
+    return Parts(db, da, drouters, chunk)
 
 
-def weight_grad_b(dy: Tensor, gated: Tensor, db: Tensor, segments: TaskSegments, pool: Pool) -> None:
-    """Fill ``db``, of :func:`partial_sums`, from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
+def weight_grad_b(dy: Tensor, gated: Tensor, parts: Parts, segments: TaskSegments, pool: Pool) -> None:
+    """Fill dB of ``parts`` from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
     sizes = tile("weight_grad_b", gated, pool)
-    tasks, chunks, width, ranks = db.shape
-    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks, tasks)](
-        dy, gated, gated, gated, segments.offsets, db, db, dy.stride(0), gated.stride(0),
-        width, ceil_div(max(segments.counts), chunks), *db.stride(),
-        **pool.constants(), ROUTERS=False, **sizes,
+    chunks, width, _ = parts.db.shape
+    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
+        dy, gated, gated, segments.offsets, parts.db, parts.db, segments.length, dy.stride(0), gated.stride(0),
+        width, parts.chunk, *parts.db.stride(),
+        **pool.constants(), TASKS=segments.tasks, ROUTERS=False, **sizes,
     )  # fmt: skip
 
 
-def weight_grad_a(
-    x: Tensor,
-    dh: Tensor,
-    logits: tuple[Tensor, Tensor | None],
-    parts: tuple[Tensor, Tensor],
-    segments: TaskSegments,
-    pool: Pool,
-) -> None:
-    """Fill the parts (dA, dW) of :func:`partial_sums`.
-
-    x (T, d) and dh (T, R) have any row strides; ``logits`` is (dz, peak) of :mod:`kernels.gate_backward`.
-    """
+def weight_grad_a(x: Tensor, dh: Tensor, dz: Tensor, parts: Parts, segments: TaskSegments, pool: Pool) -> None:
+    """Fill dA and dW of ``parts`` from x (T, d) and dh (T, R), with any row strides, and dz of
+    :func:`kernels.gate_backward.gate_backward`."""
     sizes = tile("weight_grad_a", dh, pool)
-    (dz, peak), (da, drouters) = logits, parts
-    tasks, chunks, _, width = da.shape
-    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks, tasks)](
-        x, dh, dz, dz if peak is None else peak, segments.offsets, da, drouters, x.stride(0), dh.stride(0),
-        width, ceil_div(max(segments.counts), chunks), *da.stride()[:2], 1, width,
-        **pool.constants(), ROUTERS=True, **sizes,
+    chunks, _, width = parts.da.shape
+    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
+        x, dh, dz, segments.offsets, parts.da, parts.drouters, segments.length, x.stride(0), dh.stride(0),
+        width, parts.chunk, parts.stride, 1, width,
+        **pool.constants(), TASKS=segments.tasks, ROUTERS=True, **sizes,
     )  # fmt: skip
+
+
+def reduce_reference(parts: Parts, segments: TaskSegments) -> tuple[Tensor, Tensor, Tensor]:
+    """(dA, dB, dW)."""
+    assert segments.counts is not None
+    chunks = [ceil_div(count, parts.chunk) for count in segments.counts]
+    used = sum(chunks)
+    drouters = torch.stack([part.sum(0) for part in parts.drouters[:used].split(chunks)])
+    return parts.da[:used].sum(0), parts.db[:used].sum(0), drouters
+
+
+def reduce(parts: Parts, segments: TaskSegments) -> tuple[Tensor, Tensor, Tensor]:
+    """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32: the sums of the parts."""
+    db, da, drouters = parts.db, parts.da, parts.drouters
+    tasks, chunks = segments.tasks, len(db)
+    sums = da.new_empty(da.shape[1:]), db.new_empty(db.shape[1:]), da.new_empty(tasks, *drouters.shape[1:])
+    sizes = sums[1].numel(), sums[0].numel(), sums[2].numel() // tasks
+    reduce_kernel[(ceil_div(sizes[0] + sizes[1] + tasks * sizes[2], BN),)](
+        db, segments.offsets, sums[1], sums[0], sums[2], segments.length, parts.chunk, chunks, *sizes,
+        TASKS=tasks, ROUNDS=ceil_div(chunks, BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return sums
 
 
 def weight_grads(
-    wide: tuple[Tensor, Tensor],
-    narrow: tuple[Tensor, Tensor],
-    logits: tuple[Tensor, Tensor | None],
-    segments: TaskSegments,
-    pool: Pool,
-) -> Parts:
-    """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32 from (dY, x), (H', dH) and (dz, peak)."""
+    wide: tuple[Tensor, Tensor], narrow: tuple[Tensor, Tensor], dz: Tensor, segments: TaskSegments, pool: Pool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32 from (dY, x), (H', dH) and dz."""
     (dy, x), (gated, dh) = wide, narrow
-    parts = partial_sums(dy, x, dh, segments, pool)
-    weight_grad_b(dy, gated, parts[0], segments, pool)
-    weight_grad_a(x, dh, logits, parts[1:], segments, pool)
-    return reduce(*parts)
+    parts = empty_parts(dy, x, dh, segments, pool)
+    weight_grad_b(dy, gated, parts, segments, pool)
+    weight_grad_a(x, dh, dz, parts, segments, pool)
+    return reduce(parts, segments)

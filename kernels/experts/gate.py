@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.gelu import gelu_derivative, gelu_value
-from kernels.pool import next_power_of_two
+from kernels.gating import next_power_of_two
 from kernels.segments import ceil_div
 
 BM, COLUMNS = 8, 256  # tokens and columns of a program's tile

@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.gating import Gating
+from kernels.gating import Gating, Pool
 from kernels.jit_helpers import gates, gates_backward, select, task_length, task_rows
-from kernels.pool import Pool
 from kernels.segments import TaskSegments
 
 TILE, MOST_ROWS = 2048, 64  # logits that a program keeps in registers; tokens at most
