@@ -4,18 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kernels.ffn import ffn_backward, ffn_forward
+from kernels.matmul import matmul, matmul_routed
+from kernels.packed import Packed, SplitRouters
+from kernels.pool import Pool
+from kernels.reduce import reduce
 from torch import Tensor
 
 from fastmoe_lora import MoEConfig
 from kernels.expand import expand, expand_backward
-from kernels.ffn import ffn_backward, ffn_forward
 from kernels.gate_backward import gate_backward, gate_backward_inplace
 from kernels.gelu import gelu, gelu_backward
-from kernels.matmul import matmul, matmul_routed
 from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
-from kernels.packed import Packed, SplitRouters
-from kernels.pool import Pool
-from kernels.reduce import reduce
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
 from kernels.weight_grad import partial_sums, weight_grad_a, weight_grad_b

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import triton
+from kernels.ffn import ALGORITHMS
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from kernels import tiles
-from kernels.ffn import ALGORITHMS
 from kernels.segments import TaskSegments
 from train.files.atomic import write_text
 

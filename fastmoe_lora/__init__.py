@@ -8,25 +8,37 @@ if not getattr(kernels, "FASTMOE_LORA", False):
         "uninstall it, then reinstall fastmoe_lora"
     )
 
-from fastmoe_lora.adapt import adapt, merge, parameter_groups, remove
+from fastmoe_lora.adapt import (
+    adapt,
+    adapters_off,
+    merge,
+    parameter_groups,
+    print_trainable_parameters,
+    remove,
+    routing_of,
+    use_adapters,
+)
 from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.files import load_adapters, save_adapters
 from fastmoe_lora.layers import LoRALinear, LoRAMoE
-from fastmoe_lora.packing import Packing
-from fastmoe_lora.routing import Routing, RoutingStatistics, mutual_information_loss
+from fastmoe_lora.routing import Batch, Routing, RoutingStatistics, mutual_information_loss
 
 __all__ = [
+    "Batch",
     "LoRALinear",
     "LoRAMoE",
     "MoEConfig",
-    "Packing",
     "Routing",
     "RoutingStatistics",
     "adapt",
+    "adapters_off",
     "load_adapters",
     "merge",
     "mutual_information_loss",
     "parameter_groups",
+    "print_trainable_parameters",
     "remove",
+    "routing_of",
     "save_adapters",
+    "use_adapters",
 ]

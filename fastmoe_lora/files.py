@@ -1,18 +1,21 @@
 """Files of adapters: what :func:`fastmoe_lora.adapt` added to a model, without the model.
 
 A file is safetensors: for each adapted layer ``NAME.lora_A``, ``NAME.lora_B`` and, if it has experts, ``NAME.routers``,
-with the names of the model in memory. Its metadata, text all of it:
+and the parameters and buffers of ``modules_to_save``. Names are those of the model, without what torch.compile or
+DistributedDataParallel put before them. The metadata, text all of it:
 
-    format      "fastmoe_lora adapters 1"
+    format      "fastmoe_lora adapters 2"
+    base        the model's class and, if known, its name on the Hub, as JSON; files are for that model alone
     moe         "N/k/S/r", or "" without experts                    gating      as in kernels.gating
     tasks       how many                                            lora_rank   of plain LoRA, 0 without
     where       names of the layers with experts, a JSON list       lora_where  those with plain LoRA
+    saved       those of modules_to_save                            alpha, dropout     as JSON
     layout      "expert-major": rows e r .. e r + r - 1 of A, and those columns of B, belong to expert e
 """
 
 import json
 import os
-from collections.abc import Iterable
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmoe_lora.adapt import adapt, remove
+from fastmoe_lora.adapt import adapt, remove, routing_of
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.layers import LoRALinear, LoRAMoE
+from fastmoe_lora.hub import fetch, is_repository
+from fastmoe_lora.layers import PARTS, LoRAMoE
 from fastmoe_lora.routing import Routing
-from fastmoe_lora.sites import adapted_layers
+from fastmoe_lora.sites import adapted_layers, plain_name
 from kernels import UserError
 
-FORMAT, LAYOUT = "fastmoe_lora adapters 1", "expert-major"
+FORMATS, LAYOUT = ("fastmoe_lora adapters 2", "fastmoe_lora adapters 1"), "expert-major"
+HUB_FILE = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,48 +46,68 @@ class Recipe:
     where: list[str]
     lora_rank: int
     lora_where: list[str]
+    saved: list[str]
+    alpha: float | None
+    dropout: float
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Recipe":
-        layers = adapted_layers(model)
-        experts = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAMoE)}
-        loras = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    def of(cls, model: nn.Module, name: str) -> "Recipe":
+        layers: dict[str, Any] = _layers(model, name)
         if not layers:
             raise UserError("the model has no adapters to save: call fastmoe_lora.adapt(model, ...) first")
-        config, tasks = next(((layer.config, layer.routing.tasks) for layer in experts.values()), (None, 1))
-        rank = len(next(iter(loras.values())).lora_A) if loras else 0
-        names = [_before(name, experts) for name in loras]
-        return cls(config, tasks, list(experts), rank, names)
+        experts = [site for site, layer in layers.items() if isinstance(layer, LoRAMoE)]
+        loras = [site for site in layers if site not in experts]
+        first = next(iter(layers.values())).adapters
+        config, tasks = None, 1
+        if experts:
+            adapter = layers[experts[0]].adapters.sets[name]
+            config, tasks = adapter.config, adapter.routing.tasks
+        rank = len(_parameter(layers[loras[0]], name, "lora_A")) if loras else 0
+        adapter = first.sets[name]
+        saved = list(first.selection.saved.get(name, ()))
+        return cls(config, tasks, experts, rank, loras, saved, adapter.alpha, adapter.dropout)
 
     @property
     def metadata(self) -> dict[str, str]:
         return {
-            "format": FORMAT,
+            "format": FORMATS[0],
             "moe": str(self.config or ""),
             "gating": self.config.gating_name if self.config else "",
             "tasks": str(self.tasks),
             "where": json.dumps(self.where),
             "lora_rank": str(self.lora_rank),
             "lora_where": json.dumps(self.lora_where),
+            "saved": json.dumps(self.saved),
+            "alpha": json.dumps(self.alpha),
+            "dropout": json.dumps(self.dropout),
             "layout": LAYOUT,
         }
 
     @classmethod
     def parse(cls, metadata: dict[str, str]) -> "Recipe":
         """The inverse of :attr:`metadata`; KeyError or ValueError if it is not such."""
-        if (metadata["format"], metadata["layout"]) != (FORMAT, LAYOUT):
+        if metadata["format"] not in FORMATS or metadata["layout"] != LAYOUT:
             raise ValueError(f"format {metadata['format']!r} with layout {metadata['layout']!r}")
         config = MoEConfig.parse(metadata["moe"], metadata["gating"]) if metadata["moe"] else None
-        where, lora_where = json.loads(metadata["where"]), json.loads(metadata["lora_where"])
-        return cls(config, int(metadata["tasks"]), where, int(metadata["lora_rank"]), lora_where)
+        where, lora_where, saved = (json.loads(metadata.get(key, "[]")) for key in ("where", "lora_where", "saved"))
+        if not all(
+            isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (where, lora_where, saved)
+        ):
+            raise ValueError("names of layers that are no lists of names")
+        tasks, rank = int(metadata["tasks"]), int(metadata["lora_rank"])
+        alpha, dropout = json.loads(metadata.get("alpha", "null")), json.loads(metadata.get("dropout", "0"))
+        if tasks < 1 or rank < 0 or not isinstance(alpha, float | int | None) or not isinstance(dropout, float | int):
+            raise ValueError(f"tasks {tasks}, lora_rank {rank}, alpha {alpha!r}, dropout {dropout!r}")
+        return cls(config, tasks, where, rank, lora_where, saved, alpha, dropout)
 
 
-def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the adapters of ``model``, and nothing else of it, to ``path``; the file is complete or absent."""
-    metadata = Recipe.of(model).metadata
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapters(model).items()}
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
+def save_adapters(model: nn.Module, path: str | os.PathLike, name: str = "") -> None:
+    """Write a set of adapters of ``model``, and nothing else of it, to ``path``; the file is complete or absent, also
+    where several processes write it. A link stays one, its target is written."""
+    metadata = Recipe.of(model, name).metadata | {"base": json.dumps(_base(model))}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(model, name).items()}
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata)
         partial.replace(target)
@@ -92,42 +117,80 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto") -> Routing:
-    """Adapt ``model``, which is as it was before :func:`adapt`, with the adapters in the file at ``path``.
+def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto", name: str = "") -> Routing:
+    """Adapt ``model`` with the adapters in the file at ``path``, or in the repository ``owner/name`` of the Hub.
 
-    UserError if the file is not one of :func:`save_adapters`, or does not fit; the model then has no adapters.
+    If it has a set of adapters ``name`` already, made by the same recipe, that set gets the values. UserError if the
+    file is not one of :func:`save_adapters`, is of another model, or does not fit; the model is then as it was.
     """
-    recipe, tensors = _read(Path(path))
-    names = {name for name, _ in model.named_modules()}
-    absent = [name for name in [*recipe.where, *recipe.lora_where] if name not in names]
-    if absent and not adapted_layers(model):  # of an adapted model, adapt() says so
+    if is_repository(path):
+        found = fetch(str(path), HUB_FILE)
+        if found is None:
+            raise UserError(f"{path} on the Hugging Face Hub has no {HUB_FILE}")
+        path = found
+    recipe, base, tensors = _read(Path(path))
+    own = _base(model)
+    for key, meaning in (("class", "class"), ("hub", "weights")):
+        if base.get(key, own.get(key)) != own.get(key, base.get(key)):
+            raise UserError(f"{path} is for a model of {meaning} {base[key]}, not {own[key]}")
+    names = {plain_name(module) for module, _ in model.named_modules()}
+    absent = [each for each in [*recipe.where, *recipe.lora_where, *recipe.saved] if each not in names]
+    if absent:
         raise UserError(f"{path} does not fit the model, which has no {_first(absent)}")
-    lora: dict[str, Any] = {"lora_rank": recipe.lora_rank, "lora_where": recipe.lora_where}
-    routing = adapt(model, recipe.config, recipe.tasks, recipe.where, **lora, kernel=kernel)
+    fresh = not _layers(model, name)
+    if fresh:
+        routing = adapt(
+            model, recipe.config, recipe.tasks, recipe.where, lora_rank=recipe.lora_rank, lora_where=recipe.lora_where,
+            alpha=recipe.alpha, dropout=recipe.dropout, modules_to_save=recipe.saved, name=name, kernel=kernel,
+        )  # fmt: skip
+    else:
+        if Recipe.of(model, name) != recipe:
+            raise UserError(f"{path} was made by another recipe than the model's adapters: remove() them first")
+        routing = routing_of(model, name) if recipe.config else Routing(1, kernel)
     try:
-        _copy(tensors, _adapters(model), path)
+        _copy(tensors, _tensors(model, name), path)
     except UserError:
-        remove(model)
+        if fresh:
+            remove(model)
         raise
     return routing
 
 
-def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
+def _base(model: nn.Module) -> dict[str, str]:
+    """What a file says of its model; wrappers do not count."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    found = {"class": type(model).__name__}
+    hub = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return found | ({"hub": hub} if isinstance(hub, str) and is_repository(hub) else {})
+
+
+def _read(path: Path) -> tuple[Recipe, dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            recipe = Recipe.parse(file.metadata() or {})
-            return recipe, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            metadata = file.metadata() or {}
+            recipe, base = Recipe.parse(metadata), json.loads(metadata.get("base", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is not a file of save_adapters: {error}") from None
+    for key, tensor in tensors.items():
+        if key.rpartition(".")[2] in PARTS and not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise UserError(f"{path} holds {key} of type {tensor.dtype} with values that are no finite numbers")
+    for outer in recipe.where:  # names of version 0.1
+        tensors = {
+            outer + key.removeprefix(f"{outer}.base") if key.startswith(f"{outer}.base.") else key: tensor
+            for key, tensor in tensors.items()
+        }
+    return recipe, base, tensors
 
 
 @torch.no_grad()
-def _copy(tensors: dict[str, Tensor], adapters: dict[str, nn.Parameter], path: str | os.PathLike) -> None:
-    """Copy ``tensors`` to the parameters of the same names. UserError if names or shapes differ."""
+def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy ``tensors`` to those of the same names. UserError if names or shapes differ."""
     read = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    made = {name: tuple(parameter.shape) for name, parameter in adapters.items()}
+    made = {name: tuple(target.shape) for name, target in targets.items()}
     faults = [
         f"{name}, {read.get(name, 'absent')} in the file and {made.get(name, 'absent')} in the model"
         for name in made | read  # in the order of the model
@@ -135,28 +198,35 @@ def _copy(tensors: dict[str, Tensor], adapters: dict[str, nn.Parameter], path: s
     ]
     if faults:
         raise UserError(f"{path} does not fit the model: {_first(faults)}")
-    for name, parameter in adapters.items():
-        parameter.copy_(tensors[name])
+    for name, target in targets.items():
+        target.copy_(tensors[name])
 
 
-def _first(faults: list[str]) -> str:
-    rest = f"; {len(faults) - 3} more" if len(faults) > 3 else ""
-    return "; ".join(faults[:3]) + rest
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that :func:`adapt` added, by name."""
-    return {
-        f"{name}.{part}": getattr(layer, part)
-        for name, layer in adapted_layers(model).items()
-        for part in ("lora_A", "lora_B", "routers")
-        if hasattr(layer, part)
+def _layers(model: nn.Module, name: str) -> dict[str, Any]:
+    """The layers with that set of adapters, by their plain names."""
+    layers: dict[str, Any] = adapted_layers(model)
+    return {plain_name(site): layer for site, layer in layers.items() if name in layer.adapters.sets}
+
+
+def _parameter(layer: Any, name: str, part: str) -> Tensor:
+    return getattr(layer, layer.adapters.sets[name].parameter(part))
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Everything that a file of this set holds, by the names in the file."""
+    layers = _layers(model, name)
+    found = {
+        f"{site}.{part}": _parameter(layer, name, part)
+        for site, layer in layers.items()
+        for part in PARTS
+        if hasattr(layer, layer.adapters.sets[name].parameter(part))
     }
-
-
-def _before(name: str, experts: Iterable[str]) -> str:
-    """The name that a module had before the layers ``experts`` became LoRAMoEs, whose ``base`` it may be in."""
-    for outer in experts:
-        if f"{name}.".startswith(f"{outer}.base."):
-            return outer + name.removeprefix(f"{outer}.base")
-    return name
+    saved = next((layer.adapters.selection.saved.get(name, ()) for layer in layers.values()), ())
+    for site, module in model.named_modules():
+        if plain_name(site) in saved:
+            found |= {f"{plain_name(site)}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+    return found

@@ -1,145 +1,262 @@
-"""The two adapted layers: plain LoRA on a linear layer, and a LoRA mixture-of-experts beside any module."""
+"""The two kinds of adapted layers: plain LoRA on a linear layer, and a LoRA mixture-of-experts beside any module.
+
+A layer is adapted in place (:mod:`fastmoe_lora.swap`): it keeps its class as a base class, its parameters and their
+names, and gets ``lora_A``, ``lora_B`` and, with experts, ``routers`` beside them. A further set of adapters, called
+NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
+"""
 
 import math
+import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.packing import PackedLayer, Parts, fusible, weights_of
 from fastmoe_lora.routing import Routing
-from kernels import TaskSegments, lora_moe, lora_moe_packed, resolve_kernel
-from kernels.lora_linear import lora_linear, lora_linear_reference
+from kernels import TaskSegments, lora_moe, resolve_kernel
+from kernels.gating import fits_one_tile
+from kernels.lora_linear import lora_linear
 from kernels.nvtx import span
-from kernels.pool import fits_one_tile
+from kernels.reference import Linear
+
+PARTS = ("lora_A", "lora_B", "routers")
 
 
-def _lora(rank: int, shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, d_in) kaiming-uniform and B (d_out, rank) zero, so that an adapted layer starts as the frozen one.
+class Selection:
+    """Which set of adapters the passes of a thread use; shared by the layers of one model. None switches all off."""
 
-    Both are fp32, whatever the type of the frozen weights.
-    """
-    d_in, d_out = shape
-    a = nn.Parameter(torch.empty(rank, d_in, device=device))
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return a, nn.Parameter(torch.zeros(d_out, rank, device=device))
-
-
-class LoRALinear(nn.Linear):
-    """y = W x + b + B A x on x (.., d_in), around an existing linear layer whose parameters (and names) it keeps.
-
-    With W and b frozen, :func:`kernels.lora_linear.lora_linear` computes y from packed copies of the weights, in their
-    type or autocast's (see :mod:`fastmoe_lora.packing`). With W or b trained, y is the sum of two products.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        shape = linear.in_features, linear.out_features
-        self.lora_A, self.lora_B = _lora(rank, shape, linear.weight.device)
-        self.packing = PackedLayer()
-
-    def plain(self) -> nn.Linear:
-        """A linear layer with these parameters and without LoRA."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+    def __init__(self, default: str, saved: dict[str, tuple[str, ...]] | None = None) -> None:
+        self.default, self._local = default, threading.local()
+        self.saved = saved or {}  # names of the modules that are trained and saved with each set
 
     @property
-    def frozen(self) -> bool:
-        return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
+    def name(self) -> str | None:
+        return getattr(self._local, "name", self.default)
 
-    @property
-    def parts(self) -> Parts | None:
-        """What is packed; None if the layer runs from its own parameters."""
-        return ((self,), (self.lora_A, self.lora_B)) if self.frozen else None
+    @name.setter
+    def name(self, name: str | None) -> None:
+        self._local.name = name
+
+    def __getstate__(self) -> tuple:
+        return self.default, self.saved
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one set of adapters needs to know in one layer, beside its parameters."""
+
+    name: str = ""
+    alpha: float | None = None  # the experts' sum is scaled by alpha / r; None is 1
+    dropout: float = 0.0  # of the adapters' input in training
+    config: MoEConfig | None = None  # of experts
+    routing: Routing | None = None
+    layer: int = 0  # among those of the routing
+
+    def parameter(self, part: str) -> str:
+        """The name of a part in the layer."""
+        return f"{part}_{self.name}" if self.name else part
+
+
+@dataclass
+class Adapters:
+    """The sets of one layer by name, and the names of the FFN's parts that the kernels can compute: two linear layers
+    with GELU between them; () if the layer is a linear layer itself, None if it must always be called."""
+
+    selection: Selection
+    inner: tuple[str, ...] | None = None
+    sets: dict[str, Adapter] = field(default_factory=dict)
+
+
+class LoRALinear:
+    """y = W x + b + B A x on x (.., d_in); with W and b frozen by :func:`kernels.lora_linear.lora_linear`."""
+
+    prefix = "LoRA"
+    adapters: Adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        lora = self.lora_A, self.lora_B
-        if not self.frozen:
-            return lora_linear_reference(x, (self.weight, self.bias), lora)
-        packed = self.packing.for_pass((self,), lora)
-        tokens = x.to(packed.up.dtype).flatten(0, -2)
-        with torch.autocast(x.device.type, enabled=False):
-            return lora_linear(tokens, packed, lora).view(*x.shape[:-1], -1)
+        adapter = active(self)
+        if adapter is None:
+            return super().forward(x)  # type: ignore[misc]
+        lora, drops = lora_of(self, adapter), drops_input(self, adapter)
+        weights = None if drops else frozen_weights(self)
+        if weights is not None:
+            tokens = x.to(compute_type(self)).flatten(0, -2)
+            with torch.autocast(x.device.type, enabled=False):
+                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], -1)
+        y = super().forward(x)  # type: ignore[misc]
+        a, b = (weight.to(y.dtype) for weight in lora)
+        return y + F.linear(F.linear(F.dropout(x.to(y.dtype), adapter.dropout, drops), a), b)
 
-
-class LoRAMoE(nn.Module):
-    """y = base(x) + sum_e g_e(x) B_e A_e x, with one linear router per task: equation (10) without the residual.
-
-    ``base`` maps (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it. The tasks share the experts;
-    ``routing`` says which rows of x belong to which task. Base and experts are one fused operation if the base is
-    frozen, the Triton kernels run, :func:`fastmoe_lora.packing.fusible` accepts the base, no token is padding, and the
-    pool fits one register tile. Else the base runs first and the experts beside it. For a padding token y = base(x).
-    """
-
-    def __init__(
-        self, base: nn.Module, shape: tuple[int, int], config: MoEConfig, routing: Routing, layer: int
-    ) -> None:
-        super().__init__()
-        self.base, self.config, self.routing, self.layer = base, config, routing, layer
-        device = next(base.parameters()).device
-        columns = config.gating.router_columns(config.experts)
-        self.routers = nn.Parameter(torch.empty(routing.tasks, columns, shape[0], device=device).normal_(std=0.01))
-        self.lora_A, self.lora_B = _lora(config.experts * config.rank, shape, device)
-        self.one_tile = fits_one_tile(config.experts, config.rank)
-        self.packing = PackedLayer()
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        """The base's linear layers for the fused kernels; empty if they cannot compute the base, the gradients of its
-        weights or so large a pool."""
-        linears = fusible(self.base) if self.one_tile else ()
-        return () if any(tensor.requires_grad for tensor in weights_of(linears)) else linears
-
-    @property
-    def runs_triton(self) -> bool:
-        """Whether the routing's kernel is Triton's where the experts are."""
-        return resolve_kernel(self.routing.kernel, self.lora_A.device) == "triton"
-
-    @property
-    def fused(self) -> bool:
-        """Whether base and experts are one operation."""
-        return self.parts is not None
-
-    @property
-    def adapters(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.lora_A, self.lora_B, self.routers
-
-    @property
-    def parts(self) -> Parts | None:
-        """What is packed; None if base and experts are not one operation."""
-        # The kernel first: packing asks for this before a compiled pass, which then finds the kernel resolved.
-        linears = self.linears if self.runs_triton else ()
-        return (linears, self.adapters) if linears else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        linears = self.linears if self.routing.real is None and self.runs_triton else ()
-        y, gates, mean_probs, segments = self._run_fused(x, linears) if linears else self._run_beside(x)
-        self.routing.record(self.layer, gates, mean_probs, segments)
-        return y.view(*x.shape[:-1], -1)
-
-    def _run_beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
-        with span("ffn"):
-            base = self.base(x)
-        tokens, base, real = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2), self.routing.real
-        segments = self.routing.segments(len(tokens), x.device)
-        gating, kernel, lora = self.config.gating, self.routing.kernel, (self.lora_A, self.lora_B)
-        # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
-        with torch.autocast(x.device.type, enabled=False), span("experts"):
-            if real is None:
-                return *lora_moe(tokens, base, lora, self.routers, segments, gating, kernel), segments
-            real = real.to(x.device)
-            y, *rest = lora_moe(tokens[real], base[real], lora, self.routers, segments, gating, kernel)
-            return base.index_copy(0, real, y), *rest, segments
-
-    def _run_fused(self, x: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor, Tensor, TaskSegments]:
-        packed = self.packing.for_pass(linears, self.adapters)
-        tokens = x.to(packed.up.dtype).flatten(0, -2)
-        segments = self.routing.segments(len(tokens), x.device)
-        lora, gating, deterministic = (self.lora_A, self.lora_B), self.config.gating, self.routing.deterministic
-        with torch.autocast(x.device.type, enabled=False):
-            return *lora_moe_packed(tokens, packed, lora, self.routers, segments, gating, deterministic), segments
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        read_old_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"{self.config}, gating={self.config.gating_name}, tasks={self.routing.tasks}"
+        ranks = [len(getattr(self, adapter.parameter("lora_A"))) for adapter in self.adapters.sets.values()]
+        return f"{super().extra_repr()}, lora_rank={'/'.join(map(str, ranks))}"  # type: ignore[misc]
+
+
+class LoRAMoE:
+    """y = base(x) + sum_e g_e(x) B_e A_e x, with one linear router per task: equation (10) without the residual.
+
+    ``base`` is the layer's own forward pass, from (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it.
+    The tasks share the experts; the open batch of the routing says which rows of x belong to which task. Base and
+    experts are one operation if Triton's kernels run, the base is a frozen FFN with GELU or a linear layer wider than
+    its input, without hooks inside, no token is padding, and the pool fits one register tile. Else the base runs first
+    and the experts beside it. For a padding token y = base(x).
+    """
+
+    prefix = "LoRAMoE"
+    adapters: Adapters
+    one_task: Tensor  # [0, 1]: the offsets of a pass of one task
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        adapter = active(self)
+        if adapter is None:
+            return super().forward(x, *rest, **named)  # type: ignore[misc]
+        routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()
+        assert routing is not None and config is not None
+        batch, real = routing.current(), None
+        segments = TaskSegments(self.one_task, (rows,), rows)
+        if batch is not None:
+            segments, real = batch.segments(x)
+        weights = None if rest or named or real is not None else fused_weights(self, adapter, x.device)
+        if weights is None:
+            with span("ffn"):
+                output = super().forward(x, *rest, **named).flatten(0, -2)  # type: ignore[misc]
+            tokens = x.to(output.dtype).flatten(0, -2)
+        else:
+            tokens = x.to(compute_type(self)).flatten(0, -2)
+        if drops_input(self, adapter):
+            tokens = F.dropout(tokens, adapter.dropout)
+        base = weights or (output if real is None else output[real])
+        # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
+        with torch.autocast(x.device.type, enabled=False), span("experts"):
+            y, gates, mean_probs = lora_moe(
+                tokens if real is None else tokens[real], base, lora_of(self, adapter),
+                getattr(self, adapter.parameter("routers")), segments, config.gating,
+                routing.kernel, routing.deterministic,
+            )  # fmt: skip
+        routing.record(batch, adapter.layer, mean_probs, gates, segments)
+        return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], -1)
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy belongs to the copy of its routing."""
+        super().__setstate__(state)  # type: ignore[misc]
+        for adapter in self.adapters.sets.values():
+            assert adapter.routing is not None
+            adapter.routing.add_layer(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        read_old_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        sets = [
+            f"{each.config}, gating={each.config.gating_name}" for each in self.adapters.sets.values() if each.config
+        ]
+        return " ".join([super().extra_repr(), f"experts={'; '.join(sets)}"]).strip()  # type: ignore[misc]
+
+
+def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int]) -> None:
+    """Register A (rank, d_in), kaiming-uniform, B (d_out, rank), zero, so that the layer starts as it was, and routers.
+
+    All are fp32, whatever the type of the frozen weights and of the session.
+    """
+    layer.adapters.sets[adapter.name] = adapter
+    make: dict[str, Any] = {"dtype": torch.float32, "device": next(layer.parameters()).device}
+    with torch.inference_mode(False):  # else they could never be trained
+        values = {}
+        if adapter.config is not None and adapter.routing is not None:
+            columns = adapter.config.gating.router_columns(adapter.config.experts)
+            values["routers"] = torch.empty(adapter.routing.tasks, columns, shape[0], **make).normal_(std=0.01)
+            one_task = torch.tensor([0, 1], dtype=torch.int32, device=make["device"])
+            layer.register_buffer("one_task", one_task, persistent=False)
+            adapter.routing.add_layer(layer)
+        values["lora_A"] = nn.init.kaiming_uniform_(torch.empty(rank, shape[0], **make), a=math.sqrt(5))
+        values["lora_B"] = torch.zeros(shape[1], rank, **make)
+        for part, value in values.items():
+            layer.register_parameter(adapter.parameter(part), nn.Parameter(value))
+
+
+def drop_adapters(layer: Any) -> None:
+    """Forget all sets."""
+    for adapter in layer.adapters.sets.values():
+        for part in PARTS:
+            layer._parameters.pop(adapter.parameter(part), None)
+    layer._buffers.pop("one_task", None)
+    layer._non_persistent_buffers_set.discard("one_task")
+    del layer.adapters
+
+
+def active(layer: Any) -> Adapter | None:
+    """The set that this thread uses; None where the layer has none of that name."""
+    name = layer.adapters.selection.name
+    return None if name is None else layer.adapters.sets.get(name)
+
+
+def lora_of(layer: Any, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """(A, B), B with the scale."""
+    a, b = getattr(layer, adapter.parameter("lora_A")), getattr(layer, adapter.parameter("lora_B"))
+    if adapter.alpha is None:
+        return a, b
+    return a, b * (adapter.alpha / (adapter.config.rank if adapter.config else a.shape[0]))
+
+
+def drops_input(layer: Any, adapter: Adapter) -> bool:
+    return adapter.dropout > 0 and layer.training
+
+
+def _linears(layer: Any) -> tuple[Any, ...]:
+    inner = layer.adapters.inner
+    return (layer,) if not inner else (layer._modules[inner[0]], layer._modules[inner[2]])
+
+
+def compute_type(layer: Any) -> torch.dtype:
+    """Autocast's type, else that of the frozen weights."""
+    weight = _linears(layer)[0].weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:
+    """The frozen weights that the kernels compute the base from; None if it must run by itself."""
+    if drops_input(layer, adapter) or not adapter.config or not adapter.routing:
+        return None
+    if not fits_one_tile(adapter.config.experts, adapter.config.rank):
+        return None
+    return frozen_weights(layer) if resolve_kernel(adapter.routing.kernel, device) == "triton" else None
+
+
+def frozen_weights(layer: Any) -> tuple[Linear, ...] | None:
+    """(weight, bias) of a linear layer or of the two of an FFN; None if one must be called or is trained.
+
+    A part of an FFN must be called if it has hooks, or is no plain linear layer any more.
+    """
+    inner = layer.adapters.inner
+    if inner is None:
+        return None
+    for name, part in layer._modules.items():
+        if name in inner:
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return None
+        elif isinstance(part, nn.Dropout) and part.p and part.training:
+            return None
+    linears = _linears(layer)
+    if inner and any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    weights = tuple((linear.weight, linear.bias) for linear in linears)
+    return None if any(w.requires_grad or b is not None and b.requires_grad for w, b in weights) else weights
+
+
+def read_old_names(state_dict: dict[str, Any], prefix: str) -> None:
+    """Rename what version 0.1 wrote, where an adapted layer was ``base`` of a module around it."""
+    old = f"{prefix}base."
+    for name in [name for name in state_dict if name.startswith(old)]:
+        state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)

@@ -1,26 +1,38 @@
-"""What the routers of one model chose: the mutual-information loss and routing statistics."""
+"""Which rows of a pass belong to which task, and what the routers chose: the mutual-information loss, statistics.
 
-from collections.abc import Sequence
+with routing.batch([8, 8]) as batch:        # 8 images of the first task, then 8 of the second
+    outputs = model(images)
+    loss = ... + 0.005 * batch.mi_loss()
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoe_lora.ranks import over_ranks, world_size
-from kernels import TaskSegments
+from fastmoe_lora.ranks import over_ranks
+from kernels import TaskSegments, UserError
+from kernels.segments import offsets_of
 
 
-def mutual_information_loss(mean_probs: Tensor) -> Tensor:
+def mutual_information_loss(mean_probs: Tensor, share: Tensor | None = None) -> Tensor:
     """Mod-Squad's loss, minus the mutual information of task and expert, one value per layer.
 
-    ``mean_probs`` (.., tasks, C) is p(expert given task) of the tasks present; each task has probability 1/tasks. The
-    loss lies in [-log(tasks), 0] and is lowest if no two tasks share an expert:
+    ``mean_probs`` (.., tasks, C) is p(expert given task), ``share`` (tasks,) the probability of each task, equal by
+    default. The loss lies in [-log(tasks), 0] and is lowest if no two tasks share an expert:
 
         L = -sum_te p(t,e) log(p(t,e) / (p(t) p(e)))
     """
+    tasks = mean_probs.shape[-2]
+    share = mean_probs.new_full((tasks,), 1 / tasks) if share is None else share
+    joint = mean_probs * share[:, None]
     tiny = torch.finfo(mean_probs.dtype).tiny
-    log_expert_given_task = mean_probs.clamp_min(tiny).log()
-    log_expert = mean_probs.mean(-2, keepdim=True).clamp_min(tiny).log()
-    return -(mean_probs * (log_expert_given_task - log_expert)).sum(-1).mean(-1)
+    log_expert = joint.sum(-2, keepdim=True).clamp_min(tiny).log()
+    return -(joint * (mean_probs.clamp_min(tiny).log() - log_expert)).sum((-1, -2))
 
 
 class RoutingStatistics:
@@ -30,14 +42,14 @@ class RoutingStatistics:
         self._sums: dict[int, Tensor] = {}
         self._tokens = torch.zeros(())
 
-    def add(self, layer: int, gates: Tensor, segments: TaskSegments) -> None:
-        """Add the gates (T, N) of one layer's forward pass."""
+    def add(self, layer: int, gates: Tensor, counts: Sequence[int]) -> None:
+        """Add the gates (T, N) of one layer's forward pass, with ``counts`` rows of every task."""
         gates = gates.detach()
         both = torch.stack([gates, (gates > 0).to(gates.dtype)])
-        sums = torch.stack([run.sum(1) for run in both.split(segments.counts, dim=1)], dim=1).double().cpu()
+        sums = torch.stack([run.sum(1) for run in both.split(list(counts), dim=1)], dim=1).double().cpu()
         self._sums[layer] = self._sums.get(layer, 0) + sums
         if layer == 0:
-            self._tokens = self._tokens + torch.tensor(segments.counts, dtype=torch.float64)
+            self._tokens = self._tokens + torch.tensor(counts, dtype=torch.float64)
 
     def merge(self, other: "RoutingStatistics") -> None:
         """Add what ``other`` has accumulated."""
@@ -53,95 +65,196 @@ class RoutingStatistics:
         return mass, frequency
 
 
-class Routing:
-    """State shared by the LoRAMoE layers of one model: how a batch divides among the tasks, and what routers chose.
+class Batch:
+    """How the images of one pass divide among the tasks, and what the routers chose in it.
 
-    The layers read it, so that the blocks of the ViT pass tokens only. ``deterministic`` makes the bits of a token in
-    the forward pass of our kernels independent of the batch around it (:func:`kernels.lora_moe_packed`).
+    ``size`` is the length of the first axis of every input: images, or one row of packed tokens.
+    """
+
+    def __init__(self, routing: "Routing", counts: tuple[int, ...], size: int) -> None:
+        self.routing, self.counts, self.size = routing, counts, size
+        self.offsets = offsets_of(counts, routing.device)
+        self.real: Tensor | None = None  # indices of the tokens that are no padding
+        self.images: tuple[int, ...] = counts  # of a batch with padding, whose counts are tokens
+        self.tokens = 0  # of such a batch, or of packed sequences, with the padding
+        self._probs: dict[int, Tensor] = {}
+        self._recording, self._fault = True, "saw no pass"
+
+    def segments(self, x: Tensor) -> tuple[TaskSegments, Tensor | None]:
+        """(the segments of the rows of x (.., d), the indices of those rows if some others are padding)."""
+        rows = x.shape[:-1].numel()
+        if x.shape[0] != self.size and rows != self.tokens:
+            raise UserError(
+                f"an input of shape {tuple(x.shape)} in a batch of {self.size}: its first axis must be the images of "
+                "routing.batch(), or one batch follows another that is still open"
+            )
+        if self.tokens == rows:
+            return _segments(x, self.offsets, self.counts, 1), self.real
+        length = rows // self.size
+        if self.tokens and length != 1:  # a step of generate() adds one token that is no padding
+            raise UserError(f"{rows} tokens, but the batch was opened for {self.tokens}")
+        return _segments(
+            x, offsets_of(self.images, x.device) if self.tokens else self.offsets, self.images, length
+        ), None
+
+    def record(self, layer: int, mean_probs: Tensor) -> None:
+        """Keep P (tasks, C) of one layer."""
+        if self._recording:
+            self._fault = "saw two passes in this batch" if layer in self._probs else ""
+            self._probs[layer] = mean_probs
+
+    def mi_loss(self) -> Tensor:
+        """The mutual-information loss of the batch's pass, summed over layers; call it once.
+
+        In a data-parallel run it is that of all processes' tokens, and every process must call it. 0 for a batch of
+        padding. UserError without a pass, after two, or if the pass ran without a gradient where this loss needs one.
+        """
+        if self._fault:
+            raise UserError(f"mi_loss() {self._fault}: open routing.batch() for each pass")
+        layers = torch.stack([self._probs[layer] for layer in sorted(self._probs)])
+        self._probs, self._recording, self._fault = {}, False, "was called already"
+        if torch.is_grad_enabled() and not layers.requires_grad and self.routing.trains:
+            raise UserError(
+                "mi_loss() has no gradient: the pass ran under no_grad, or under reentrant checkpointing; use "
+                "checkpoint(.., use_reentrant=False)"
+            )
+        own = self.offsets.to(layers.device).diff().to(layers.dtype)
+        totals = over_ranks(own)
+        layers = over_ranks(layers * (own / totals.clamp_min(1))[:, None])  # each process has the mean of its own
+        present = (totals > 0).to(layers.dtype)
+        return mutual_information_loss(layers, present / present.sum().clamp_min(1)).sum()
+
+    def close(self) -> None:
+        """What checkpointing runs again after this is not recorded."""
+        self._recording = False
+
+
+def _segments(x: Tensor, offsets: Tensor, counts: tuple[int, ...], length: int) -> TaskSegments:
+    """``counts`` are in units of ``length`` rows; a compiled pass must not depend on them, an exported one does."""
+    rows = None if torch.compiler.is_compiling() and not torch.compiler.is_exporting() else counts
+    on_device = offsets if offsets.device == x.device else offsets.to(x.device, non_blocking=True)
+    return TaskSegments(on_device, rows and tuple(n * length for n in rows), length)
+
+
+class Routing:
+    """What the experts of one model share: the tasks, the kernel, and the batch that is open in a thread.
+
+    ``deterministic`` makes the bits of a token in the forward pass of our kernels independent of the batch around it
+    (:func:`kernels.lora_moe`).
     """
 
     def __init__(self, tasks: int, kernel: str = "auto", deterministic: bool = False) -> None:
         self.tasks, self.kernel, self.deterministic = tasks, kernel, deterministic
         self.statistics: RoutingStatistics | None = None
-        self.real: Tensor | None = None  # the rows of the batch that are no padding, if some are
-        self._images: tuple[int, ...] = ()
-        self._counts: tuple[int, ...] = ()  # tokens per task, where they do not follow from the images
-        self._batch_tokens = 0  # of such a batch, with its padding
-        self._mean_probs: dict[int, Tensor] = {}
+        self._start()
 
-    def assign(self, images: Sequence[int], mask: Tensor | None = None) -> None:
-        """Say, before a forward pass, how many images of the batch belong to each task; the batch is task-major.
-
-        An image may be any sequence of tokens. With ``mask`` (images, L), tokens whose element is 0 or False are
-        padding: no expert sees them, and neither the mutual-information loss nor the routing statistics count them.
-        """
-        self._assign(images, (), 0, None)
-        if mask is None:
-            return
-        if mask.ndim != 2 or len(mask) != sum(images):
-            raise ValueError(f"a mask of shape {tuple(mask.shape)} for {sum(images)} images: it is (images, tokens)")
-        counts = [int(part.sum()) for part in mask.ne(0).cpu().split(list(images))]
-        self._assign(images, counts, mask.numel(), mask.flatten().nonzero().flatten())
-
-    def assign_tokens(self, counts: Sequence[int]) -> None:
-        """As :meth:`assign`, for sequences of different lengths without padding: the tokens of the batch per task."""
-        self._assign((), counts, sum(counts), None)
-
-    def _assign(self, images: Sequence[int], counts: Sequence[int], batch: int, real: Tensor | None) -> None:
-        given = counts or images
-        if len(given) != self.tasks:
-            raise ValueError(f"{len(given)} counts for {self.tasks} tasks")
-        self._images, self._counts, self._batch_tokens, self.real = tuple(images), tuple(counts), batch, real
-
-    def segments(self, tokens: int, device: torch.device) -> TaskSegments:
-        """The tasks' segments of a matrix of ``tokens`` tokens, of which those that are no padding count. After
-        :meth:`assign` without a mask every image has equally many; one task needs no assignment.
-
-        Under torch.export the number of images may be a symbol, so it must be the same for every task.
-        """
-        if torch.compiler.is_exporting():
-            if any(n != self._images[0] for n in self._images):
-                raise ValueError(f"torch.export needs equally many images of every task, not {self._images}")
-            offsets = torch.empty(0, dtype=torch.int32, device=device)  # the reference reads counts alone
-            return TaskSegments((tokens // self.tasks,) * self.tasks, offsets)
-        if self._counts:
-            if tokens != self._batch_tokens:
-                raise ValueError(f"{tokens} tokens, but {self._batch_tokens} are assigned: call assign() first")
-            return TaskSegments.of(self._counts, device)
-        if self.tasks == 1:
-            return TaskSegments.of((tokens,), device)
-        images = sum(self._images)
-        if images == 0 or tokens % images:
-            raise ValueError(f"{tokens} tokens do not divide among the assigned {images} images: call assign() first")
-        return TaskSegments.of(tuple(n * (tokens // images) for n in self._images), device)
-
-    def record(self, layer: int, gates: Tensor, mean_probs: Tensor, segments: TaskSegments) -> None:
-        """Called by the adapted layers in their forward pass."""
-        self._mean_probs[layer] = mean_probs
-        if self.statistics is not None:
-            self.statistics.add(layer, gates, segments)
+    def _start(self) -> None:
+        self._layers: list[weakref.ref] = []
+        self._local = threading.local()  # .batch: the open one of this thread; .newest: that or the last one
+        self._open: list[Batch] = []
 
     def __getstate__(self) -> dict:
-        """Copies do not take the tensors of a pass along, whose graph belongs to the original."""
-        return self.__dict__ | {"_mean_probs": {}}
+        """A copy starts without a batch; the copied layers add themselves."""
+        return {"tasks": self.tasks, "kernel": self.kernel, "deterministic": self.deterministic}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def add_layer(self, layer: Any) -> None:
+        self._layers.append(weakref.ref(layer))
+
+    @property
+    def layers(self) -> list[Any]:
+        """The adapted layers that read this routing."""
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    @property
+    def device(self) -> torch.device:
+        return next((layer.lora_A.device for layer in self.layers), torch.device("cpu"))
+
+    @property
+    def trains(self) -> bool:
+        return any(layer.routers.requires_grad for layer in self.layers)
+
+    def batch(self, images: Sequence[int], mask: Tensor | None = None) -> AbstractContextManager[Batch]:
+        """``with routing.batch([8, 8]):`` says how many images of a pass belong to each task; it is task-major.
+
+        An image may be any sequence of tokens. With ``mask`` (images, L), tokens whose element is 0 or False are
+        padding: no expert sees them, and neither the mutual-information loss nor the routing statistics count them. A
+        model of one task needs no batch unless it has padding. Gradient checkpointing runs layers again in the backward
+        pass: call backward() in the batch, or give checkpoint() ``context_fn=routing.checkpoint``.
+        """
+        images = self._checked(images)
+        if mask is None:
+            return self._opened(Batch(self, images, sum(images)))
+        if mask.ndim != 2 or len(mask) != sum(images):
+            raise UserError(f"a mask of shape {tuple(mask.shape)} for {sum(images)} images: it is (images, tokens)")
+        counts = tuple(int(part.sum()) for part in mask.ne(0).cpu().split(list(images)))
+        batch = Batch(self, counts, len(mask))
+        batch.images, batch.tokens = images, mask.numel()
+        batch.real = mask.flatten().nonzero().flatten().to(self.device)
+        return self._opened(batch)
+
+    def batch_tokens(self, counts: Sequence[int]) -> AbstractContextManager[Batch]:
+        """As :meth:`batch`, for packed sequences of different lengths: the tokens of the pass per task."""
+        batch = Batch(self, self._checked(counts), 1)
+        batch.tokens = sum(counts)
+        return self._opened(batch)
+
+    def _checked(self, counts: Sequence[int]) -> tuple[int, ...]:
+        if len(counts) != self.tasks:
+            raise UserError(f"{len(counts)} counts for {self.tasks} tasks")
+        return tuple(counts)
+
+    @contextmanager
+    def _opened(self, batch: Batch) -> Iterator[Batch]:
+        before = getattr(self._local, "batch", None)
+        self._local.batch = self._local.newest = batch
+        self._open.append(batch)
+        try:
+            yield batch
+        finally:
+            self._local.batch = before
+            self._open.remove(batch)
+            batch.close()
+
+    def current(self) -> Batch | None:
+        """The batch of a pass: the one open in this thread, else the only one open in the process.
+
+        A backward pass of CUDA recomputes checkpointed layers in a thread of its own. UserError without a batch if
+        there are several tasks.
+        """
+        batch = getattr(self._local, "batch", None)
+        if batch is None and len(self._open) == 1:
+            batch = self._open[0]
+        if batch is None and self.tasks > 1:
+            raise UserError(
+                f"a pass of {self.tasks} tasks outside `with routing.batch([..]):`, which says whose tokens are whose; "
+                "a layer that checkpointing runs again needs it too: call backward() inside, or give checkpoint() "
+                "context_fn=routing.checkpoint"
+            )
+        return batch
+
+    def record(
+        self, batch: Batch | None, layer: int, mean_probs: Tensor, gates: Tensor, segments: TaskSegments
+    ) -> None:
+        """Called by the adapted layers in their forward pass."""
+        if batch is not None:
+            batch.record(layer, mean_probs)
+        if self.statistics is not None:
+            assert segments.counts is not None  # compiled passes keep none
+            self.statistics.add(layer, gates, segments.counts)
+
+    def checkpoint(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the pass that runs again sees its own batch."""
+        batch = self.current()
+        return nullcontext(), nullcontext() if batch is None else self._opened(batch)
 
     def mi_loss(self) -> Tensor:
-        """The mutual-information loss of the last forward pass, summed over layers; call it once per pass.
-
-        In a data-parallel run it is that of all processes' tokens, and every process must call it.
-        """
-        if not self._mean_probs:
-            raise ValueError("no forward pass since the last mi_loss()")
-        layers = torch.stack([self._mean_probs[layer] for layer in sorted(self._mean_probs)])
-        self._mean_probs.clear()
+        """:meth:`Batch.mi_loss` of this thread's newest batch; 0 for one task, which says nothing about the expert."""
         if self.tasks == 1:
-            return mutual_information_loss(layers).sum()  # 0: the task says nothing about the expert
-        counts = self._counts or self._images
-        totals = over_ranks(torch.tensor(counts)).tolist()
-        if world_size() > 1:  # each process has the mean over its own tokens
-            shares = [own / max(total, 1) for own, total in zip(counts, totals, strict=True)]
-            layers = over_ranks(layers * layers.new_tensor(shares)[:, None])
-        present = [t for t, n in enumerate(totals) if n]
-        if len(present) < self.tasks:  # a list as index is copied to the device, which the host would wait for
-            layers = layers[:, present]
-        return mutual_information_loss(layers).sum()
+            return torch.zeros((), device=self.device)
+        batch = getattr(self._local, "newest", None)
+        if batch is None:
+            raise UserError("mi_loss() without a pass: open routing.batch() for each pass")
+        return batch.mi_loss()

@@ -8,13 +8,4 @@ from kernels.segments import TaskSegments
 # Hugging Face has a package called `kernels` too; fastmoe_lora tells them apart by this name.
 FASTMOE_LORA = True
 
-__all__ = [
-    "FASTMOE_LORA",
-    "GATINGS",
-    "KERNELS",
-    "Gating",
-    "TaskSegments",
-    "UserError",
-    "lora_moe",
-    "resolve_kernel",
-]
+__all__ = ["FASTMOE_LORA", "GATINGS", "KERNELS", "Gating", "TaskSegments", "UserError", "lora_moe", "resolve_kernel"]

@@ -120,10 +120,14 @@ def check(
             inner = outer
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, beside x of shape {tuple(x.shape)} it is {shape}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, beside x of shape {tuple(x.shape)} it is {shape}"
+            )
     if a.shape[0] % experts:
         raise ValueError(f"A of shape {tuple(a.shape)} has no equally many rows for each of {experts} experts")
     if not 0 < gating.k <= sparse:
         raise ValueError(f"k = {gating.k}, but routers of shape {tuple(routers.shape)} have {sparse} sparse experts")
     if segments.counts is not None and sum(segments.counts) != tokens:
-        raise ValueError(f"the segments {segments.counts} have {sum(segments.counts)} rows, x has shape {tuple(x.shape)}")
+        raise ValueError(
+            f"the segments {segments.counts} have {sum(segments.counts)} rows, x has shape {tuple(x.shape)}"
+        )

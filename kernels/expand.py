@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jit_helpers import rows_of_block
 from kernels.gating import Pool
+from kernels.jit_helpers import rows_of_block
 from kernels.segments import ceil_div
 from kernels.tiles import tile
 

@@ -24,6 +24,7 @@ from kernels.jit_helpers import block_of_task, gates, gates_backward, marks, per
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
+
 def gate_backward_reference(
     dy: Tensor, b: Tensor, h: Tensor, z: Tensor, dp: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:

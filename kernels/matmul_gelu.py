@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gelu import gelu_backward_reference, gelu_derivative, gelu_reference, gelu_value
 from kernels.gating import Pool
+from kernels.gelu import gelu_backward_reference, gelu_derivative, gelu_reference, gelu_value
 from kernels.tiles import has_descriptors, multiprocessors, tile
 
 

@@ -94,12 +94,7 @@ def route_shrink_kernel(
 
 
 def route_shrink(
-    x: Tensor,
-    a: Tensor,
-    routers: tuple[Tensor, Tensor | None],
-    gated: Tensor,
-    segments: TaskSegments,
-    pool: Pool,
+    x: Tensor, a: Tensor, routers: tuple[Tensor, Tensor | None], gated: Tensor, segments: TaskSegments, pool: Pool
 ) -> Outputs:
     """(H (T, R) in x's type, z (T, C), g (T, N), P (tasks, C)); H' is written into ``gated``.
 

@@ -88,4 +88,3 @@ def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
     ``deterministic`` takes the one for large batches whatever the number of tokens.
     """
     return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]
-

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jit_helpers import block_of_task, dot_exact
 from kernels.gating import Pool
+from kernels.jit_helpers import block_of_task, dot_exact
 from kernels.segments import TaskSegments, ceil_div
 from kernels.tiles import multiprocessors, tile
 
@@ -137,9 +137,7 @@ def empty_parts(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool:
     shapes = (dy.shape[1], dh.shape[1]), (dh.shape[1], x.shape[1]), (pool.columns, x.shape[1])
     numbers = [height * width for height, width in shapes]
     parts = dh.new_empty(max(1, segments.blocks(rows, chunk)), sum(numbers), dtype=torch.float32)
-    db, da, drouters = (
-        part.unflatten(-1, shape) for part, shape in zip(parts.split(numbers, -1), shapes, strict=True)
-    )
+    db, da, drouters = (part.unflatten(-1, shape) for part, shape in zip(parts.split(numbers, -1), shapes, strict=True))
     return Parts(db, da, drouters, chunk)
 
 

@@ -1,11 +1,11 @@
 """The multi-task models: an adapted ViT with task heads, or a frozen encoder with a decoder; pretrained weights."""
 
+from fastmoe_lora.hub import is_repository
 from model.base import MultiTaskModel
 from model.converting import convert_source, timm_layout
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
 from model.exporting import ExportedModel, export_program, load_program, save_program
 from model.heads import HEADS
-from model.hub import is_repository
 from model.multitask import MultiTaskViT
 from model.vit import VITS, ViT, ViTConfig
 from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_source, read_weights

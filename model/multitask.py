@@ -1,11 +1,13 @@
 """The multi-task ViT: one adapted backbone, one head per task, all tasks in one pass."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmoe_lora import Packing, Routing
+from fastmoe_lora import Routing
 from kernels.nvtx import span
 from model.base import MultiTaskModel
 from model.heads import HEADS
@@ -22,7 +24,7 @@ class MultiTaskViT(MultiTaskModel):
     def __init__(self, vit: ViT, channels: Mapping[str, int], head: str, routing: Routing | None = None) -> None:
         super().__init__()
         self.tasks, self.patch = tuple(channels), vit.patch
-        self.vit, self.routing, self.packing = vit, routing, Packing(vit)
+        self.vit, self.routing = vit, routing
         self.task_embed = nn.Parameter(torch.empty(len(self.tasks), vit.width).normal_(std=0.02))
         self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
         # What training steps call; see compile_training().
@@ -40,7 +42,7 @@ class MultiTaskViT(MultiTaskModel):
         if index is None:
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
         grid = self.vit.grid(images)
-        with span("backbone"):
+        with span("backbone"), self.batch(index):
             pairs = self.embed_pairs(images, index)
             encode = self._encode if self.training else self.vit.encode
             runs = encode(pairs, grid).split([len(index[task]) if task in index else 0 for task in self.tasks])
@@ -48,11 +50,14 @@ class MultiTaskViT(MultiTaskModel):
         with span("heads"):
             return {task: heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index}
 
+    def batch(self, index: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        """A context for the pass of the pairs of ``index`` through the backbone."""
+        if self.routing is None:
+            return nullcontext()
+        return self.routing.batch([len(index[task]) if task in index else 0 for task in self.tasks])
+
     def embed_pairs(self, images: Tensor, index: Mapping[str, Tensor]) -> Tensor:
-        """The backbone's input tokens (pairs, L, width), task-major, and all layers ready for their pass."""
-        if self.routing is not None:
-            self.routing.assign([len(index[task]) if task in index else 0 for task in self.tasks])
-        self.packing.pack()
+        """The backbone's input tokens (pairs, L, width), task-major."""
         tokens = self.vit.embed(self.normalise(images))
         embeddings = zip(self.tasks, self.task_embed, strict=True)
         return torch.cat([tokens[index[task]] + e_t for task, e_t in embeddings if task in index])

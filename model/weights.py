@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoe_lora.hub import download, is_repository
 from kernels import UserError
 from model.formats import read_tensors
-from model.hub import download, is_repository
 from model.names import at_least_fp32, to_timm
 from model.vit import ViT, ViTConfig, resize_pos_embed
 
@@ -77,7 +77,7 @@ def read_source(path: str | Path) -> Source:
     Face Hub.
 
     :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code; those of
-    :func:`model.hub.download`.
+    :func:`fastmoe_lora.hub.download`.
     """
     name = Path(path).name
     config: dict[str, Any] = {}

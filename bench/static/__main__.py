@@ -16,6 +16,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+from kernels.ffn import ALGORITHMS
 from tqdm import tqdm
 
 from bench.aot import DTYPES, compiled
@@ -25,7 +26,6 @@ from bench.launches import LAUNCHES
 from bench.static import budget, large, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
-from kernels.ffn import ALGORITHMS
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 KERNELS = {

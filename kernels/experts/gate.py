@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.gelu import gelu_derivative, gelu_value
 from kernels.gating import next_power_of_two
+from kernels.gelu import gelu_derivative, gelu_value
 from kernels.segments import ceil_div
 
 BM, COLUMNS = 8, 256  # tokens and columns of a program's tile

@@ -73,7 +73,8 @@ class EncoderDecoder(MultiTaskModel):
         vit = self.encoder.vit if isinstance(self.encoder, MultiTaskViT) else self.encoder
         grid = vit.grid(images)
         if isinstance(self.encoder, MultiTaskViT):
-            taps = vit.taps(self.encoder.embed_pairs(images, index), grid)
+            with self.encoder.batch(index):
+                taps = vit.taps(self.encoder.embed_pairs(images, index), grid)
             runs = {task: len(index[task]) for task in self.encoder.tasks if task in index}
             rows = torch.arange(sum(runs.values()), device=images.device).split(list(runs.values()))
             index = dict(zip(runs, rows, strict=True))

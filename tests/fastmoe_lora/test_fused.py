@@ -12,10 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
+from kernels.packed import Packed  # noqa: E402
+
 from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Packing, Routing, adapt, packing  # noqa: E402
 from kernels import GATINGS, custom_ops  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
-from kernels.packed import Packed  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
 WIDTH, OUT, TOKENS, IMAGES = 12, 20, 5, (2, 0, 3)

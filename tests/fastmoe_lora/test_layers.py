@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kernels.packed import Packed
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmoe_lora import LoRALinear, LoRAMoE, MoEConfig, Routing, RoutingStatistics, adapt, packing
 from kernels import GATINGS, TaskSegments, UserError, lora_moe
 from kernels.lora_linear import lora_linear_op, lora_linear_reference
-from kernels.packed import Packed
 
 WIDTH, BLOCKS, TOKENS = 8, 2, 5
 IMAGES = [2, 1, 1]  # (image, task) pairs of each task: four, task-major

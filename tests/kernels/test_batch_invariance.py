@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import Gating, TaskSegments, custom_ops, ffn, linear, tiles  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
+
+from kernels import Gating, TaskSegments, custom_ops, ffn, linear, tiles  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU's frozen products are cuBLAS's")
 

@@ -14,11 +14,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
+from kernels.pool import Pool  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 from kernels import Gating, TaskSegments  # noqa: E402
 from kernels.gate_backward import gate_backward, gate_backward_reference  # noqa: E402
-from kernels.pool import Pool  # noqa: E402
 from kernels.route_shrink import marked_reference  # noqa: E402
 from kernels.weight_grad import partial_sums, weight_grad_a, weight_grad_a_reference  # noqa: E402
 

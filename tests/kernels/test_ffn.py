@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops  # noqa: E402
 from kernels.ffn import ALGORITHMS, ffn_reference  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
+
+from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops  # noqa: E402
 from kernels.reference import router_logits  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()

@@ -6,12 +6,12 @@ from functools import cache
 import pytest
 import torch
 import triton
+from kernels.ffn import ALGORITHMS
+from kernels.packed import Packed
 
 from bench.traffic import Traffic, counting
 from kernels import Gating, TaskSegments
 from kernels.custom_ops import lora_moe_packed
-from kernels.ffn import ALGORITHMS
-from kernels.packed import Packed
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts loads and stores in Triton's interpreter: TRITON_INTERPRET=1"

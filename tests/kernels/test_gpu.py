@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import Packing  # noqa: E402
-from kernels import Gating, TaskSegments, lora_moe  # noqa: E402
-from kernels.custom_ops import lora_moe_packed  # noqa: E402
 from kernels.ffn import ALGORITHMS, ffn_reference  # noqa: E402
 from kernels.linear import linear_reference  # noqa: E402
 from kernels.packed import Packed  # noqa: E402
+
+from fastmoe_lora import Packing  # noqa: E402
+from kernels import Gating, TaskSegments, lora_moe  # noqa: E402
+from kernels.custom_ops import lora_moe_packed  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 

@@ -15,9 +15,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import GATINGS, Gating, TaskSegments, custom_ops  # noqa: E402
 from kernels.linear import linear_reference  # noqa: E402
 from kernels.packed import Packed, columns_pay  # noqa: E402
+
+from kernels import GATINGS, Gating, TaskSegments, custom_ops  # noqa: E402
 from kernels.reference import router_logits  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernels.packed import Packed, columns_pay
 from torch.utils.checkpoint import checkpoint
 
 from kernels.lora_linear import lora_linear, lora_linear_backward_op, lora_linear_op, lora_linear_reference
-from kernels.packed import Packed, columns_pay
 
 TOKENS = 37
 CASES = pytest.mark.parametrize(("d", "width", "rank"), [(24, 72, 4), (24, 24, 4), (96, 24, 8), (7, 11, 3), (11, 7, 1)])

@@ -14,14 +14,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import Gating, TaskSegments, reference  # noqa: E402
-from kernels.expand import expand, expand_backward, expand_backward_reference, expand_reference  # noqa: E402
-from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_backward_reference  # noqa: E402
-from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.matmul import matmul, matmul_reference, matmul_routed, matmul_routed_reference  # noqa: E402
 from kernels.packed import SplitRouters  # noqa: E402
 from kernels.pool import make_pool  # noqa: E402
 from kernels.reduce import reduce, reduce_reference  # noqa: E402
+
+from kernels import Gating, TaskSegments, reference  # noqa: E402
+from kernels.expand import expand, expand_backward, expand_backward_reference, expand_reference  # noqa: E402
+from kernels.gate_backward import gate_backward, gate_backward_inplace, gate_backward_reference  # noqa: E402
+from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.weight_grad import (  # noqa: E402
     partial_sums,

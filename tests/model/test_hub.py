@@ -17,9 +17,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
+from fastmoe_lora.hub import download, is_repository
 from kernels import UserError
 from model import VITS, ViT, ViTConfig, read_weights
-from model.hub import download, is_repository
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c0ffee" + "0" * 34

@@ -1,11 +1,11 @@
 """How far the tasks pull the experts that they share into different directions: cosines between their gradients."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoe_lora import LoRAMoE
 from model import MultiTaskModel
 from train.datasets.batches import Batch
 from train.files.progress import progress
@@ -26,7 +26,8 @@ def gradient_cosines(model: MultiTaskModel, batches: Iterable[Batch]) -> tuple[T
 
 def _cosines(model: MultiTaskModel, batch: Batch) -> Tensor:
     """(2, layers, tasks, tasks) of one batch."""
-    layers = [module for module in model.modules() if isinstance(module, LoRAMoE)]
+    assert model.routing is not None
+    layers = model.routing.layers
     weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
     predictions = model(batch.images, batch.index)
     gradients = []
@@ -40,9 +41,9 @@ def _cosines(model: MultiTaskModel, batch: Batch) -> Tensor:
     return torch.stack(each, dim=1)
 
 
-def _of_layer(layer: LoRAMoE, gradients: list[tuple[Tensor, ...]]) -> Tensor:
+def _of_layer(layer: Any, gradients: list[tuple[Tensor, ...]]) -> Tensor:
     """(2, tasks, tasks) from the gradients (N r, d_in) of A and (d_out, N r) of B for each task."""
-    config = layer.config
+    config = layer.adapters.sets[""].config
     cut = (config.experts - config.shared) * config.rank
     shared = torch.stack([torch.cat([a[cut:].flatten(), b[:, cut:].flatten()]) for a, b in gradients])
     sparse = torch.stack([torch.cat([a[:cut].flatten(), b[:, :cut].flatten()]) for a, b in gradients])

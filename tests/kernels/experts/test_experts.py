@@ -10,12 +10,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
+from kernels.pool import make_pool  # noqa: E402
+
 from kernels import GATINGS, Gating, TaskSegments, UserError  # noqa: E402
 from kernels.experts import Experts, ops  # noqa: E402
 from kernels.experts.algorithms import ALGORITHMS, choose  # noqa: E402
 from kernels.experts.gate import gate, gate_backward, gate_backward_reference, gate_reference  # noqa: E402
 from kernels.experts.route import route, route_backward, route_backward_reference, route_reference  # noqa: E402
-from kernels.pool import make_pool  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the problems are on the CPU, for the interpreter")
 

@@ -1,4 +1,4 @@
-"""Weights by name: the weights file of a repository of the Hugging Face Hub, downloaded once and kept in its cache."""
+"""Weights by name: a file of a repository of the Hugging Face Hub, downloaded once and kept in its cache."""
 
 import json
 import os
@@ -26,13 +26,13 @@ def download(repository: str) -> tuple[Path, dict[str, Any]]:
     there. :class:`UserError` in one line: huggingface_hub is not installed, there is no such repository or revision,
     access is not granted, no weights are in it, or it cannot be reached and is not in the cache.
     """
-    path = next((path for name in FILES if (path := _fetch(repository, name))), None)
+    path = next((path for name in FILES if (path := fetch(repository, name))), None)
     if path is None:
         raise UserError(
             f"{repository} on the Hugging Face Hub holds neither {' nor '.join(FILES)}: download the file that you "
             "mean and give its path"
         )
-    config = _fetch(repository, "config.json")
+    config = fetch(repository, "config.json")
     try:
         content = json.loads(config.read_text(encoding="utf-8")) if config else {}
     except ValueError:
@@ -40,7 +40,7 @@ def download(repository: str) -> tuple[Path, dict[str, Any]]:
     return path, content if isinstance(content, dict) else {}
 
 
-def _fetch(repository: str, filename: str) -> Path | None:
+def fetch(repository: str, filename: str) -> Path | None:
     """The cached file; None where the repository, or without a network the cache, holds others only."""
     try:
         from huggingface_hub import errors, hf_hub_download

@@ -1,0 +1,83 @@
+"""Adapting a module in place: its class becomes a generated subclass, so that it stays the object it is.
+
+Names of parameters, hooks, references from elsewhere and what ``isinstance`` says stay as they were. :func:`restore`
+puts the class back.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from kernels import UserError
+
+_GENERATED: dict[tuple[type, type], type] = {}
+
+
+def generated(mixin: Any, base: type) -> type:
+    """The subclass of ``base`` whose methods are those of ``mixin`` first; the same one every time. Its name begins
+    with ``mixin.prefix``."""
+    if (mixin, base) not in _GENERATED:
+        members = {"__module__": base.__module__, "__reduce_ex__": _reduce, "adapts": (mixin, base)}
+        _GENERATED[mixin, base] = type(f"{mixin.prefix}{base.__name__}", (mixin, base), members)
+    return _GENERATED[mixin, base]
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    """How deepcopy and pickle rebuild a module, whose class no import finds."""
+    return _rebuild, type(module).adapts, module.__dict__  # type: ignore[attr-defined]
+
+
+def _rebuild(mixin: type, base: type) -> Any:
+    kind = generated(mixin, base)
+    return kind.__new__(kind)
+
+
+def swap(module: nn.Module, mixin: type, name: str) -> None:
+    """Give ``module``, which is called ``name``, the methods of ``mixin``. UserError if they would never run."""
+    if "forward" in module.__dict__:
+        raise UserError(
+            f"{name} has a forward of its own on the instance, as accelerate's hooks put there, which would bypass the "
+            "adapter: adapt the model first"
+        )
+    module.__class__ = generated(mixin, type(module))
+
+
+def restore(module: nn.Module, name: str) -> None:
+    """Undo :func:`swap`. UserError if the class was changed once more since then."""
+    kind = type(module)
+    if "adapts" not in kind.__dict__:
+        raise UserError(
+            f"{name} became a {kind.__name__} after it was adapted (parametrize and fully_shard do that): undo that first"
+        )
+    module.__class__ = kind.__dict__["adapts"][1]
+
+
+class Frozen:
+    """A batch norm of a frozen model: it normalises by its running statistics and does not count, in training too."""
+
+    prefix = "Frozen"
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)  # type: ignore[misc]
+
+
+def freeze_model(model: nn.Module, kept: Iterable[nn.Module]) -> None:
+    """Freeze all parameters of ``model`` and the statistics of its batch norms, except in the modules ``kept``."""
+    model.requires_grad_(False)
+    spared = {module for outer in kept for module in outer.requires_grad_(True).modules()}
+    for name, module in model.named_modules():
+        if module in spared:
+            continue
+        counts = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if counts and not isinstance(module, Frozen):
+            swap(module, Frozen, name)
+            module.train(False)
+
+
+def thaw(model: nn.Module) -> None:
+    """Let batch norms count again; parameters stay frozen."""
+    for name, module in model.named_modules():
+        if isinstance(module, Frozen):
+            restore(module, name)  # type: ignore[arg-type]
+            module.train(model.training)  # type: ignore[attr-defined]
