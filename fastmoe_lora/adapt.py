@@ -18,7 +18,7 @@ from kernels import KERNELS, UserError
 
 POSITION_AUGMENTATION = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 # Parameters without weight decay although they are matrices: tokens and positions.
-UNDECAYED = ("cls_token", "reg_token", "mask_token", "dist_token", "pos_embed", "position_embeddings", "task_embed")
+UNDECAYED = ("cls_token", "reg_token", "mask_token", "dist_token", "pos_embed", "position_embeddings")
 
 
 def adapt(
@@ -177,8 +177,9 @@ def adapters_off(model: nn.Module) -> Any:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters for an optimiser of torch: weight decay on matrices, none on biases, norms, tokens,
     positions and what the model's ``no_weight_decay()`` names."""
-    own = getattr(model, "no_weight_decay", set)()
-    decayed, others = [], []
+    own: set[str] = getattr(model, "no_weight_decay", set)()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name in own or any(part in UNDECAYED for part in name.split("."))

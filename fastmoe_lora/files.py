@@ -90,9 +90,8 @@ class Recipe:
             raise ValueError(f"format {metadata['format']!r} with layout {metadata['layout']!r}")
         config = MoEConfig.parse(metadata["moe"], metadata["gating"]) if metadata["moe"] else None
         where, lora_where, saved = (json.loads(metadata.get(key, "[]")) for key in ("where", "lora_where", "saved"))
-        if not all(
-            isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (where, lora_where, saved)
-        ):
+        lists = [names for names in (where, lora_where, saved) if isinstance(names, list)]
+        if len(lists) < 3 or not all(isinstance(each, str) for names in lists for each in names):
             raise ValueError("names of layers that are no lists of names")
         tasks, rank = int(metadata["tasks"]), int(metadata["lora_rank"])
         alpha, dropout = json.loads(metadata.get("alpha", "null")), json.loads(metadata.get("dropout", "0"))
@@ -123,7 +122,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto
     If it has a set of adapters ``name`` already, made by the same recipe, that set gets the values. UserError if the
     file is not one of :func:`save_adapters`, is of another model, or does not fit; the model is then as it was.
     """
-    if is_repository(path):
+    if is_repository(str(path)):
         found = fetch(str(path), HUB_FILE)
         if found is None:
             raise UserError(f"{path} on the Hugging Face Hub has no {HUB_FILE}")

@@ -158,10 +158,9 @@ class LoRAMoE:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        sets = [
-            f"{each.config}, gating={each.config.gating_name}" for each in self.adapters.sets.values() if each.config
-        ]
-        return " ".join([super().extra_repr(), f"experts={'; '.join(sets)}"]).strip()  # type: ignore[misc]
+        configs = [each.config for each in self.adapters.sets.values() if each.config]
+        own = "; ".join(f"{config}, gating={config.gating_name}" for config in configs)
+        return f"{super().extra_repr()} experts={own}".strip()  # type: ignore[misc]
 
 
 def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int]) -> None:

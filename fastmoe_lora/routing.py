@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastmoe_lora.ranks import over_ranks
 from kernels import TaskSegments, UserError
-from kernels.segments import offsets_of
+from kernels.segments import offsets_of, total
 
 
 def mutual_information_loss(mean_probs: Tensor, share: Tensor | None = None) -> Tensor:
@@ -93,9 +93,8 @@ class Batch:
         length = rows // self.size
         if self.tokens and length != 1:  # a step of generate() adds one token that is no padding
             raise UserError(f"{rows} tokens, but the batch was opened for {self.tokens}")
-        return _segments(
-            x, offsets_of(self.images, x.device) if self.tokens else self.offsets, self.images, length
-        ), None
+        offsets = offsets_of(self.images, x.device) if self.tokens else self.offsets
+        return _segments(x, offsets, self.images, length), None
 
     def record(self, layer: int, mean_probs: Tensor) -> None:
         """Keep P (tasks, C) of one layer."""
@@ -131,7 +130,10 @@ class Batch:
 
 def _segments(x: Tensor, offsets: Tensor, counts: tuple[int, ...], length: int) -> TaskSegments:
     """``counts`` are in units of ``length`` rows; a compiled pass must not depend on them, an exported one does."""
-    rows = None if torch.compiler.is_compiling() and not torch.compiler.is_exporting() else counts
+    exporting = torch.compiler.is_exporting()
+    if exporting and any(count != counts[0] for count in counts):
+        raise UserError(f"torch.export needs equally many images of every task, not {counts}")
+    rows = None if torch.compiler.is_compiling() and not exporting else counts
     on_device = offsets if offsets.device == x.device else offsets.to(x.device, non_blocking=True)
     return TaskSegments(on_device, rows and tuple(n * length for n in rows), length)
 
@@ -166,11 +168,13 @@ class Routing:
     @property
     def layers(self) -> list[Any]:
         """The adapted layers that read this routing."""
-        return [layer for reference in self._layers if (layer := reference()) is not None]
+        return [layer for layer in [reference() for reference in self._layers] if layer is not None]
 
     @property
     def device(self) -> torch.device:
-        return next((layer.lora_A.device for layer in self.layers), torch.device("cpu"))
+        for layer in self.layers:
+            return layer.one_task.device
+        return torch.device("cpu")
 
     @property
     def trains(self) -> bool:
@@ -186,8 +190,8 @@ class Routing:
         """
         images = self._checked(images)
         if mask is None:
-            return self._opened(Batch(self, images, sum(images)))
-        if mask.ndim != 2 or len(mask) != sum(images):
+            return self._opened(Batch(self, images, total(images)))
+        if mask.ndim != 2 or len(mask) != total(images):
             raise UserError(f"a mask of shape {tuple(mask.shape)} for {sum(images)} images: it is (images, tokens)")
         counts = tuple(int(part.sum()) for part in mask.ne(0).cpu().split(list(images)))
         batch = Batch(self, counts, len(mask))

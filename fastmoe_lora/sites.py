@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def find_sites(
     if not matched or not all(matched.values()):
         lost = [pattern for pattern, names in matched.items() if pattern and not names]
         names = ", ".join(_closest(modules, patterns)) or "none, the model has no linear layer"
-        raise UserError(f"{argument}={(lost or [where])[0]!r} matches no module; the closest names are {names}")
+        raise UserError(f"{argument}={lost[0] if lost else where!r} matches no module; the closest names are {names}")
     wanted = {name for names in matched.values() for name in names}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():  # a module comes before those inside it
@@ -71,7 +72,8 @@ def find_linears(model: nn.Module, where: Patterns | None, argument: str) -> dic
     """As :func:`find_sites`, for patterns that may match linear layers only; None takes all the usual ones."""
     if where is None:
         names = [plain_name(name) for name, _ in model.named_modules()]
-        where = [pattern for pattern in ATTENTION if any(fnmatchcase(name, pattern) for name in names)] or ATTENTION[:1]
+        usual = [pattern for pattern in ATTENTION if any(fnmatchcase(name, pattern) for name in names)]
+        where = usual or ATTENTION[0]
     linears: dict[str, nn.Linear] = {}
     for name, module in find_sites(model, where, argument).items():
         if not isinstance(module, nn.Linear):
@@ -142,7 +144,7 @@ def find_inner(module: nn.Module, experts: bool) -> tuple[str, ...] | None:
     others = [child for name, child in children.items() if name not in names]
     if not (type(fc1) is type(fc2) is nn.Linear and _is_exact_gelu(act)):
         return None
-    if not all(isinstance(child, nn.Identity) or isinstance(child, nn.Dropout) for child in others):
+    if not all(isinstance(child, (nn.Identity, nn.Dropout)) for child in others):
         return None
     return names if _computes_ffn(module, names) else None
 
@@ -157,21 +159,20 @@ def _is_exact_gelu(act: nn.Module) -> bool:
 _KNOWN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
-@torch.no_grad()
 def _computes_ffn(module: nn.Module, names: tuple[str, ...]) -> bool:
     """Whether the class's forward pass is linear, GELU, linear: seen on random weights, once for each class."""
     kind = type(module)
     if kind not in _KNOWN:
-        with torch.inference_mode(False), torch.device("cpu"):
+        with torch.inference_mode(False), torch.no_grad():
             twin = copy.deepcopy(module).to("meta").to_empty(device="cpu").double().eval()
             chance = torch.Generator().manual_seed(0)
             for parameter in twin.parameters():
                 parameter.normal_(generator=chance)
-            linears = [twin.get_submodule(name) for name in (names[0], names[2])]
+            linears: list[Any] = [twin.get_submodule(name) for name in (names[0], names[2])]
             weights = tuple((linear.weight, linear.bias) for linear in linears)
             x = torch.randn(2, 3, weights[0][0].shape[1], dtype=torch.float64, generator=chance)
             y = twin(x)
-            _KNOWN[kind] = isinstance(y, Tensor) and torch.allclose(y, frozen(x, weights))  # type: ignore[arg-type]
+            _KNOWN[kind] = isinstance(y, Tensor) and torch.allclose(y, frozen(x, weights))
     return _KNOWN[kind]
 
 

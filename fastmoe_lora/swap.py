@@ -29,7 +29,7 @@ def _reduce(module: nn.Module, protocol: int) -> tuple:
 
 
 def _rebuild(mixin: type, base: type) -> Any:
-    kind = generated(mixin, base)
+    kind: Any = generated(mixin, base)
     return kind.__new__(kind)
 
 
@@ -48,7 +48,7 @@ def restore(module: nn.Module, name: str) -> None:
     kind = type(module)
     if "adapts" not in kind.__dict__:
         raise UserError(
-            f"{name} became a {kind.__name__} after it was adapted (parametrize and fully_shard do that): undo that first"
+            f"{name} became a {kind.__name__} after it was adapted, as parametrize and fully_shard do: undo that first"
         )
     module.__class__ = kind.__dict__["adapts"][1]
 
@@ -79,5 +79,5 @@ def thaw(model: nn.Module) -> None:
     """Let batch norms count again; parameters stay frozen."""
     for name, module in model.named_modules():
         if isinstance(module, Frozen):
-            restore(module, name)  # type: ignore[arg-type]
+            restore(module, name)
             module.train(model.training)  # type: ignore[attr-defined]

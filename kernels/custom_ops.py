@@ -83,12 +83,12 @@ def forward(
     segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, a, routers)
     x, dtype, u = _rows(x), x.dtype, x.new_empty(len(x), 0)
     with torch.cuda.device_of(x):
-        up, down, *split = pack_forward(w2, (a, b, routers), dtype)
+        up, down, parts, scales = pack_forward(w2, (a, b, routers), dtype)
         hidden = 0 if w2 is None else w2.shape[1]
         inner = x.new_empty(len(x), up.shape[1])
         act, gated = inner[:, :hidden], inner[:, hidden:]
         with span("route"):
-            h, z, g, p = route_shrink(x, down, (split[0], split[1]), gated, segments, pool)
+            h, z, g, p = route_shrink(x, down, (parts, scales), gated, segments, pool)
         with span("ffn"):
             if base is not None:
                 return expand(_rows(base), gated, up, pool), g, p, h, z, u

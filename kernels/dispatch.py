@@ -10,7 +10,7 @@ from kernels import reference
 from kernels.errors import UserError
 from kernels.gating import Gating, fits_one_tile
 from kernels.reference import Linear
-from kernels.segments import TaskSegments
+from kernels.segments import TaskSegments, total
 
 KERNELS = ("auto", "triton", "reference")
 
@@ -127,7 +127,5 @@ def check(
         raise ValueError(f"A of shape {tuple(a.shape)} has no equally many rows for each of {experts} experts")
     if not 0 < gating.k <= sparse:
         raise ValueError(f"k = {gating.k}, but routers of shape {tuple(routers.shape)} have {sparse} sparse experts")
-    if segments.counts is not None and sum(segments.counts) != tokens:
-        raise ValueError(
-            f"the segments {segments.counts} have {sum(segments.counts)} rows, x has shape {tuple(x.shape)}"
-        )
+    if segments.counts is not None and total(segments.counts) != tokens:
+        raise ValueError(f"segments of {segments.counts} rows for x of shape {tuple(x.shape)}: they must add up")

@@ -38,6 +38,7 @@ def gate_backward_reference(
         dz = _softmax_backward(g, dg)
     else:
         dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
+    assert segments.counts is not None
     c = torch.cat([row.expand(n, -1) / n for n, row in zip(segments.counts, dp, strict=True)])
     dz = dz + _softmax_backward(p, c)
     return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype)

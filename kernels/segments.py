@@ -47,6 +47,12 @@ class TaskSegments:
         return torch.bucketize(number, self.offsets[1:-1] * self.length, right=True)
 
 
+def total(counts: tuple[int, ...]) -> int:
+    """Their sum. Under torch.export they may be symbols, of which a program cannot hold a sum."""
+    equal = all(count == counts[0] for count in counts)
+    return counts[0] * len(counts) if equal else sum(counts)
+
+
 def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(tasks + 1,) int32: the exclusive prefix sums of ``counts``, copied to ``device`` without waiting for it."""
     with torch.inference_mode(False):  # backward cannot save tensors of inference mode
