@@ -48,23 +48,32 @@ def router_logits(x: Tensor, routers: Tensor, segments: TaskSegments) -> Tensor:
     return torch.cat([F.linear(run, router) for run, router in zip(runs, routers, strict=True)])
 
 
+def log_mask(z: Tensor, k: int, shared: int = 0) -> Tensor:
+    """log m (T, C), where m is 1 at the k largest of each row of z (T, C) and at its last ``shared`` columns, else 0.
+
+    The k are chosen among the other columns. Of equal logits the lowest index wins; NaN counts as the largest.
+    """
+    sparse = z.shape[1] - shared
+    log_m = torch.zeros_like(z)
+    log_m[:, :sparse] = -torch.inf
+    rest = z[:, :sparse].clamp_min(torch.finfo(z.dtype).min)  # above -inf, which marks the selected
+    for _ in range(k):
+        largest = rest.max(-1, keepdim=True).indices  # the first of equals; torch.topk gives any of them
+        rest.scatter_(-1, largest, -torch.inf)
+        log_m.scatter_(-1, largest, 0.0)
+    return log_m
+
+
 def top_k_mask(z: Tensor, k: int) -> Tensor:
-    """True at the k largest of each row of z (T, C). Of equal logits the lowest index wins; torch.topk picks any."""
-    largest = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, largest, True)
+    """True at the k largest of each row of z (T, C), as :func:`log_mask` selects them."""
+    return log_mask(z, k) == 0
 
 
 def gates(z: Tensor, gating: Gating) -> Tensor:
     """g (T, N) from the logits z (T, C); exactly 0 at experts that are not active for a token."""
-    shared = gating.shared
-    sparse = z.shape[1] if gating.name == "naive-shared" else z.shape[1] - shared
-    selected = top_k_mask(z[:, :sparse].detach(), gating.k)
-    if gating.name == "topk":
-        return z.softmax(-1) * selected
-    if gating.name == "naive-shared":
-        return torch.cat([z.softmax(-1) * selected, z.new_ones(len(z), shared)], dim=-1)
-    active = F.pad(selected, (0, shared), value=True)
-    return z.masked_fill(~active, -torch.inf).softmax(-1)
+    if gating.name in ("ase", "topk-renorm"):
+        return (z + log_mask(z.detach(), gating.k, gating.shared)).softmax(-1)
+    return F.pad(z.softmax(-1) * top_k_mask(z.detach(), gating.k), (0, gating.shared), value=1.0)
 
 
 def mean_probs(z: Tensor, segments: TaskSegments) -> Tensor:
@@ -76,7 +85,7 @@ def mean_probs(z: Tensor, segments: TaskSegments) -> Tensor:
     if segments.counts is None:  # in a compiled pass
         total = z.new_zeros(segments.tasks, z.shape[1]).index_add(0, segments.task_of_rows(len(z)), p)
         return total / (segments.offsets.diff() * segments.length).clamp_min(1)[:, None]
-    return torch.stack([run.sum(0) / max(len(run), 1) for run in p.split(segments.counts)])
+    return torch.stack([run.mean(0) if len(run) else run.sum(0) for run in p.split(segments.counts)])
 
 
 def frozen(x: Tensor, linears: tuple[Linear, ...]) -> Tensor:
@@ -105,5 +114,5 @@ def lora_moe(
     z = router_logits(x, routers, segments)
     g = gates(z, gating)
     hidden = F.linear(x, a)
-    gated = (hidden * g.repeat_interleave(a.shape[0] // g.shape[1], dim=-1)).to(x.dtype)
+    gated = (hidden.unflatten(-1, (g.shape[1], -1)) * g.unsqueeze(-1)).flatten(-2).to(x.dtype)
     return torch.addmm(base, gated, b.t()), g, mean_probs(z, segments)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck
 
-from kernels import GATINGS, Gating, TaskSegments, lora_moe
+from kernels import GATINGS, Gating, TaskSegments, lora_moe, reference
 
 # (N, k, S, r). Among them k = N - S, r = 1, N = 2 and a single sparse expert.
 SHAPES_WITH_SHARED = [(16, 3, 1, 4), (8, 2, 2, 1), (5, 3, 2, 2), (4, 1, 3, 3), (2, 1, 1, 2)]
@@ -238,6 +238,28 @@ class TestGates:
         logits = torch.tensor([[3.0, -1, 0, 3, 2, 1], [0, 0, 5, -2, 1, 1]])
         # Integers, so the sums are exact; exp(1000) overflows.
         assert torch.equal(gates_of(logits + 1000, name, 2, shared), gates_of(logits, name, 2, shared))
+
+
+class TestSelection:
+    @pytest.mark.parametrize("k", [1, 3, 6])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_is_that_of_a_stable_sort(self, k, dtype):
+        # Ties, infinities of which there are more than k, and NaN, which sorts above infinity.
+        few = torch.tensor([-torch.inf, -torch.inf, -1, -0.0, 0.0, 1, torch.inf, torch.nan], dtype=dtype)
+        z = few[torch.randint(len(few), (500, 6), generator=torch.Generator().manual_seed(0))]
+        first = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(reference.top_k_mask(z, k), torch.zeros_like(z, dtype=torch.bool).scatter(-1, first, True))
+
+    def test_leaves_the_logits_as_they_are(self):
+        z = torch.tensor([[-torch.inf, 2, 1]])
+        reference.top_k_mask(z, 2)
+        assert torch.equal(z, torch.tensor([[-torch.inf, 2, 1]]))
+
+    @EVERY_GATING
+    def test_does_not_hide_a_logit_that_is_no_number(self, name):
+        shared = 1 if name in ("ase", "naive-shared") else 0
+        logits = torch.tensor([[0, torch.nan, 1, 2]], dtype=torch.float64)
+        assert reference.gates(logits, Gating(name, 2, shared))[0, 1].isnan()
 
 
 class TestSymmetries:
