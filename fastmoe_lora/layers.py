@@ -7,6 +7,7 @@ NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
 
 import math
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +88,7 @@ class LoRALinear:
         weights = None if drops else frozen_weights(self)
         if weights is not None:
             tokens = x.to(compute_type(self)).flatten(0, -2)
-            with torch.autocast(x.device.type, enabled=False):
+            with full_precision(x.device.type):
                 return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], -1)
         y = super().forward(x)  # type: ignore[misc]
         a, b = (weight.to(y.dtype) for weight in lora)
@@ -137,7 +138,7 @@ class LoRAMoE:
             tokens = F.dropout(tokens, adapter.dropout)
         base = weights or (output if real is None else output[real])
         # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
-        with torch.autocast(x.device.type, enabled=False), span("experts"):
+        with full_precision(x.device.type), span("experts"):
             y, gates, mean_probs = lora_moe(
                 tokens if real is None else tokens[real], base, lora_of(self, adapter),
                 getattr(self, adapter.parameter("routers")), segments, config.gating,
@@ -222,6 +223,11 @@ def compute_type(layer: Any) -> torch.dtype:
     weight = _linears(layer)[0].weight
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def full_precision(kind: str) -> AbstractContextManager[Any]:
+    """A context without autocast, which takes the host ten times as long to leave as to ask for."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:

@@ -54,10 +54,14 @@ def total(counts: tuple[int, ...]) -> int:
 
 
 def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """(tasks + 1,) int32: the exclusive prefix sums of ``counts``, copied to ``device`` without waiting for it."""
+    """(tasks + 1,) int32: the exclusive prefix sums of ``counts``, made on ``device`` from the numbers alone.
+
+    Nothing is copied from the host, which would wait, and which a CUDA graph would repeat from memory long reused.
+    """
     with torch.inference_mode(False):  # backward cannot save tensors of inference mode
         if all(count == counts[0] for count in counts):  # also symbols, under torch.export
             return torch.arange(len(counts) + 1, dtype=torch.int32, device=device) * counts[0]
-        boundaries = [sum(counts[:task]) for task in range(len(counts) + 1)]
-        offsets = torch.tensor(boundaries, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return offsets.to(device, non_blocking=True)
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
+        for task, count in enumerate(counts):
+            offsets[task + 1 :] += count
+        return offsets

@@ -55,7 +55,7 @@ def test_two_steps_lose_the_same_under_both_kernels(moe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_tiny_weights, tmp_path, monkeypatch):
-    """The fused FFN, whose packed weights must be those of the newest step of the fused optimiser."""
+    """The fused FFN, which must see the newest step of the fused optimiser."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     RESOLVED.clear()
