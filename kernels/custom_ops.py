@@ -48,6 +48,7 @@ from kernels.vmap import is_batched, looped
 from kernels.weight_grad import weight_grads
 
 ALGORITHMS = ("columns", "fused")
+DETERMINISTIC = "deterministic"  # the table's algorithm, the same for every number of tokens
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -59,8 +60,10 @@ def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _parse(setting: str, a: Tensor, routers: Tensor) -> tuple[Pool, str]:
+def _parse(setting: str, x: Tensor, a: Tensor, routers: Tensor) -> tuple[Pool, str]:
     gating, _, algorithm = setting.rpartition("/")
+    if algorithm not in ALGORITHMS:
+        algorithm = ffn_algorithm(x, algorithm == DETERMINISTIC)
     return make_pool(a.shape[0], routers.shape[1], gating), algorithm
 
 
@@ -80,7 +83,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, g, P, H, z, u). ``base`` beside any module; (w2, b2) for a linear layer; (w1, b1, w2, b2) for an FFN.
     ``setting`` is gating and algorithm as one text."""
-    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, a, routers)
+    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
     x, dtype, u = _rows(x), x.dtype, x.new_empty(len(x), 0)
     with torch.cuda.device_of(x):
         up, down, parts, scales = pack_forward(w2, (a, b, routers), dtype)
@@ -121,7 +124,7 @@ def backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dW), the last three in the types of their parameters; dx is empty unless it is needed."""
-    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, a, routers)
+    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
     dy, x, dp = _rows(dy), _rows(x), dp.contiguous()
     if not needs_dx:  # dH' = dY B alone
         w1 = w2 = None
@@ -153,7 +156,9 @@ backward_op = torch.library.custom_op("fastmoe_lora::lora_moe_backward", backwar
 
 @forward_op.register_fake
 def _(x, base, w1, b1, w2, b2, a, b, routers, offsets, length, setting):
-    (pool, _), full, rows = _parse(setting, a, routers), torch.float32, x.shape[0]
+    # Not from the cache: sizes may be symbolic.
+    pool = make_pool.__wrapped__(a.shape[0], routers.shape[1], setting.rpartition("/")[0])
+    full, rows = torch.float32, x.shape[0]
     return (
         x.new_empty(rows, b.shape[0]),
         x.new_empty(rows, pool.experts, dtype=full),
@@ -225,12 +230,20 @@ def lora_moe(
     same for every number.
     """
     check_type(x)
-    algorithm = algorithm or ffn_algorithm(x, deterministic)
+    algorithm = algorithm or (DETERMINISTIC if deterministic else "")
     if isinstance(base, Tensor):
         frozen: tuple[Any, ...] = base, None, None, None, None
     else:
         frozen = None, *((None, None) if len(base) == 1 else base[0]), *base[-1]
-    arguments = x, *frozen, *lora, routers, segments.offsets, segments.length, f"{gating}/{algorithm}"
+    arguments = (
+        x,
+        *frozen,
+        *lora,
+        routers,
+        segments.offsets,
+        segments.length,
+        f"{gating.name}/{gating.k}/{gating.shared}/{algorithm}",
+    )
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return _LoRAMoE.apply(*arguments)
     return forward(*arguments)[:3]

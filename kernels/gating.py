@@ -34,12 +34,9 @@ class Gating:
         if self.k < 1 or self.shared < 0:
             raise UserError(f"gating {self.name!r}: k = {self.k} sparse and S = {self.shared} shared experts")
 
-    def __str__(self) -> str:
-        return f"{self.name}/{self.k}/{self.shared}"
-
     @classmethod
     def parse(cls, text: str) -> "Gating":
-        """The inverse of ``str``: operators take text."""
+        """Of ``"name/k/S"``: operators take text."""
         name, k, shared = text.split("/")
         return cls(name, int(k), int(shared))
 
