@@ -55,7 +55,7 @@ def shared_settings(options: Namespace) -> dict[str, Any]:
     names = ("data", "pretrained", "recipe", "steps", "workers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     flags, _ = flags_of(given | {"set": options.set})
-    return {"recipe": PAPER if options.data else SCENES, "log": "none"} | flags
+    return {"recipe": PAPER if options.data else SCENES, "tracker": "none"} | flags
 
 
 def pretrained(runs: Path, shared: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 
 from kernels.dispatch import RESOLVED
 from model import VITS, ViT
@@ -152,3 +153,12 @@ def test_help_groups_the_flags_and_says_what_lists_the_recipes():
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
     assert "a recipe of --list-recipes" in " ".join(text.replace("-\n", "- ").split()).replace("- ", "-")
     assert "mi_weight=0.005" in text
+
+
+def test_torchrun_passes_every_flag_on():
+    """Its parser refuses a flag after -m train that abbreviates several of its own, as --log does --log-dir."""
+    for flag in (flag for action in build_parser()._actions for flag in action.option_strings):
+        parsed = get_args_parser().parse_args(["--nproc-per-node=2", "-m", "train", "--tasks", "seg", flag, "x"])
+        assert parsed.training_script_args == ["--tasks", "seg", flag, "x"]
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--nproc-per-node=2", "-m", "train", "--log", "none"])

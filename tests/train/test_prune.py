@@ -14,7 +14,7 @@ from train.run import checkpoint
 from train.run.build import load_on_cpu
 
 TINY = ["--set", "scenes=16", "--set", "val_scenes=2", "--image-size", "16", "--batch-size", "4", "--workers", "0"]
-TINY += ["--log", "none", "--tasks", "seg,sal"]
+TINY += ["--tracker", "none", "--tasks", "seg,sal"]
 
 
 @pytest.fixture(scope="module")

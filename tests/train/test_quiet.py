@@ -44,10 +44,10 @@ def test_recipes_are_listed(capsys):
     assert any(line.startswith("paper ") and "The setting of ASE" in line for line in lines)
 
 
-@pytest.mark.parametrize("log", ["tensorboard", "none"])
-def test_curves_go_where_they_were_asked_to(log, tmp_path):
-    assert main([*QUICK, "--log", log, "--out", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "tensorboard").exists() == (log == "tensorboard")
+@pytest.mark.parametrize("tracker", ["tensorboard", "none"])
+def test_curves_go_where_they_were_asked_to(tracker, tmp_path):
+    assert main([*QUICK, "--tracker", tracker, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tensorboard").exists() == (tracker == "tensorboard")
 
 
 FAKE_WANDB = """
@@ -70,7 +70,7 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 0
+    assert main([*QUICK, "--tracker", "wandb", "--out", str(tmp_path / "run")]) == 0
     config, curves = json.loads((tmp_path / "run" / "wandb.json").read_text())
     assert config["project"] == "fastmoe_lora" and config["lr"] > 0
     assert {"loss/seg", "lr"} <= {name for _, values in curves for name in values} and curves[-1][0] == 2
@@ -79,8 +79,8 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
 
 def test_weights_and_biases_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 2
-    assert "--log wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
+    assert main([*QUICK, "--tracker", "wandb", "--out", str(tmp_path / "run")]) == 2
+    assert "--tracker wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

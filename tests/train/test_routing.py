@@ -19,7 +19,7 @@ from train.run.routes import read_routing
 from train.tasks import TASKS
 
 TINY = ["--set", "scenes=16", "--set", "val_scenes=2", "--image-size", "16", "--batch-size", "4", "--workers", "0"]
-TINY += ["--log", "none", "--moe", "6/2/1/2", "--tasks", "seg,sal,edge"]
+TINY += ["--tracker", "none", "--moe", "6/2/1/2", "--tasks", "seg,sal,edge"]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ CHOICES: dict[str, Collection[str]] = {
     "protocol": PROTOCOLS,
     "device": ("", "cpu", "cuda"),
     "on_nonfinite": ("stop", "skip"),
-    "log": ("tensorboard", "wandb", "none"),
+    "tracker": ("tensorboard", "wandb", "none"),
 }
 MANY = 10**9
 # Least and largest value of every number.
@@ -155,7 +155,7 @@ class Settings:
     workers: int = 1
     device: str = ""
     nvtx: bool = False
-    log: str = "tensorboard"
+    tracker: str = "tensorboard"
     out: str = ""
 
     def __post_init__(self) -> None:

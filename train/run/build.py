@@ -61,8 +61,8 @@ def require_possible(settings: Settings, device: torch.device) -> None:
             f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
             f"not {settings.batch_size}"
         )
-    if settings.log == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("--log wandb needs the package wandb: pip install wandb, or choose --log tensorboard")
+    if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--tracker wandb needs the package wandb: pip install wandb, or choose --tracker tensorboard")
     if settings.routing_every and (settings.compile or settings.cuda_graphs):
         raise UserError("routing_every records what a compiled or graphed step hides: leave out one of them")
     if settings.cuda_graphs and device.type != "cuda":
