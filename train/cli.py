@@ -88,7 +88,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--pretrained",
         metavar="FILE|NAME|RUN",
         help="weights of the backbone: a file (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face), or "
-        "owner/name of a repository on the Hugging Face Hub, or a finished run, whose backbone is taken; with them the "
+        "owner/name of a repository on the Hugging Face Hub or a folder with its files, or a finished run, whose "
+        "backbone is taken; with them the "
         "backbone is frozen, without them it is trained in full",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")

@@ -134,6 +134,20 @@ def test_the_input_normalisation_is_the_weights_family_or_what_is_said(name, ove
     assert model.image_mean.flatten()[0].item() == pytest.approx(mean)
 
 
+def test_pretrained_takes_a_folder_that_the_hub_left(small_weights, tmp_path):
+    """Of `hf download --local-dir` or git clone, which is no run."""
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    small_weights.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        '{"pretrained_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}'
+    )
+    model = build_model(
+        resolve_settings({"pretrained": str(folder)}), {"seg": ("background",), "parts": ("background",)}
+    )
+    assert model.image_mean.flatten()[0].item() == pytest.approx(0.485)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     assert main(["--out", str(tmp_path), *QUICK]) == 2

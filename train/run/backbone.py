@@ -5,11 +5,19 @@ from pathlib import Path
 from torch import Tensor
 
 from kernels import UserError
-from model import NORMALISATIONS, Weights
+from model import NORMALISATIONS, Weights, holds_weights
 from train.config.settings import Settings, layer
 from train.run import checkpoint
 
 ADAPTERS = ("lora_A", "lora_B", "routers")
+
+
+def is_run(given: str | Path) -> bool:
+    """Whether ``given`` is a folder, and not a copy of a repository of the Hugging Face Hub: that of a run, one of its
+    checkpoints, or one of :mod:`train.export`."""
+    folder = Path(given)
+    own = any((folder / name).exists() for name in (checkpoint.SUMS, *checkpoint.STATES[:1]))
+    return folder.is_dir() and (own or not holds_weights(folder))
 
 
 def is_plain(folder: Path) -> bool:

@@ -37,7 +37,7 @@ from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
-from train.run.backbone import is_adapter, is_plain, weights_of_run
+from train.run.backbone import is_adapter, is_plain, is_run, weights_of_run
 from train.tasks import Classes, output_channels
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
@@ -128,7 +128,7 @@ def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, ch
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
     weights = checkpoint.read_weights(folder)
-    with checkpoint.undamaged(folder):
+    with checkpoint.readable(folder):
         return settings, rebuild_model(settings, settings.source.classes, weights), state
 
 
@@ -150,7 +150,7 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
 
 def _weights(pretrained: str) -> Weights:
     """Those of a file, of a repository or of the backbone of a finished run."""
-    return weights_of_run(checkpoint.find(Path(pretrained))) if Path(pretrained).is_dir() else read_weights(pretrained)
+    return weights_of_run(checkpoint.find(Path(pretrained))) if is_run(pretrained) else read_weights(pretrained)
 
 
 def _empty_vit(config: ViTConfig, settings: Settings) -> ViT:
@@ -202,7 +202,7 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
         )
     if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
-    adapted = bool(settings.pretrained) and source.is_dir() and not is_plain(checkpoint.find(source))
+    adapted = bool(settings.pretrained) and is_run(source) and not is_plain(checkpoint.find(source))
     encoder, normalisation = (_encoder_of_run(settings), "") if adapted else _build_vit(settings)
     channels = output_channels(settings.task_names, classes)
     rows, columns = (side // encoder.patch for side in settings.image_shape)

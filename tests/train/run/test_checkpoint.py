@@ -144,6 +144,26 @@ def test_restore_gives_back_every_bit(tmp_path, trained):
     assert checkpoint.read_state(folder).settings == {"note": "kept"}
 
 
+def test_a_checkpoint_of_a_gpu_is_restored_on_a_cpu(tmp_path, trained, monkeypatch):
+    """torch.save writes the device of each tensor; the tag is set here without a GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        folder = checkpoint.save(tmp_path, state(1), *trained)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.restore(folder, model, {"optimizer": optimizer})
+    expected = trained[1]["optimizer"].state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], expected)
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "training.pt"])
+def test_a_file_that_is_lost_is_damage(tmp_path, trained, name):
+    folder = checkpoint.save(tmp_path, state(1), *trained)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: {name} is missing; take another one$"):
+        checkpoint.restore(folder, *trained)
+
+
 class Malicious:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code of the checkpoint ran')",))
@@ -203,7 +223,7 @@ def test_a_foreign_state_is_one_line(tmp_path, trained, text, reason):
     folder = checkpoint.save(tmp_path, state(1), *trained)
     (folder / "state.json").write_bytes(text)
     seal(folder)
-    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: .*{reason}") as caught:
+    with pytest.raises(UserError, match=f"^checkpoint {folder} cannot be read: .*{reason}") as caught:
         checkpoint.read_state(folder)
     assert "\n" not in str(caught.value)
 
@@ -219,7 +239,9 @@ def test_foreign_tensors_are_one_line(tmp_path, capsys):
         capsys.readouterr()
         assert run() == 2
         error = capsys.readouterr().err
-        assert f"checkpoint {folder} is damaged: " in error and "vit.norm.weight" in error and error.count("\n") == 1
+        assert (
+            f"checkpoint {folder} cannot be read: " in error and "vit.norm.weight" in error and error.count("\n") == 1
+        )
 
 
 def test_only_what_the_run_wrote_is_removed(tmp_path, trained):
@@ -263,7 +285,9 @@ def test_experts_in_another_order_are_refused(tmp_path, trained):
     folder = checkpoint.save(tmp_path, state(1), *trained)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"experts": "rank-major"})
     seal(folder)
-    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: .* its experts are in this program's order"):
+    with pytest.raises(
+        UserError, match=f"^checkpoint {folder} cannot be read: .* its experts are in this program's order"
+    ):
         checkpoint.read_weights(folder)
 
 
