@@ -81,7 +81,9 @@ def run(options: Namespace) -> None:
     runs = Runs(out / "runs", shared | {"pretrained": pretrained(out / "runs", shared)})
     run_figures(runs, figures, out, options.seeds)
     for figure in figures:
-        print(f"\n{(out / f'{figure}.md').read_text()}\n{out}/: {figure}.json, {figure}.md, {figure}.png")
+        print(
+            f"\n{(out / f'{figure}.md').read_text(encoding='utf-8')}\n{out}/: {figure}.json, {figure}.md, {figure}.png"
+        )
     if ROUTED.name in asked:
         say(ROUTED, 0, runs.run(ROUTED, 0))
         print(f"\n{draw_routing(runs.folder(ROUTED, 0), out)}\n\n{out}/: {', '.join(WRITTEN)}")

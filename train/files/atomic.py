@@ -90,8 +90,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of such a file, each with its end, but for one that was cut short."""
-    with path.open(newline="", encoding="utf-8") as file:
+    """The lines of such a file, each with its end, but for one that was cut short. What is not UTF-8 becomes U+FFFD."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return [line for line in file if line.endswith("\n")]
 
 

@@ -143,8 +143,7 @@ def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tup
     """The losses of the steps before the checkpoint ``folder``, as far as they are known."""
     if folder is None or not (path := folder.parent / "losses.csv").exists():
         return {}
-    named, rows = read_losses(path, checkpoint.read_state(folder).step)
-    return rows if named == tasks else {}
+    return read_losses(path, checkpoint.read_state(folder).step, tasks)[1]
 
 
 def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
