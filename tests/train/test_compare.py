@@ -1,5 +1,6 @@
 """``python -m train.compare``: tables of what may be compared, and nothing else."""
 
+import io
 import json
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path
     assert "odsF over 4 images, variant seism" in text
     assert (tmp_path / "compared/table.md").read_text() in text
     assert (tmp_path / "compared/predictions.png").exists()
+
+
+def test_markdown_on_an_ascii_terminal_has_entities(altered, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main([str(altered("run")), "--markdown", "--out", str(tmp_path / "compared")]) == 0
+    assert stdout.buffer.getvalue().startswith(b"| run | seg mIoU &#8593; |")
+    assert (tmp_path / "compared/table.md").read_text(encoding="utf-8").startswith("| run | seg mIoU ↑ |")
 
 
 @pytest.mark.parametrize(

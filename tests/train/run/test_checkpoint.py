@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from uuid import uuid4
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_a_disk_that_fills_up_while_saving_is_one_line_and_keeps_the_older_one(t
 
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path, trained):
-    (tmp_path / ".step-1.0123.partial").mkdir()
-    (tmp_path / ".last.0123.partial").symlink_to("step-1")
+    (tmp_path / f".step-1.{uuid4().hex}.partial").mkdir()
+    (tmp_path / f".last.{uuid4().hex}.partial").symlink_to("step-1")
     (tmp_path / "step-2").mkdir()  # killed before "last" pointed at it, then saved again by the resumed run
     checkpoint.save(tmp_path, state(2), *trained)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-2"]

@@ -1,6 +1,7 @@
 """losses.csv and routing.csv: damaged lines are left out and named, and never stop a run that is resumed."""
 
 import shutil
+from uuid import uuid4
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_damaged_records_do_not_stop_a_resumed_run(tiny_scenes_run, tmp_path, ca
     head, first, *rest = (run / "losses.csv").read_bytes().splitlines(keepends=True)
     (run / "losses.csv").write_bytes(b"".join([head, b"\xff" + first, *rest]))
     (run / "routing.csv").write_bytes(b"step,layer,task,measure,0\n\xff,0,seg,mass,0.5\n1,0,sal,mass,0.5\n")
+    (run / f".predictions.png.{uuid4().hex}.partial").touch()
     assert main(["--resume", "--steps", "3", "--out", str(run)]) == 0
+    assert not [path for path in run.iterdir() if path.suffix == ".partial"], "of a picture, left by a kill"
     said = capsys.readouterr().err
     assert all(
         f"note: {run / name} is damaged in line 2, left out here" in said for name in ("losses.csv", "routing.csv")
