@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes
-from train.files.progress import printing, quiet
+from train.files.printing import printing
+from train.files.progress import quiet
 from train.output.tables import format_table
 from train.protocols import PROTOCOLS
 from train.run.stopping import TerminatedError

@@ -1,10 +1,6 @@
-"""What is printed: progress bars, drawn on stderr where it is a terminal and nowhere in a run that is to be quiet; and
-text on any stdout."""
+"""Progress bars: drawn on stderr where it is a terminal, nowhere in a run that is to be quiet."""
 
-import io
 import os
-import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
@@ -40,22 +36,3 @@ def quiet(on: bool = True) -> Iterator[None]:
             yield
     finally:
         _quiet = before
-
-
-@contextmanager
-def printing() -> Iterator[None]:
-    """A block that may print any text, for a reader that may leave.
-
-    What stdout cannot encode, such as a name that is no UTF-8, is escaped. SystemExit with the status of SIGPIPE, 141,
-    where the reader of a pipe has closed it.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        raise SystemExit(128 + signal.SIGPIPE) from None
