@@ -59,15 +59,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"no such weights file: {path}")
     if path.suffix not in READERS:
         raise UserError(f"{path} is not a kind of weights file that can be read; use one of {', '.join(READERS)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LFS))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if head == LFS:
+        raise UserError(f"{path} is a pointer of Git LFS and not the weights: run git lfs pull there")
     kind, reader = READERS[path.suffix]
     try:
         content = reader(path)
     except UserError:
         raise
     except Exception as error:  # parsers raise anything on arbitrary bytes, or advise to unpickle
-        with path.open("rb") as file:
-            if file.read(len(LFS)) == LFS:
-                raise UserError(f"{path} is a pointer of Git LFS and not the weights: run git lfs pull there") from None
         raise UserError(
             f"{path} is not a readable {kind} file ({type(error).__name__}): truncated, or of another kind than its "
             "suffix says; download it again"

@@ -1,9 +1,11 @@
 """Pretrained files: any float type, any grid, and one clear line for what does not fit."""
 
+import errno
 import os
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +237,13 @@ def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "is a pointer of Git LFS and not the weights: run git lfs pull there" in refusal(path)
+
+
+def test_a_file_that_the_system_does_not_give_is_not_called_damaged(tmp_path, source, monkeypatch):
+    path = write(tmp_path / "w.safetensors", source.state_dict())
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(path) == f"{path} cannot be read: Permission denied"

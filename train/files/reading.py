@@ -1,5 +1,6 @@
 """Turns errors on broken files into one line each."""
 
+import errno
 import json
 import sys
 import warnings
@@ -27,7 +28,7 @@ def reading(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # of the system; decoders raise some without
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # others are of decoders
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} cannot be read ({reason}): restore it") from error

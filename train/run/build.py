@@ -105,7 +105,7 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
         config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
         vit = _empty_vit(config, settings).requires_grad_(not settings.frozen_backbone)
         model = _adapt(vit, settings, classes)
-    model.load_state_dict(tensors)
+    checkpoint.load_weights(model, tensors)
     return model.eval()
 
 

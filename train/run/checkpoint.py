@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels import UserError
+from model.names import is_float
 from train.files.atomic import remove_partials, replacing, replacing_folder
 
 SUMS = "SHA256SUMS"
@@ -184,6 +185,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """``model.load_state_dict``; ValueError for tensors of another kind of number, such as quantised ones, which that
+    would convert."""
+    own = model.state_dict()
+    wrong = [name for name in own if name in weights and own[name].is_floating_point() != is_float(weights[name])]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {weights[wrong[0]].dtype}")
+    model.load_state_dict(weights)
+
+
 def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
     """Load what :func:`save` wrote, random states too; the unpickler runs no code of the file."""
     weights = read_weights(folder)
@@ -193,7 +204,7 @@ def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
         # Loaded to the CPU, since it may have been written on a device that is not here or is another process's.
         training = torch.load(_verified(folder, "training.pt"), map_location="cpu", weights_only=True)
         random = training["random"]
-        model.load_state_dict(weights)
+        load_weights(model, weights)
         for name, part in parts.items():
             part.load_state_dict(training[name])
         torch.set_rng_state(random["cpu"])

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -22,6 +24,8 @@ from kernels import UserError
 from train.cli import main
 from train.evaluate import main as evaluate
 from train.run import checkpoint
+from train.run.backbone import weights_of_run
+from train.run.build import load_on_cpu
 
 QUICK = ["--tasks", "seg,normals", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=4"]
 
@@ -227,6 +231,23 @@ def test_a_foreign_state_is_one_line(tmp_path, trained, text, reason):
     with pytest.raises(UserError, match=f"^checkpoint {folder} cannot be read: .*{reason}") as caught:
         checkpoint.read_state(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_tensors_of_another_type_or_shape_are_one_line(tiny_scenes_run, tmp_path):
+    """Of a published checkpoint, whose hashes are right: to evaluate, to resume from, and as a backbone."""
+    folder = Path(shutil.copytree(checkpoint.find(tiny_scenes_run), tmp_path / "step-2"))
+    whole = load_file(folder / "model.safetensors")
+    for name, tensor, reason in (
+        ("vit.norm.weight", whole["vit.norm.weight"].to(torch.int8), "vit.norm.weight is torch.int8"),
+        ("task_embed", torch.zeros(3, 2), "task_embed"),
+        ("image_mean", torch.ones(3, 1, 1), "image_mean is .1.0, 1.0, 1.0., of no known normalisation"),
+    ):
+        save_file(whole | {name: tensor}, folder / "model.safetensors", checkpoint.LAYOUT)
+        seal(folder)
+        read = weights_of_run if name == "image_mean" else partial(load_on_cpu, kernel="auto")
+        with pytest.raises(UserError, match=f"^checkpoint {folder} cannot be read: .*{reason}") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_foreign_tensors_are_one_line(tmp_path, capsys):
