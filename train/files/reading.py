@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +39,7 @@ def require_file(path: Path) -> None:
     """UserError where ``path`` does not exist, or is a folder or a pipe, of which reading would block."""
     with reading(path):
         if not path.is_file():
-            raise UserError(f"{path} is not a file" if path.exists() else f"no such file: {path}")
+            raise UserError(f"{path} is not a file" if os.path.lexists(path) else f"no such file: {path}")
 
 
 def read_json(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
