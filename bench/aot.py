@@ -7,7 +7,6 @@ No GPU is needed. The launchers of kernels/ run on tensors without memory, with 
 device. So every kernel is compiled with the types, tile sizes, specialised strides and options of a real launch.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -29,9 +28,9 @@ from triton.runtime.jit import JITFunction
 from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS, make_expert_tensors
 from bench.grouped_launches import GROUPED_LAUNCHES, GROUPED_POOLS, make_call
 from bench.launches import LAUNCHES, POOLS, make_tensors, parse_pool
+from bench.options import Parser, finish, keep, names, pools
 from kernels import tiles
 from kernels.segments import TaskSegments
-from train.files.atomic import write_text
 from train.output.tables import format_table
 
 # name: (target, bytes of shared memory that a block can have)
@@ -182,10 +181,11 @@ def _ptxas(log: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot.json")
-    for name, choices in (("kernels", KERNELS), ("pools", ()), ("dtypes", DTYPES), ("targets", TARGETS)):
-        parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(choices))
+    parser = Parser("aot", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--pools", type=pools, default=[], help="N/k/S/r,... (those of each kernel)")
+    for name, choices in (("kernels", KERNELS), ("dtypes", DTYPES), ("targets", TARGETS)):
+        parser.add_argument(f"--{name}", type=names(choices), default=list(choices), help=", ".join(choices))
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot compiles: unset TRITON_INTERPRET", file=sys.stderr)
@@ -203,9 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     cells = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
     print(format_table(cells, text_columns=len(COLUMNS)))  # first, so that a full disk does not lose it
     lines = ",\n".join(map(json.dumps, rows))  # one row to a line
-    write_text(chosen.out, f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    keep(chosen.out, f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -6,6 +6,8 @@ from importlib import metadata
 import pytest
 import torch
 
+from bench.peers import PEERS
+
 
 @pytest.fixture(scope="session")
 def kernel(request: pytest.FixtureRequest) -> str:
@@ -16,11 +18,14 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Adds the summary that bench.report prints above its tables, and removes the host's name."""
+    """Adds what bench.report prints around its tables, a summary and the peers that are not timed here, and removes the
+    host's name."""
     machine_info.pop("node", None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {name: _version(name) for name in ("torch", "triton")}
     machine_info["summary"] = {"gpu": gpu, "python": platform.python_version(), **versions}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info["absent"] = {name: why for name, peer in PEERS.items() if (why := peer.absent(device))}
 
 
 def _version(name: str) -> str:

@@ -8,7 +8,7 @@ are read, cast and packed once for any number of tokens. A peer whose kernels ar
 configuration.
 """
 
-import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from triton.runtime.autotuner import Autotuner
 
 from bench import algorithms
 from bench.layers import Problem, Shape, check
+from bench.options import Parser, finish, keep, pools
 from bench.peers import PEERS
 from bench.peers.base import Forward, Peer
 from bench.traffic import Traffic, counting
-from train.files.atomic import write_json
 from train.output.tables import format_table
 
 WIDTH, TOKENS = 768, (160, 480)
@@ -91,9 +91,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.counted", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "counted.json")
-    parser.add_argument("--configs", type=lambda text: text.split(","), default=CONFIGS + LARGE_CONFIGS)
+    parser = Parser("counted", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--configs", type=pools, default=CONFIGS + LARGE_CONFIGS, help="N/k/S/r,...")
     chosen = parser.parse_args(arguments)
     if not triton.knobs.runtime.interpret:
         print("bench.counted counts in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"width": WIDTH, "tokens": list(TOKENS), **versions, "rows": rows}
     print(table(rows))  # first, so that a full disk does not lose it
-    write_json(chosen.out, results)
+    keep(chosen.out, json.dumps(results, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -8,7 +8,6 @@ pass, as in training; times are of one layer in a chain of twelve. Where the GPU
 tokens, a step takes this long without CUDA graphs. Measure alone on the machine.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
 from bench.layers import TASKS
+from bench.options import Parser, finish, keep
 from fastmoe_lora import Packing, adapt
 from model import ViT, ViTConfig
 
@@ -150,8 +150,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser = Parser("host", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--config", default="16/3/1/4", help="experts as N/k/S/r (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of every measurement (default: %(default)s)")
     chosen = parser.parse_args(arguments)
@@ -160,11 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     torch.set_num_threads(1)
     rows = measured(chosen.config, chosen.seconds)
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     print(table(rows))
+    keep(chosen.out, json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

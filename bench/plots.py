@@ -20,7 +20,7 @@ DIRECTIONS = ("forward", "forward+backward")
 def draw(stem: str, rows: list[Row], folder: Path) -> list[Path]:
     """Writes the plots that the rows have data for and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in layer_rows(rows) if "ratio" in row]
+    rows = layer_rows(rows)
     if not rows:
         return []
     made = []

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.rows import Row, best_peer, is_ours, layer_rows, read
+from train.files.printing import printing
 from train.output.tables import format_table
 
 
@@ -44,15 +45,14 @@ HEAD = [
 
 
 def layer_table(rows: list[Row], direction: str, markdown: bool) -> str:
-    """One line for every row of a direction; peers that are not installed are named below."""
+    """One line for every row of a direction."""
     chosen = [row for row in layer_rows(rows) if row["direction"] == direction]
-    timed = [layer_line(row, best_peer(rows, row)) for row in sorted(chosen, key=_order) if "ratio" in row]
-    absent = dict.fromkeys(f"{row['subject']}: {row['absent']}" for row in chosen if row.get("absent"))
-    return "\n".join([format_table([HEAD, *timed], markdown, text_columns=2), *(f"absent  {line}" for line in absent)])
+    lines = [layer_line(row, best_peer(rows, row)) for row in sorted(chosen, key=_order)]
+    return format_table([HEAD, *lines], markdown, text_columns=2)
 
 
 def _order(row: Row) -> tuple:
-    order = row["subject"] != "ours", not is_ours(row), row.get("ratio", 0)
+    order = row["subject"] != "ours", not is_ours(row), row["ratio"]
     return row["width"], row["tokens"], row["config"], *order
 
 
@@ -122,11 +122,13 @@ def train_table(rows: list[Row], markdown: bool) -> str:
 
 
 def text(path: Path, markdown: bool) -> str:
-    facts, rows = read(path)
+    facts, rows, absent = read(path)
     title = f"{path.name}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
     parts = [f"## {title}" if markdown else title]
     for direction in dict.fromkeys(row["direction"] for row in layer_rows(rows)):
         parts.append(f"\n{'### ' if markdown else ''}FFN, {direction}\n\n{layer_table(rows, direction, markdown)}")
+    if layer_rows(rows):
+        parts += [f"absent  {peer}: {reason}" for peer, reason in absent.items()]
     sections = ("Our products beside cuBLAS", product_table), ("Training step, five tasks", train_table)
     for name, build in sections:
         if table := build(rows, markdown):
@@ -141,13 +143,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw, one PNG per file and plot")
     chosen = parser.parse_args(arguments)
     try:
-        for path in chosen.results:
-            print(text(path, chosen.markdown), end="\n\n")
-            if chosen.plots:
-                from bench.plots import draw
+        with printing():
+            for path in chosen.results:
+                print(text(path, chosen.markdown), end="\n\n")
+                if chosen.plots:
+                    from bench.plots import draw
 
-                for picture in draw(path.stem, read(path)[1], chosen.plots):
-                    print(picture)
+                    for picture in draw(path.stem, read(path)[1], chosen.plots):
+                        print(picture)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

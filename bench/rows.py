@@ -7,8 +7,8 @@ Row = dict
 BOUND = "lorafusion"  # computes less than the layer: shown, but never the best peer
 
 
-def read(path: Path) -> tuple[dict, list[Row]]:
-    """(machine and versions, the rows of all suites); ValueError for any other file."""
+def read(path: Path) -> tuple[dict, list[Row], dict[str, str]]:
+    """(machine and versions, the rows of all suites, why peers were not timed); ValueError for any other file."""
     try:
         data = json.loads(path.read_text())
         rows = [{**entry["extra_info"], "name": entry["name"]} for entry in data["benchmarks"]]
@@ -18,9 +18,10 @@ def read(path: Path) -> tuple[dict, list[Row]]:
             "cpu": data["machine_info"]["cpu"].get("brand_raw", "unknown"),
             **data["machine_info"]["summary"],
         }
+        absent = data["machine_info"].get("absent", {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest-benchmark ({error}): bench/README.md tells how") from None
-    return facts, [row for row in rows if row.get("suite") in ("layer", "product", "train")]
+    return facts, [row for row in rows if row.get("suite") in ("layer", "product", "train")], absent
 
 
 def layer_rows(rows: list[Row]) -> list[Row]:
@@ -41,7 +42,6 @@ def best_peer(rows: list[Row], row: Row) -> Row | None:
         if other["suite"] == "layer"
         and not is_ours(other)
         and other["subject"] != BOUND
-        and "ratio" in other
         and all(other[name] == row[name] for name in same)
     ]
     return min(peers, key=lambda peer: peer["added_seconds"], default=None)

@@ -1,12 +1,11 @@
-"""Measure the fastest tile sizes and FFN algorithm on the GPU at hand and write them to kernels/tables.json.
+"""Measure the fastest tile sizes and FFN algorithm on the GPU at hand and write them to a copy of kernels/tables.json.
 
-    python -m bench.tune [--kernels route_shrink,...,ffn] [--out kernels/tables.json]
+    python -m bench.tune --out kernels/tables.json [--kernels route_shrink,...,ffn]
 
 ViT-B in bf16, five tasks. A tile that spills or does not fit is rejected. A candidate replaces the present tile only if
-it is more than 2 % faster. Changes are printed; commit the file to keep them.
+it is more than 2 % faster. Changes are printed; with --out kernels/tables.json they are used from then on.
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -24,9 +23,9 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
+from bench.options import Parser, finish, keep, names
 from kernels import tiles
 from kernels.segments import TaskSegments
-from train.files.atomic import write_text
 
 TASKS, WIDTH = 5, 768
 TOKENS = {"small": 7_880, "large": 40_960}
@@ -167,12 +166,10 @@ def dump(tables: Table) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", type=lambda text: text.split(","), default=[*SPACE, "ffn"])
-    parser.add_argument("--out", type=Path, default=Path(tiles.__file__).with_name("tables.json"))
+    parser, known = Parser("tune", __doc__), [*SPACE, "ffn"]
+    parser.add_argument("--kernels", type=names(known), default=known, help=", ".join(known))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the whole table as JSON")
     chosen = parser.parse_args(arguments)
-    if unknown := [name for name in chosen.kernels if name not in (*SPACE, "ffn")]:
-        parser.error(f"unknown kernel {unknown[0]!r}: choose among {', '.join([*SPACE, 'ffn'])}")
     if not torch.cuda.is_available():
         print("bench.tune measures: it needs a GPU that torch can use", file=sys.stderr)
         return 2
@@ -182,10 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     row = tiles.TABLES.setdefault(name, {})
     for kernel in chosen.kernels:
         tune_ffn(row, device) if kernel == "ffn" else tune_kernel(kernel, row, device)
-    write_text(chosen.out, dump(tiles.TABLES))
     print("\n".join(difference(before, row)) or f"nothing is faster than what {name} has")
+    keep(chosen.out, dump(tiles.TABLES))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -4,8 +4,8 @@ import kernels
 
 if not getattr(kernels, "FASTMOE_LORA", False):
     raise ImportError(
-        f"the package 'kernels' at {kernels.__path__[0]} is not fastmoe_lora's (Hugging Face has one of that name): "
-        "uninstall it, then reinstall fastmoe_lora"
+        f"{kernels.__file__} hides the package kernels of fastmoe_lora: rename it; if it is Hugging Face's kernels, "
+        "uninstall that, then reinstall fastmoe_lora"
     )
 
 from fastmoe_lora.adapt import (

@@ -1,4 +1,4 @@
-"""Weights by name: a file of a repository of the Hugging Face Hub, downloaded once and kept in its cache."""
+"""The weights file of a repository of the Hugging Face Hub, by name (downloaded once and cached) or in a local copy."""
 
 import json
 import os
@@ -19,6 +19,20 @@ def is_repository(source: str | Path) -> bool:
     return bool(REPOSITORY.fullmatch(text)) and not LOCAL.search(text) and not Path(text).exists()
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a weights file of :data:`FILES`, as `hf download --local-dir` and git clone leave it."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """What :func:`download` returns, of such a folder; :class:`UserError` where there are no weights in it."""
+    if not holds_weights(folder):
+        raise UserError(f"{folder} holds neither {' nor '.join(FILES)}: give the path of a weights file")
+    path = next(folder / name for name in FILES if (folder / name).is_file())
+    config = folder / "config.json"
+    return path, _read_config(config if config.is_file() else None)
+
+
 def download(repository: str) -> tuple[Path, dict[str, Any]]:
     """(the weights file, the content of config.json or {}) of ``owner/name`` or ``owner/name@revision``.
 
@@ -32,12 +46,15 @@ def download(repository: str) -> tuple[Path, dict[str, Any]]:
             f"{repository} on the Hugging Face Hub holds neither {' nor '.join(FILES)}: download the file that you "
             "mean and give its path"
         )
-    config = fetch(repository, "config.json")
+    return path, _read_config(fetch(repository, "config.json"))
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
     try:
-        content = json.loads(config.read_text(encoding="utf-8")) if config else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except ValueError:
-        raise UserError(f"{config} is not JSON: delete it, and it is downloaded again") from None
-    return path, content if isinstance(content, dict) else {}
+        raise UserError(f"{path} is not JSON: delete it and download it again") from None
+    return content if isinstance(content, dict) else {}
 
 
 def fetch(repository: str, filename: str) -> Path | None:

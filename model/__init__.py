@@ -1,6 +1,6 @@
 """The multi-task models: an adapted ViT with task heads, or a frozen encoder with a decoder; pretrained weights."""
 
-from fastmoe_lora.hub import is_repository
+from fastmoe_lora.hub import holds_weights, is_repository
 from model.base import MultiTaskModel
 from model.converting import convert_source, timm_layout
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
@@ -30,6 +30,7 @@ __all__ = [
     "convert_source",
     "derive_config",
     "export_program",
+    "holds_weights",
     "is_repository",
     "load_pretrained",
     "load_program",

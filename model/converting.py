@@ -12,6 +12,9 @@ from model.rope import RoPE
 from model.vit import ViT, ViTConfig
 from model.weights import Source, by_timm_names, is_pos_embed, load_pretrained
 
+# Axes of the tensors by which a ViT's shape is told.
+AXES = {"cls_token": 3, "patch_embed.proj.weight": 4, "pos_embed": 3, "reg_token": 3, "rope.periods": 1}
+
 
 def convert_source(source: Source) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """(the backbone in ``source`` as timm stores it, the names that were left out: classifiers, mask tokens).
@@ -19,7 +22,8 @@ def convert_source(source: Source) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     :class:`UserError`: those of :func:`load_pretrained`, and a file that holds no complete ViT.
     """
     weights = by_timm_names(source)
-    if not {"cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.tensors.keys():
+    wrong = [name for name, axes in AXES.items() if name in weights.tensors and weights.tensors[name].ndim != axes]
+    if wrong or not {"cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.tensors.keys():
         raise UserError(f"{source.path} holds no ViT by names that are known: {', '.join([*source.raw][:3])}, ...")
     report = load_pretrained(_vit_like(weights.tensors, rope=source.family == "DINOv3"), weights)
     if report.missing:
@@ -50,7 +54,7 @@ def _vit_like(tensors: Mapping[str, Tensor], rope: bool) -> ViT:
     config = ViTConfig(
         width=width,
         depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        heads=1 if periods is None else max(1, width // (4 * len(periods))),
+        heads=1 if periods is None else max(1, width // max(4 * len(periods), 1)),
         patch=patch,
         registers=0 if registers is None else registers.shape[1],
         rope=rope,

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from kernels import UserError
 
+# Names that wrappers of modules prepend: Lightning and Hugging Face's DINOv3, DataParallel and DDP; and those that
+# torch.compile, FSDP and activation checkpointing insert wherever they wrap.
+PREPENDED = re.compile(r"^((module|model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+INSERTED = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+LFS = b"version https://git-lfs"  # what git clone leaves of a large file where git-lfs is not installed
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # keys of a checkpoint under which weights may be, in order
 
 
@@ -45,15 +50,22 @@ READERS: dict[str, tuple[str, Callable[[Path], dict]]] = {
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """(tensors by the file's own names, the :data:`WRAPPERS` entry they came from or "").
+    """(tensors by the file's own names without those of wrappers, the :data:`WRAPPERS` entry they came from or "").
 
     :class:`UserError`: no such file, a suffix that is not in :data:`READERS`, an unreadable file, a pickle
-    that needs code, no tensors.
+    that needs code, no tensors, two tensors of one name.
     """
     if not path.is_file():
         raise UserError(f"no such weights file: {path}")
     if path.suffix not in READERS:
         raise UserError(f"{path} is not a kind of weights file that can be read; use one of {', '.join(READERS)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LFS))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if head == LFS:
+        raise UserError(f"{path} is a pointer of Git LFS and not the weights: run git lfs pull there")
     kind, reader = READERS[path.suffix]
     try:
         content = reader(path)
@@ -71,7 +83,14 @@ def _state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], str]:
     content = content if isinstance(content, dict) else {}
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), "")
     content = content[wrapper] if wrapper else content
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
+    found = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not found:
         raise UserError(f"{path} holds no named tensors; save the state dict of the backbone")
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if value.is_quantized or value.layout != torch.strided or value.device.type != "cpu":  # loaded to the CPU: meta
+            raise UserError(f"{path} holds {name} quantised, sparse or without values: save it as a dense tensor")
+        if (short := INSERTED.sub("", PREPENDED.sub("", name))) in tensors:
+            raise UserError(f"{path} holds {short} under two names, one of them {name}: save one state dict alone")
+        tensors[short] = value
     return tensors, wrapper

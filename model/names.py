@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Each table maps old text to new text, applied in order. Then q, k and v are concatenated to one tensor.
-PREFIX = re.compile(r"^((module|backbone|vit|deit|dinov2|dinov2_with_registers|dinov3_vit)\.)+")
+PREFIX = re.compile(r"^((backbone|vit|deit|dinov2|dinov2_with_registers|dinov3_vit)\.)+")
 META = {"register_tokens": "reg_token", "storage_tokens": "reg_token", "rope_embed.": "rope."}
 TIMM_EVA = {".gamma_1": ".ls1.gamma", ".gamma_2": ".ls2.gamma"}  # of timm's class Eva, which DINOv3 is there
 HUGGING_FACE = {
@@ -35,7 +35,6 @@ HUGGING_FACE_DINOV3 = {
     "embeddings.mask_token": "mask_token",
     "embeddings.register_tokens": "reg_token",
     "embeddings.patch_embeddings.": "patch_embed.proj.",
-    "model.layer.": "layer.",  # in memory, and files written from there
     "layer.": "blocks.",
     "attention.q_proj": "attn.q",
     "attention.k_proj": "attn.k",
@@ -92,7 +91,7 @@ def _renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any("/" in name for name in raw):
         return {_rename(name, JAX): _torch_layout(name, tensor) for name, tensor in raw.items()}
     names = {name: PREFIX.sub("", name) for name in raw}
-    schemes = {"encoder.layer.": HUGGING_FACE, "layer.": HUGGING_FACE_DINOV3, "model.layer.": HUGGING_FACE_DINOV3}
+    schemes = {"encoder.layer.": HUGGING_FACE, "layer.": HUGGING_FACE_DINOV3}
     ours = META | TIMM_EVA
     scheme = next((schemes[start] for start in schemes if any(n.startswith(start) for n in names.values())), ours)
     return {_rename(names[name], scheme): tensor for name, tensor in raw.items()}
@@ -153,4 +152,10 @@ def _fold_layer_scales(tensors: dict[str, Tensor]) -> None:
 
 
 def at_least_fp32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    """fp32 or fp64; the type of a tensor that is no :func:`is_float` stays, so that it is seen."""
+    return torch.promote_types(tensor.dtype, torch.float32) if is_float(tensor) else tensor.dtype
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether it holds real numbers of 16 bits or more."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize >= 2

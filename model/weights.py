@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoe_lora.hub import download, is_repository
+from fastmoe_lora.hub import download, is_repository, read_folder
 from kernels import UserError
 from model.formats import read_tensors
-from model.names import at_least_fp32, to_timm
+from model.names import at_least_fp32, is_float, to_timm
 from model.vit import ViT, ViTConfig, resize_pos_embed
 
 NORMALISATIONS = {  # (mean, std) of RGB in [0, 1]
@@ -73,17 +73,19 @@ class Source:
 
 
 def read_source(path: str | Path) -> Source:
-    """The tensors in a .safetensors, .npz, .pth, .pt or .bin file, or in a repository ``owner/name`` of the Hugging
-    Face Hub.
+    """The tensors in a .safetensors, .npz, .pth, .pt or .bin file, in a repository ``owner/name`` of the Hugging Face
+    Hub, or in the folder of such a repository.
 
     :class:`UserError`: the file is missing, unreadable, of another kind, or a pickle that needs code; those of
-    :func:`fastmoe_lora.hub.download`.
+    :func:`fastmoe_lora.hub.download` and :func:`fastmoe_lora.hub.read_folder`.
     """
     name = Path(path).name
     config: dict[str, Any] = {}
     if is_repository(path):
         name = str(path)
         path, config = download(name)
+    elif Path(path).is_dir():
+        path, config = read_folder(Path(path))
     path = Path(path)
     raw, wrapper = read_tensors(path)
     family = _family(name, wrapper, tuple(raw))
@@ -118,9 +120,9 @@ def derive_config(config: ViTConfig, tensors: Mapping[str, Tensor], rope: bool) 
 def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
     """Fill ``vit`` from what :func:`read_weights` reads, its positional embedding resized to vit's grid.
 
-    :class:`UserError`: as :func:`read_weights`, values that are not finite, and weights of another architecture, that
-    is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are returned, and the
-    caller decides. Rotary periods that the file does not hold keep their default.
+    :class:`UserError`: as :func:`read_weights`, values that are not finite or quantised, and weights of another
+    architecture, that is, a tensor of another shape, or other blocks or registers. Other missing or unused keys are
+    returned, and the caller decides. Rotary periods that the file does not hold keep their default.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     own, tensors = vit.state_dict(), dict(weights.tensors)
@@ -129,6 +131,11 @@ def load_pretrained(vit: ViT, source: str | Path | Weights) -> LoadReport:
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], (side, side))
     _check_architecture(weights.path, tensors, own)
     for name in own.keys() & tensors.keys():
+        if not is_float(tensors[name]):
+            raise UserError(
+                f"{weights.path} holds {name} as {tensors[name].dtype}: give the weights in fp16, bf16, fp32 or fp64, "
+                "as they were before quantisation"
+            )
         if not tensors[name].isfinite().all():
             raise UserError(f"{weights.path} has a value in {name} that is not finite: download it again")
     with torch.no_grad():
@@ -147,7 +154,7 @@ def _declared_normalisation(path: Path, config: Mapping[str, Any]) -> str:
     declared = config.get("pretrained_cfg")
     if not isinstance(declared, dict) or not {"mean", "std"} <= declared.keys():
         return ""
-    values = tuple(declared["mean"]), tuple(declared["std"])
+    values = tuple(tuple(value) if isinstance(value, list) else value for value in (declared["mean"], declared["std"]))
     for name, known in NORMALISATIONS.items():
         if values == known:
             return name

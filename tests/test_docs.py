@@ -123,7 +123,7 @@ def few_photos(pascal_mini, tmp_path_factory):
 def micro_run(tmp_path_factory):
     """A run of one step with a backbone of its own."""
     out = tmp_path_factory.mktemp("micro") / "run"
-    small = ["--steps", "1", "--batch-size", "2", "--set", "scenes=4", "--set", "val_scenes=2", "--log", "none"]
+    small = ["--steps", "1", "--batch-size", "2", "--set", "scenes=4", "--set", "val_scenes=2", "--tracker", "none"]
     assert main(["--recipe", "scenes_pretrain", *small, "--out", str(out)]) == 0
     return out
 
@@ -152,7 +152,7 @@ def test_commands_of_the_study_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tools = {"train.study": study, "train.routing": routing, "train.prune": prune}
     tiny = ["--set", "scenes=8", "--set", "val_scenes=2", "--set", "image_size=16", "--set", "batch_size=4"]
-    assert main(["--recipe", "scenes_pretrain", "--steps", "2", *tiny, "--log", "none", "--out", "BACKBONE"]) == 0
+    assert main(["--recipe", "scenes_pretrain", "--steps", "2", *tiny, "--tracker", "none", "--out", "BACKBONE"]) == 0
     quick = {"train.study": ["--seeds", "1", "--steps", "2", "--pretrained", "BACKBONE", "--workers", "0", *tiny]}
     quick |= {"train.prune": ["--steps", "1"]}
     commands = [shlex.split(command) for command in COMMANDS]

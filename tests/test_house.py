@@ -113,7 +113,7 @@ def test_another_package_called_kernels_is_named_in_one_line(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert f"the package 'kernels' at {tmp_path / 'kernels'} is not fastmoe_lora's" in done.stderr.splitlines()[-1]
+    assert f"{tmp_path / 'kernels/__init__.py'} hides the package kernels" in done.stderr.splitlines()[-1]
 
 
 def test_patterns_of_cost_name_files_that_exist(pytestconfig):

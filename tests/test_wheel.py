@@ -37,6 +37,7 @@ def test_it_holds_the_packages_and_their_data_and_no_tests(wheel):
     for path in ROOT.glob("train/**/*"):
         if path.suffix in (".py", ".yaml", ".json"):
             assert str(path.relative_to(ROOT)) in names
+    assert "bench/static/budget.json" in names, "bench.static --check reads it"
     assert {f"{package}/py.typed" for package in ("kernels", "fastmoe_lora", "model", "train")} <= set(names)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes
+from train.files.printing import printing
 from train.files.progress import quiet
 from train.output.tables import format_table
 from train.protocols import PROTOCOLS
@@ -35,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--quiet", action="store_true", help="print errors only")
 
+    def print_help(self, file: Any = None) -> None:
+        """As the base class, into a pipe that its reader may close."""
+        with printing():
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         """Exits with one line instead of the whole usage."""
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
@@ -42,7 +48,8 @@ class Parser(argparse.ArgumentParser):
 
 class ListRecipes(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(format_table([["recipe", "what it is for"], *list_recipes()], text_columns=2))
+        with printing():
+            print(format_table([["recipe", "what it is for"], *list_recipes()], text_columns=2))
         parser.exit()
 
 
@@ -53,8 +60,9 @@ def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser("train", DESCRIPTION, argument_default=argparse.SUPPRESS)
+def build_parser(prog: str = "train", description: str = DESCRIPTION) -> Parser:
+    """The parser of a command that takes the settings of a run."""
+    parser = Parser(prog, description, argument_default=argparse.SUPPRESS)
     _add_data(parser.add_argument_group("tasks and data"))
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))
@@ -88,7 +96,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--pretrained",
         metavar="FILE|NAME|RUN",
         help="weights of the backbone: a file (.safetensors, .npz, .pth; timm, AugReg, DeiT, DINO, Hugging Face), or "
-        "owner/name of a repository on the Hugging Face Hub, or a finished run, whose backbone is taken; with them the "
+        "owner/name of a repository on the Hugging Face Hub or a folder with its files, or a finished run, whose "
+        "backbone is taken; with them the "
         "backbone is frozen, without them it is trained in full",
     )
     group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
@@ -150,7 +159,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
-    group.add_argument("--log", choices=CHOICES["log"], help="where loss curves go beside losses.csv (tensorboard)")
+    group.add_argument(
+        "--tracker", choices=CHOICES["tracker"], help="where loss curves go beside losses.csv (tensorboard)"
+    )
     group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")
     group.add_argument(
@@ -168,11 +179,11 @@ def _epilog(flags: set[str]) -> str:
     return "\n".join(["settings without a flag, for --set:", *rest])
 
 
-def parse(argv: list[str] | None) -> tuple[dict[str, Any], str | None]:
+def parse(
+    argv: list[str] | None, prog: str = "train", description: str = DESCRIPTION
+) -> tuple[dict[str, Any], str | None]:
     """(values by settings name, checkpoint to resume: a path, "" for OUT/last, None for a fresh run)."""
-    flags = vars(build_parser().parse_args(argv))
-    flags.pop("quiet", None)
-    return flags_of(flags)
+    return flags_of(vars(build_parser(prog, description).parse_args(argv)))
 
 
 def flags_of(flags: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -188,9 +199,9 @@ def flags_of(flags: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
     """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt, 143 after a
-    SIGTERM that it heard. ``silent`` runs print nothing else."""
+    SIGTERM that it heard; SystemExit as :func:`printing` raises it. ``silent`` runs print nothing else."""
     try:
-        with quiet(silent):
+        with quiet(silent), printing():
             return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

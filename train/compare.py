@@ -80,6 +80,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return format_table([heads, *rows[1:]], markdown=True)
 
 
+def encodable(text: str) -> str:
+    """Markdown with entities for what stdout cannot encode, such as the arrows on an ASCII terminal."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "xmlcharrefreplace").decode(encoding)
+
+
 def caption(runs: Mapping[str, Results]) -> str:
     """One line: protocol, image set and, where there are any, odsF and the baseline."""
     first = next(iter(runs.values()))
@@ -136,7 +142,7 @@ def run(options: Namespace) -> None:
     tables = {"table.txt": f"{format_table(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
     for name, text in tables.items():
         write_text(out / name, text)
-    print(tables["table.md" if options.markdown else "table.txt"])
+    print(encodable(tables["table.md"]) if options.markdown else tables["table.txt"])
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
     loaded = {name: model for name, model in models.items() if model is not None}
     if lacking := [name for name in models if name not in loaded]:

@@ -13,7 +13,7 @@ from train.cli import Parser, guarded
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
 from train.run import checkpoint
-from train.run.backbone import settings_of, weights_of_run
+from train.run.backbone import is_run, settings_of, weights_of_run
 
 DESCRIPTION = """\
 Write the ViT in SOURCE by timm's names, to a file that timm and --pretrained read.
@@ -58,8 +58,8 @@ def run(options: Namespace) -> None:
     require_outside_data(to)
     if to.exists():
         raise UserError(f"{to} exists already and is not overwritten: choose another --to")
-    is_run = Path(options.source).is_dir()
-    tensors, normalisation, left = of_run(Path(options.source)) if is_run else of_weights(options.source)
+    given = options.source
+    tensors, normalisation, left = of_run(Path(given)) if is_run(given) else of_weights(given)
     make_folder(to.parent)
     with replacing(to) as partial:
         save_file(tensors, partial, {"format": "pt"})

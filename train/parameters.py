@@ -7,8 +7,12 @@ from torch import nn
 
 from train.cli import guarded, parse
 from train.config.settings import resolve_settings
+from train.files.progress import quiet
 from train.output.tables import format_table
 from train.run.build import build_model
+
+DESCRIPTION = """\
+Count the parameters of a run by part. It takes the flags of python -m train, and trains nothing."""
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -39,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     """Count; returns the exit status."""
 
     def run() -> None:
-        flags, _ = parse(argv)
-        settings = resolve_settings(flags)
-        print(table(build_model(settings, settings.source.classes, counted=True)))
+        flags, _ = parse(argv, "train.parameters", DESCRIPTION)
+        with quiet(flags.pop("quiet", False)):
+            settings = resolve_settings(flags)
+            print(table(build_model(settings, settings.source.classes, counted=True)))
 
     return guarded(run)
 

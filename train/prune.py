@@ -92,9 +92,12 @@ def run(options: Namespace) -> None:
     folder = checkpoint.find(given)
     settings, model, state = load_checkpoint(folder)
     config = pruned_config(settings.moe_config, options.keep, given)
+    if options.steps < 0:
+        raise UserError(f"--steps {options.steps}: it must not be negative")
+    total = state.step + options.steps
+    fewer = replace(settings, moe=str(config), out="", steps=total)  # UserError for an impossible number of steps
     train_set, val_set = build_data(settings)
     kept = most_used(measured_mass(settings, model, train_set), options.keep, config.shared)
-    fewer = replace(settings, moe=str(config), out="")
     smaller = rebuild_model(fewer, fewer.source.classes, without_experts(model.cpu().state_dict(), kept, config.rank))
     scores = {name: score(settings, which, val_set) for name, which in {"before": model, "pruned": smaller}.items()}
     make_folder(out)
@@ -102,7 +105,6 @@ def run(options: Namespace) -> None:
     scaler = torch.amp.GradScaler(enabled=False)
     checkpoint.save(out, state, smaller, {"optimizer": build_optimizer(fewer, smaller), "scaler": scaler})
     if options.steps:
-        total = state.step + options.steps
         tuned = train({"steps": total}, str(out), ["--resume", str(out), "--steps", str(total)])
         scores["fine-tuned"] = tuned["metrics"]
     pools = {"before": settings.moe, "after": str(config)}

@@ -33,7 +33,9 @@ def build_parser() -> Parser:
 
 
 def run(options: Namespace) -> None:
-    folder, out = Path(options.run), make_folder(Path(options.out or options.run))
+    folder = Path(options.run)
+    checkpoint.read_state(checkpoint.find(folder))  # a mistyped RUN is not made
+    out = make_folder(Path(options.out or folder))
     print(draw_routing(folder, out))
     names = [*WRITTEN]
     if options.conflict:

@@ -55,7 +55,7 @@ def shared_settings(options: Namespace) -> dict[str, Any]:
     names = ("data", "pretrained", "recipe", "steps", "workers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     flags, _ = flags_of(given | {"set": options.set})
-    return {"recipe": PAPER if options.data else SCENES, "log": "none"} | flags
+    return {"recipe": PAPER if options.data else SCENES, "tracker": "none"} | flags
 
 
 def pretrained(runs: Path, shared: dict[str, Any]) -> str:
@@ -81,7 +81,9 @@ def run(options: Namespace) -> None:
     runs = Runs(out / "runs", shared | {"pretrained": pretrained(out / "runs", shared)})
     run_figures(runs, figures, out, options.seeds)
     for figure in figures:
-        print(f"\n{(out / f'{figure}.md').read_text()}\n{out}/: {figure}.json, {figure}.md, {figure}.png")
+        print(
+            f"\n{(out / f'{figure}.md').read_text(encoding='utf-8')}\n{out}/: {figure}.json, {figure}.md, {figure}.png"
+        )
     if ROUTED.name in asked:
         say(ROUTED, 0, runs.run(ROUTED, 0))
         print(f"\n{draw_routing(runs.folder(ROUTED, 0), out)}\n\n{out}/: {', '.join(WRITTEN)}")

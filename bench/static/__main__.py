@@ -23,6 +23,7 @@ from bench.aot import DTYPES, compiled
 from bench.expert_launches import EXPERT_LAUNCHES, EXPERT_POOLS
 from bench.grouped_launches import GROUPED_LAUNCHES, GROUPED_POOLS
 from bench.launches import LAUNCHES
+from bench.options import Parser, finish, keep, names, pools
 from bench.static import budget, large, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
@@ -73,26 +74,37 @@ def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[
     return rows
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "static.json")
+def tokens(text: str) -> list[int]:
+    """The type of --tokens."""
+    if not all(number.isdecimal() and int(number) >= TASKS for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers of at least {TASKS}, separated by commas")
+    return [int(number) for number in text.split(",")]
+
+
+def options() -> Parser:
+    parser = Parser("static", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a kernel exceeds its budget")
     parser.add_argument("--budget", action="store_true", help="renew the budgets")
-    for name, default in (("kernels", KERNELS), ("pools", ()), ("dtypes", reversed(DTYPES))):
-        parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(default))
-    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
+    parser.add_argument("--pools", type=pools, default=[], help="N/k/S/r,... (those of each kernel)")
+    for name, choices in (("kernels", [*KERNELS]), ("dtypes", [*DTYPES][::-1])):
+        parser.add_argument(f"--{name}", type=names(choices), default=choices, help=", ".join(choices))
+    parser.add_argument("--tokens", type=tokens, default=list(TOKENS), help="of all tasks together, N,...")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    chosen = options().parse_args(arguments)
+    parser = options()
+    chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.static compiles: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     pools = {
         kernel: [p for p in KERNELS[kernel] if p in (chosen.pools or KERNELS[kernel])] for kernel in chosen.kernels
     }
+    if (chosen.budget or chosen.check) and not any(pools.values()):
+        parser.error(f"--pools {','.join(chosen.pools)}: there are no budgets of these kernels for them")
     if chosen.budget:
         for kernel in chosen.kernels:
             budget.renew([kernel], pools[kernel])
@@ -112,10 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
         "ratios": model_ratios(*rest),
         "large": model_large(*rest),
     }
-    chosen.out.write_text(table.dump(results))
-    print(table.text(results, chosen.markdown))
+    print(table.text(results, chosen.markdown))  # first, so that a full disk does not lose it
+    keep(chosen.out, table.dump(results))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

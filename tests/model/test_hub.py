@@ -246,6 +246,31 @@ def test_a_config_that_is_no_json_is_one_line(hub):
         read_weights("timm/vit")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_a_repository_is_read_as_by_its_name(tmp_path, name):
+    """As `hf download --local-dir` and git clone leave it."""
+    folder = tmp_path / "deit-tiny"
+    folder.mkdir()
+    (folder / name).write_bytes(weights() if name.endswith("safetensors") else pickled())
+    assert (read_weights(folder).family, read_weights(folder).normalisation) == ("DeiT", "imagenet")
+    (folder / "config.json").write_bytes(timm_config([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]))
+    assert read_weights(folder).normalisation == "inception"
+    assert {*read_weights(folder).tensors} == {*ViT(CONFIG, 16).state_dict()}
+
+
+def test_a_folder_without_weights_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path} holds neither model.safetensors nor pytorch_model.bin: give"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("mean", ["imagenet", None, 0.5, [], [[0.5], 0.5, 0.5], {"r": 0.5}])
+def test_a_config_that_makes_no_sense_is_one_line(tmp_path, mean):
+    (tmp_path / "model.safetensors").write_bytes(weights())
+    (tmp_path / "config.json").write_bytes(timm_config(mean, [0.5, 0.5, 0.5]))
+    with pytest.raises(UserError, match="config.json declares mean and std .*--set normalisation=NAME"):
+        read_weights(tmp_path)
+
+
 def test_paths_and_files_are_no_repositories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "scenes").mkdir(parents=True)

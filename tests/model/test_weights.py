@@ -1,8 +1,11 @@
 """Pretrained files: any float type, any grid, and one clear line for what does not fit."""
 
+import errno
 import os
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kernels import UserError
-from model import ViT, ViTConfig, load_pretrained
+from model import ViT, ViTConfig, load_pretrained, read_weights
 
 CONFIG = ViTConfig(width=24, depth=2, heads=3, patch=4)
 
@@ -182,3 +185,65 @@ def test_files_that_are_no_weights(tmp_path):
     (tmp_path / "w.onnx").touch()
     assert "use one of .safetensors, .npz, .pth, .pt, .bin" in refusal(tmp_path / "w.onnx")
     assert refusal(tmp_path / "absent").startswith("no such weights file")
+
+
+WRAPPERS = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "_fsdp_wrapped_module."]
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_names_that_wrappers_prepend_are_taken_off(tmp_path, source, prefix):
+    torch.save({prefix + name: tensor for name, tensor in source.state_dict().items()}, tmp_path / "w.pth")
+    vit = ViT(CONFIG, 16)
+    report = load_pretrained(vit, tmp_path / "w.pth")
+    assert report.missing == report.unexpected == ()
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in vit.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_checkpoint_wrapped_module."])
+def test_names_that_wrappers_of_blocks_insert_are_taken_off(tmp_path, source, wrapper):
+    weights = {re.sub(r"^blocks\.\d\.", rf"\g<0>{wrapper}", name): t for name, t in source.state_dict().items()}
+    assert f"blocks.0.{wrapper}norm1.weight" in weights
+    report = load_pretrained(ViT(CONFIG, 16), write(tmp_path / "w.safetensors", weights))
+    assert report.missing == report.unexpected == ()
+
+
+def test_a_family_is_recognised_behind_a_wrapper(tmp_path):
+    names = {"module.deit.embeddings.cls_token": torch.zeros(1, 1, 24)}
+    assert read_weights(write(tmp_path / "w.safetensors", names)).family == "DeiT"
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path, source):
+    path = write(tmp_path / "w.safetensors", source.state_dict(), **{"module.cls_token": torch.ones(1, 1, 24)})
+    assert "holds cls_token under two names" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "pos_embed", "blocks.1.attn.qkv.bias"])
+def test_quantised_weights_are_refused(tmp_path, source, dtype, name):
+    path = tmp_path / "w.pth"
+    torch.save(source.state_dict() | {name: source.state_dict()[name].to(dtype)}, path)
+    assert f"holds {name} as {dtype}" in refusal(path)
+
+
+@pytest.mark.parametrize("stored", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_tensors_that_are_not_dense_are_refused(tmp_path, source, stored):
+    path = tmp_path / "w.pth"
+    torch.save(source.state_dict() | {"pos_embed": stored(source.pos_embed.detach())}, path)
+    assert "holds pos_embed quantised, sparse or without values" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a pointer of Git LFS and not the weights: run git lfs pull there" in refusal(path)
+
+
+def test_a_file_that_the_system_does_not_give_is_not_called_damaged(tmp_path, source, monkeypatch):
+    path = write(tmp_path / "w.safetensors", source.state_dict())
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(path) == f"{path} cannot be read: Permission denied"

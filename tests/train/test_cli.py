@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 
 from kernels.dispatch import RESOLVED
 from model import VITS, ViT
@@ -133,6 +134,20 @@ def test_the_input_normalisation_is_the_weights_family_or_what_is_said(name, ove
     assert model.image_mean.flatten()[0].item() == pytest.approx(mean)
 
 
+def test_pretrained_takes_a_folder_that_the_hub_left(small_weights, tmp_path):
+    """Of `hf download --local-dir` or git clone, which is no run."""
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    small_weights.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        '{"pretrained_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}'
+    )
+    model = build_model(
+        resolve_settings({"pretrained": str(folder)}), {"seg": ("background",), "parts": ("background",)}
+    )
+    assert model.image_mean.flatten()[0].item() == pytest.approx(0.485)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     assert main(["--out", str(tmp_path), *QUICK]) == 2
@@ -152,3 +167,12 @@ def test_help_groups_the_flags_and_says_what_lists_the_recipes():
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
     assert "a recipe of --list-recipes" in " ".join(text.replace("-\n", "- ").split()).replace("- ", "-")
     assert "mi_weight=0.005" in text
+
+
+def test_torchrun_passes_every_flag_on():
+    """Its parser refuses a flag after -m train that abbreviates several of its own, as --log does --log-dir."""
+    for flag in (flag for action in build_parser()._actions for flag in action.option_strings):
+        parsed = get_args_parser().parse_args(["--nproc-per-node=2", "-m", "train", "--tasks", "seg", flag, "x"])
+        assert parsed.training_script_args == ["--tasks", "seg", flag, "x"]
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--nproc-per-node=2", "-m", "train", "--log", "none"])

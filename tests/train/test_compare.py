@@ -1,15 +1,19 @@
 """``python -m train.compare``: tables of what may be compared, and nothing else."""
 
+import io
 import json
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 from PIL import Image
 
-from train.compare import main
+from kernels import UserError
+from train.compare import caption, main, rows_of
 from train.evaluate import main as evaluate
 from train.evaluation.baselines import published_rows
+from train.evaluation.results import read_results, require_comparable
 from train.output.scores import score_table
 
 ROWS = published_rows()
@@ -70,6 +74,15 @@ def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path
     assert "odsF over 4 images, variant seism" in text
     assert (tmp_path / "compared/table.md").read_text() in text
     assert (tmp_path / "compared/predictions.png").exists()
+
+
+def test_markdown_on_an_ascii_terminal_has_entities(altered, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main([str(altered("run")), "--markdown", "--out", str(tmp_path / "compared")]) == 0
+    assert stdout.buffer.getvalue().startswith(b"| run | seg mIoU &#8593; |")
+    assert (tmp_path / "compared/table.md").read_text(encoding="utf-8").startswith("| run | seg mIoU ↑ |")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +158,7 @@ def test_a_file_is_a_baseline(altered, tmp_path, capsys):
     ("argv", "message"),
     [
         (["/no/such/run"], "/no/such/run does not exist"),
-        (["OLD"], "does not say which images its scores are over"),
+        (["OLD"], "has no 'protocol' in the content: restore it, or write it again"),
         (["TORN"], "cannot be read"),
         (["RUN", "RUN"], "a run is given twice"),
         (["RUN", "--baseline", "resnet-18 stl"], "no baseline 'resnet-18 stl': give a JSON file"),
@@ -180,9 +193,9 @@ def test_a_score_that_one_column_lacks_is_not_available():
     [
         (None, "has None as metrics"),
         ("good", "has 'good' as metrics"),
-        ({"seg": None}, "has None as the metrics of seg"),
-        ({"seg": {"mIoU": "high"}}, "has 'high' as seg mIoU, which is not a number"),
-        ({"seg": {"mIoU": True}}, "has True as seg mIoU, which is not a number"),
+        ({"seg": None}, "has None as metrics seg"),
+        ({"seg": {"mIoU": "high"}}, "has 'high' as metrics seg mIoU"),
+        ({"seg": {"mIoU": True}}, "has True as metrics seg mIoU"),
     ],
 )
 def test_metrics_that_are_no_numbers_are_one_line(metrics, message, tiny_run, altered, tmp_path, capsys):
@@ -190,3 +203,27 @@ def test_metrics_that_are_no_numbers_are_one_line(metrics, message, tiny_run, al
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": metrics}))
     status, _, error = compare(capsys, tmp_path, tiny_run, path.parent)
     assert status == 2 and f"{path} {message}" in error and error.count("\n") == 1
+
+
+def keys_of(value, above=()):
+    """The path of every key in nested objects."""
+    if not isinstance(value, dict):
+        return []
+    return [path for key in value for path in ((*above, key), *keys_of(value[key], (*above, key)))]
+
+
+def test_results_that_lost_any_key_or_hold_another_type_are_at_most_one_line(tiny_run, tmp_path):
+    whole, path, refused = json.loads((tiny_run / "results.json").read_text()), tmp_path / "results.json", set()
+    for *above, key in keys_of(whole):
+        for replace in (dict.pop, lambda place, key: place.update({key: "2 apples" if key != "name" else 2})):
+            results = json.loads(json.dumps(whole))
+            replace(reduce(dict.__getitem__, above, results), key)
+            path.write_text(json.dumps(results))
+            try:
+                runs = {"whole": whole, "odd": read_results(path)}
+                require_comparable(runs)
+                assert rows_of(runs) and caption(runs)
+            except UserError as error:
+                refused.add(key)
+                assert "\n" not in str(error) and ("restore it" in str(error) or "cannot be compared" in str(error))
+    assert {"protocol", "compared_at", "labelled", "images", "ids", "mIoU", "image_size"} <= refused

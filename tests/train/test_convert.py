@@ -52,6 +52,16 @@ def test_a_real_file_of_timm_keeps_its_names_and_bits(vit_tiny_weights, tmp_path
     )
 
 
+def test_a_folder_of_the_hub_is_no_run(tmp_path):
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    save_file(ViT(ViTConfig(width=24, depth=2, heads=3, patch=4), 16).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "vit"}')
+    assert convert([str(folder), "--to", str(tmp_path / "w.safetensors")]) == 0
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "w.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_mistakes_are_one_line(tiny_scenes_run, pascal_copy, tmp_path, error_of):
     path = tmp_path / "w.safetensors"
     save_file(ViT(ViTConfig(width=24, depth=2, heads=3, patch=4), 16).state_dict(), path)

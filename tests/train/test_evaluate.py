@@ -320,7 +320,7 @@ def test_missing_predictions_and_those_of_another_split_are_counted(predictions,
         (["RUN", "--data", "/no/such/tree"], "/no/such/tree is not a folder"),
         (["RUN", "--split", "test"], "ImageSets/Context/test.txt does not exist"),
         (["RUN", "--ids", "ALIEN"], "names 2 of 3 images that split 'val' does not list, 2008_000000, 2011_000001"),
-        (["RUN", "--ids", "/no/such/file"], "/no/such/file is not a file"),
+        (["RUN", "--ids", "/no/such/file"], "no such file: /no/such/file"),
         (["RUN", "--baseline", "resnet"], "no baseline 'resnet': give a JSON file"),
         (["RUN", "--baseline", "ASTMT ResNet-101"], "is of protocol A, the scores are of mtinet@64"),
         (["RUN", "--save-predictions", "PREDICTIONS"], "exists and is not an empty folder"),
@@ -446,3 +446,10 @@ def test_edge_labels_are_untouched(saved, pascal_tree):
         total -= (0.95 * label * np.log(p) + 0.05 * (1 - label) * np.log(1 - p)).sum()
         pixels += label.size
     assert saved[0]["metrics"]["edge"]["loss"] == pytest.approx(total / pixels, rel=1e-5)
+
+
+@pytest.mark.parametrize("note", ['{"protocol": "mtinet", "image_size": "32"}', '{"protocol": 5}', "[]", '["ab"]', "{"])
+def test_a_note_that_makes_no_sense_is_one_line(note, predictions, pascal_tree, tmp_path, capsys):
+    (predictions / "predictions.json").write_text(note)
+    argv = ["--predictions", predictions, "--data", pascal_tree]
+    assert f"{predictions}/predictions.json" in error_of(capsys, tmp_path, *argv)

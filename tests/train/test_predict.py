@@ -189,7 +189,7 @@ def test_a_checkpoint_of_scenes_predicts_photos_too(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["RUN", "/no/such/photo.jpg"], "/no/such/photo.jpg is not a file"),
+        (["RUN", "/no/such/photo.jpg"], "no such file: /no/such/photo.jpg"),
         (["RUN", "NOTES"], "notes.txt cannot be read (UnidentifiedImageError"),
         (["RUN", "BROKEN"], "broken.jpg cannot be read"),
         (["RUN", "TRUNCATED"], "truncated.png cannot be read"),

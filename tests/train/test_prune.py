@@ -14,7 +14,7 @@ from train.run import checkpoint
 from train.run.build import load_on_cpu
 
 TINY = ["--set", "scenes=16", "--set", "val_scenes=2", "--image-size", "16", "--batch-size", "4", "--workers", "0"]
-TINY += ["--log", "none", "--tasks", "seg,sal"]
+TINY += ["--tracker", "none", "--tasks", "seg,sal"]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,8 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, error_of):
         assert f"--keep {keep}: 6/2/1/2 can keep 3 to 5 experts" in error_of(
             main, run, "--keep", keep, "--out", tmp_path / "x"
         )
+    for steps in (-1, 10**12):
+        assert str(steps)[:9] in error_of(main, run, "--keep", 4, "--steps", steps, "--out", tmp_path / "x")
     assert "exists already" in error_of(main, run, "--keep", 4, "--out", run)
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
     assert "has no experts" in error_of(main, tmp_path / "plain", "--keep", 4, "--out", tmp_path / "x")

@@ -1,16 +1,19 @@
 """What commands print and where curves go: as much as was asked for, and nothing into a pipe that is for a terminal."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from train.cli import main
+from train.cli import guarded, main
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = [f".{path.stem}" for path in (ROOT / "train").glob("[a-z]*.py") if path.stem != "cli"]
 QUICK = ["--steps", "2", "--batch-size", "2", "--set", "scenes=8", "--set", "val_scenes=2", "--workers", "0"]
 
 
@@ -24,10 +27,34 @@ def test_quiet_prints_errors_only(tmp_path, capfd):
     assert capfd.readouterr().out == "heard\n", "stdout is as it was"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "compare", "check", "lossdiff", "export", "convert"])
-def test_every_command_has_it(command):
-    module = __import__(f"train.{command}", fromlist=["build_parser"])
-    assert "--quiet" in module.build_parser().format_help()
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_it_and_its_own_name(command, capsys):
+    module = import_module(f"train{command or '.cli'}")
+    with pytest.raises(SystemExit) as caught:
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and "--quiet" in text and text.startswith(f"usage: python -m train{command} ")
+
+
+def test_a_reader_that_leaves_ends_a_command_in_silence(monkeypatch, capsys):
+    """As head does; status 141 is that of SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as caught:
+            guarded(lambda: print("to nobody"))
+    assert caught.value.code == 141 and capsys.readouterr().err == ""
+
+
+def test_what_a_terminal_cannot_encode_is_escaped(monkeypatch):
+    """A name that is no UTF-8, and anything beyond ASCII in its locale."""
+    for encoding, expected in (("ascii", b"caf\\xe9 \\udce9\n"), ("utf-8", "caf\xe9 \\udce9\n".encode())):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert guarded(lambda: print("caf\xe9 \udce9")) == 0
+        assert stdout.buffer.getvalue() == expected
 
 
 def test_no_bar_is_drawn_into_a_pipe(tmp_path):
@@ -44,10 +71,10 @@ def test_recipes_are_listed(capsys):
     assert any(line.startswith("paper ") and "The setting of ASE" in line for line in lines)
 
 
-@pytest.mark.parametrize("log", ["tensorboard", "none"])
-def test_curves_go_where_they_were_asked_to(log, tmp_path):
-    assert main([*QUICK, "--log", log, "--out", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "tensorboard").exists() == (log == "tensorboard")
+@pytest.mark.parametrize("tracker", ["tensorboard", "none"])
+def test_curves_go_where_they_were_asked_to(tracker, tmp_path):
+    assert main([*QUICK, "--tracker", tracker, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tensorboard").exists() == (tracker == "tensorboard")
 
 
 FAKE_WANDB = """
@@ -70,7 +97,7 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 0
+    assert main([*QUICK, "--tracker", "wandb", "--out", str(tmp_path / "run")]) == 0
     config, curves = json.loads((tmp_path / "run" / "wandb.json").read_text())
     assert config["project"] == "fastmoe_lora" and config["lr"] > 0
     assert {"loss/seg", "lr"} <= {name for _, values in curves for name in values} and curves[-1][0] == 2
@@ -79,8 +106,8 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
 
 def test_weights_and_biases_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main([*QUICK, "--log", "wandb", "--out", str(tmp_path / "run")]) == 2
-    assert "--log wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
+    assert main([*QUICK, "--tracker", "wandb", "--out", str(tmp_path / "run")]) == 2
+    assert "--tracker wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from train.run.routes import read_routing
 from train.tasks import TASKS
 
 TINY = ["--set", "scenes=16", "--set", "val_scenes=2", "--image-size", "16", "--batch-size", "4", "--workers", "0"]
-TINY += ["--log", "none", "--moe", "6/2/1/2", "--tasks", "seg,sal,edge"]
+TINY += ["--tracker", "none", "--moe", "6/2/1/2", "--tasks", "seg,sal,edge"]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,7 @@ def test_cosines_are_those_of_each_tasks_gradient_alone(recorded):
 
 def test_mistakes_are_one_line(recorded, tiny_scenes_run, tmp_path, capsys, error_of):
     assert "routing.csv does not exist: train with --set routing_every=N" in error_of(main, tiny_scenes_run)
+    assert "is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
     assert "has no experts in its backbone" in error_of(main, tmp_path / "plain")
     capsys.readouterr()

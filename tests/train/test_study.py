@@ -27,7 +27,7 @@ TINY += ["--steps", "2", "--workers", "0"]
 def backbone(tmp_path_factory):
     """A run of the recipe that a study on rendered scenes begins with, of two steps."""
     out = tmp_path_factory.mktemp("backbone") / "run"
-    assert train(["--recipe", "scenes-pretrain", "--log", "none", *TINY, "--out", str(out)]) == 0
+    assert train(["--recipe", "scenes-pretrain", "--tracker", "none", *TINY, "--out", str(out)]) == 0
     return out
 
 
@@ -111,7 +111,16 @@ def test_the_backbone_of_a_run_with_one_task_has_its_embedding_in_the_positions(
 
 
 def test_adapters_of_a_run_are_left_out_of_its_backbone(tiny_scenes_run, tmp_path, capsys):
-    flags = ["--pretrained", str(tiny_scenes_run), "--recipe", "scenes_adapt", "--tasks", "seg,edge", "--log", "none"]
+    flags = [
+        "--pretrained",
+        str(tiny_scenes_run),
+        "--recipe",
+        "scenes_adapt",
+        "--tasks",
+        "seg,edge",
+        "--tracker",
+        "none",
+    ]
     assert train([*flags, *TINY, "--out", str(tmp_path / "run")]) == 0
     assert "every key matched" in capsys.readouterr().out
     before, after = (checkpoint.read_weights(checkpoint.find(run)) for run in (tiny_scenes_run, tmp_path / "run"))
@@ -120,7 +129,16 @@ def test_adapters_of_a_run_are_left_out_of_its_backbone(tiny_scenes_run, tmp_pat
 
 
 def test_the_backbone_is_trained_too_where_asked(backbone, tmp_path):
-    flags = ["--pretrained", str(backbone), "--recipe", "scenes_adapt", "--set", "train_backbone=true", "--log", "none"]
+    flags = [
+        "--pretrained",
+        str(backbone),
+        "--recipe",
+        "scenes_adapt",
+        "--set",
+        "train_backbone=true",
+        "--tracker",
+        "none",
+    ]
     assert train([*flags, "--moe", "none", *TINY, "--tasks", "seg", "--out", str(tmp_path / "run")]) == 0
     before, after = (checkpoint.read_weights(checkpoint.find(run)) for run in (backbone, tmp_path / "run"))
     name = "vit.blocks.0.attn.qkv.weight"
@@ -130,7 +148,16 @@ def test_the_backbone_is_trained_too_where_asked(backbone, tmp_path):
 
 def test_a_pretrained_backbone_has_a_learning_rate_of_its_own(backbone, tmp_path):
     """Of 0: then it stays as it was, and the heads learn."""
-    flags = ["--pretrained", str(backbone), "--recipe", "scenes_adapt", "--set", "train_backbone=true", "--log", "none"]
+    flags = [
+        "--pretrained",
+        str(backbone),
+        "--recipe",
+        "scenes_adapt",
+        "--set",
+        "train_backbone=true",
+        "--tracker",
+        "none",
+    ]
     flags += ["--set", "backbone_lr=0", "--set", "weight_decay=0", "--moe", "none", "--tasks", "seg"]
     assert train([*flags, *TINY, "--out", str(tmp_path / "run")]) == 0
     before, after = (checkpoint.read_weights(checkpoint.find(run)) for run in (backbone, tmp_path / "run"))

@@ -43,7 +43,7 @@ CHOICES: dict[str, Collection[str]] = {
     "protocol": PROTOCOLS,
     "device": ("", "cpu", "cuda"),
     "on_nonfinite": ("stop", "skip"),
-    "log": ("tensorboard", "wandb", "none"),
+    "tracker": ("tensorboard", "wandb", "none"),
 }
 MANY = 10**9
 # Least and largest value of every number.
@@ -155,7 +155,7 @@ class Settings:
     workers: int = 1
     device: str = ""
     nvtx: bool = False
-    log: str = "tensorboard"
+    tracker: str = "tensorboard"
     out: str = ""
 
     def __post_init__(self) -> None:
@@ -302,7 +302,7 @@ def recipe_names() -> list[str]:
 
 def list_recipes() -> list[list[str]]:
     """[name, first sentence of the yaml file's heading] of each."""
-    headings = {name: _recipe_path(name).read_text().partition("\n#\n")[0] for name in recipe_names()}
+    headings = {name: _recipe_path(name).read_text(encoding="utf-8").partition("\n#\n")[0] for name in recipe_names()}
     return [[name, " ".join(text.replace("#", " ").split())] for name, text in headings.items()]
 
 
@@ -318,18 +318,21 @@ def _recipe_path(name: str) -> Any:
     return path
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The values of a shipped recipe by name, or of a yaml file by path: its own, and those of its ``base`` below."""
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a shipped recipe by name, or of a yaml file by path: its own, and those of its ``base`` below.
+    ``above`` are the recipes that it is the base of; UserError where it is one of them."""
+    if name in above:
+        raise UserError(f"recipe {name} is based on itself: drop a 'base' of {' -> '.join((*above, name))}")
     own = own_values(name)
     base = own.pop("base", "")
-    return {**(read_recipe(base) if base else {}), **own}
+    return {**(read_recipe(base, (*above, name)) if base else {}), **own}
 
 
 def own_values(name: str) -> dict[str, Any]:
     """What a recipe's file holds. Its key ``base`` names the recipe that it is a change of."""
     path = _recipe_path(name)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

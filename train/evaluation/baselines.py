@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from kernels.errors import UserError
-from train.evaluation.results import Results, read_json, read_results, require_comparable
+from train.evaluation.results import Results, read_results, require_comparable
+from train.files.reading import read_json
 from train.protocols import PHOTO_SIZE, PROTOCOLS, Protocol
 from train.tasks import TASKS
 
@@ -62,7 +63,7 @@ def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str,
         close = difflib.get_close_matches(given.casefold(), rows, n=3, cutoff=0.3)
         hint = f"perhaps {', '.join(repr(rows[name]) for name in close)}" if close else f"or one of {', '.join(rows)}"
         raise UserError(f"no baseline {given!r}: give a JSON file, a run's folder, {hint}")
-    elif Path(given).is_dir() or "metrics" in read_json(Path(given)):
+    elif Path(given).is_dir() or "metrics" in read_json(Path(given), {}):
         theirs = read_results(given)
         require_comparable({"the scores": results, given: theirs})
         return {"name": given, "source": "its results.json", "protocol": theirs["protocol"]}, references_of(theirs)
@@ -85,7 +86,7 @@ def references_of(results: Results) -> dict[str, Reference]:
 
 
 def _checked_row(path: Path) -> dict[str, Any]:
-    row = read_json(path)
+    row = read_json(path, {})
     try:
         scores = {
             task: {"metric": str(cell["metric"]), "value": float(cell["value"]), "higher": bool(cell["higher"])}

@@ -29,10 +29,11 @@ from PIL import Image
 from kernels.errors import UserError
 from train.files.atomic import make_folder, replacing, replacing_folder
 from train.files.images import read_image
-from train.files.reading import reading
+from train.files.reading import read_json, reading
 from train.tasks import TASKS, Picture, Shape
 
 NOTE = "predictions.json"  # the protocol and the source of a folder of predictions
+SCHEMA = {"protocol?": str} | dict.fromkeys(("image_size?", "scenes?", "val_scenes?", "seed?"), int)
 SHOWN = 3  # files or ids that a message names
 
 
@@ -92,8 +93,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     path = folder / NOTE
     if not path.exists():
         return {}
-    with reading(path):
-        return dict(json.loads(path.read_text()))
+    return read_json(path, SCHEMA)
 
 
 def predicted_tasks(folder: Path) -> tuple[str, ...]:

@@ -1,16 +1,36 @@
 """results.json: the image set that its scores are over, reading it, and which results are comparable."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
 from train.datasets.base import DataSet
-from train.files.reading import reading
+from train.files.reading import read_json
 
 Results = dict[str, Any]
+SCORE = (int, float, type(None))
+SCHEMA = {  # what readers of results.json rely on, see require_schema
+    "protocol": str,
+    "metrics": {"*": {"*": SCORE}},
+    "evaluation": {
+        "split": str,
+        "set?": str,
+        "images": int,
+        "compared_at": str,
+        "labelled": {"*": {"images": int, "ids": str}},
+    },
+    "dataset": {"name": str, "image_size": int, "root?": str},
+    "odsF?": {"mode": str, "variant": str, "images": int},
+    "model?": {"name": str},
+    "step?": int,
+    "steps?": int,
+    "command": str,
+    "checkpoint?": str,
+    "predictions?": str,
+    "versions": {"*": str},
+}
 
 
 def describe_set(
@@ -31,31 +51,13 @@ def describe_set(
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    with reading(path):
-        return dict(json.loads(path.read_text()))
-
-
 def read_results(given: str | Path) -> Results:
     """The results.json at this path or in this folder; UserError where there is none."""
     path = Path(given)
     path = path / "results.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder of a finished run, or of python -m train.evaluate")
-    results = read_json(path)
-    if not {"protocol", "metrics", "evaluation"} <= results.keys():
-        raise UserError(f"{path} does not say which images its scores are over: score again with train.evaluate")
-    for task, scores in _mapping(path, "metrics", results["metrics"]).items():
-        for name, value in _mapping(path, f"the metrics of {task}", scores).items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise UserError(f"{path} has {value!r} as {task} {name}, which is not a number: score again")
-    return results
-
-
-def _mapping(path: Path, what: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{path} has {value!r} as {what}: score again with train.evaluate")
-    return value
+    return read_json(path, SCHEMA)
 
 
 def require_comparable(results: Mapping[str, Results]) -> None:

@@ -2,20 +2,26 @@
 
 Each writer works on a hidden partial next to the final path, ``.NAME.<random>.partial``, and renames it at the end. The
 random part is unique to the writer, so any number of processes, on any number of machines, may write the same path:
-the last rename wins. A process that is killed leaves its partial, which no reader looks at.
+the last rename wins. A process that is killed leaves its partial, which no reader looks at, and which goes when a run
+or, after an hour, another command writes to the folder again.
 """
 
 import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import UserError
+
+HEX = "[0-9a-f]" * 32  # of uuid4, as a glob pattern
+ABANDONED = 3600  # seconds without a write, after which the writer of a partial file is taken for dead
 
 
 @contextmanager
@@ -90,8 +96,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of such a file, each with its end, but for one that was cut short."""
-    with path.open(newline="", encoding="utf-8") as file:
+    """The lines of such a file, each with its end, but for one that was cut short. What is not UTF-8 becomes U+FFFD."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return [line for line in file if line.endswith("\n")]
 
 
@@ -101,7 +107,16 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another --out") from None
+    _remove_abandoned(path)
     return path
+
+
+@cache  # once for each folder that this process writes to
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.glob(f".*.{HEX}.partial"):
+        with suppress(OSError):  # another process may have removed it
+            if partial.is_file() and time.time() - partial.stat().st_mtime > ABANDONED:
+                partial.unlink()
 
 
 def remove_partials(folder: Path, name: str) -> None:
@@ -109,7 +124,7 @@ def remove_partials(folder: Path, name: str) -> None:
 
     Use it only where no other process writes to ``folder``: it also deletes the partials of running writers.
     """
-    for partial in folder.glob(f".{name}.*.partial"):
+    for partial in folder.glob(f".{name}.{HEX}.partial"):
         shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink(missing_ok=True)
 
 

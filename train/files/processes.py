@@ -1,6 +1,8 @@
 """A pool of processes: ordered results, few jobs in flight, one line when a process is killed."""
 
+import pickle
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -8,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any
 
 from kernels.errors import UserError
@@ -61,12 +64,29 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any
     previous = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the server of processes inherits it
     try:
-        return pool.submit(function, item)
+        with _main_if_needed(function, item):
+            return pool.submit(function, item)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, previous)
         if arrived:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _main_if_needed(function: Callable[[Any], Any], item: Any) -> Iterator[None]:
+    """A process that starts in this block imports the main module only if ``function`` or ``item`` are defined there.
+
+    It would run a script that calls a command without ``if __name__ == "__main__"`` once more, and cannot import what
+    came from stdin.
+    """
+    main = sys.modules["__main__"]
+    if b"__main__" not in pickle.dumps((function, item)):
+        sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _map_ordered(

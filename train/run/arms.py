@@ -11,6 +11,7 @@ from train.config.arms import DECODERS, LIKE, MOMENTS, ROUTED, Arm
 from train.config.settings import resolve_settings
 from train.evaluation.results import Results, read_results
 from train.files.progress import quiet
+from train.files.reading import require_schema
 from train.run import checkpoint
 from train.run.backbone import settings_of
 from train.run.build import build_model
@@ -20,9 +21,9 @@ from train.run.start import count_parameters
 TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
 STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enough
 # A run's numbers do not depend on these.
-WITHOUT_MEANING = ("out", "workers", "device", "kernel", "log", "cache", "recipe")
+WITHOUT_MEANING = ("out", "workers", "device", "kernel", "tracker", "cache", "recipe")
 # These have a flag; other settings are given by --set.
-NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "log", "out")
+NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "tracker", "out")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Runs:
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed := [text for text in changed if text.split()[0] not in WITHOUT_MEANING]:
             raise UserError(f"{folder} was trained with other settings ({', '.join(changed)}): choose another --out")
-        return read_results(folder)
+        results = read_results(folder)
+        require_schema(folder / "results.json", results, {"model": {"name": str}, "steps": int})
+        return results
 
     def run(self, arm: Arm, seed: int) -> Results:
         """The results of a run, which is trained, or continued, if it is not finished. What it prints goes to a file
@@ -61,7 +64,7 @@ class Runs:
         if (results := self.finished(arm, seed)) is not None:
             return results
         flags = self.flags(arm, seed)
-        with (self.out / f"{arm.name}-{seed}.log").open("w") as log, redirect_stdout(log):
+        with (self.out / f"{arm.name}-{seed}.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
             return train(flags, "", argv_of(flags))
 
     @cached_property

@@ -5,11 +5,19 @@ from pathlib import Path
 from torch import Tensor
 
 from kernels import UserError
-from model import NORMALISATIONS, Weights
+from model import NORMALISATIONS, Weights, holds_weights
 from train.config.settings import Settings, layer
 from train.run import checkpoint
 
 ADAPTERS = ("lora_A", "lora_B", "routers")
+
+
+def is_run(given: str | Path) -> bool:
+    """Whether ``given`` is a folder, and not a copy of a repository of the Hugging Face Hub: that of a run, one of its
+    checkpoints, or one of :mod:`train.export`."""
+    folder = Path(given)
+    own = any((folder / name).exists() for name in (checkpoint.SUMS, *checkpoint.STATES[:1]))
+    return folder.is_dir() and (own or not holds_weights(folder))
 
 
 def is_plain(folder: Path) -> bool:
@@ -33,11 +41,12 @@ def weights_of_run(folder: Path) -> Weights:
         for name, tensor in tensors.items()
         if name.startswith("vit.") and not is_adapter(name)
     }
-    embedding = tensors["task_embed"]
-    if len(embedding) == 1 and not settings.frozen_backbone and "pos_embed" in backbone:
-        backbone["pos_embed"] = backbone["pos_embed"] + embedding[0]
     family = "DINOv3" if "rope.periods" in backbone else "finished run's"
-    return Weights(folder, family, _normalisation(tensors["image_mean"]), backbone)
+    with checkpoint.readable(folder):
+        embedding = tensors["task_embed"]
+        if len(embedding) == 1 and not settings.frozen_backbone and "pos_embed" in backbone:
+            backbone["pos_embed"] = backbone["pos_embed"] + embedding[0]
+        return Weights(folder, family, _normalisation(tensors["image_mean"]), backbone)
 
 
 def is_adapter(name: str) -> bool:
@@ -52,4 +61,7 @@ def settings_of(folder: Path) -> Settings:
 
 def _normalisation(mean: Tensor) -> str:
     """The key of NORMALISATIONS; each has another mean."""
-    return next(key for key, (known, _) in NORMALISATIONS.items() if mean.flatten().allclose(mean.new_tensor(known)))
+    for key, (known, _) in NORMALISATIONS.items():
+        if mean.flatten().allclose(mean.new_tensor(known)):
+            return key
+    raise ValueError(f"image_mean is {mean.flatten().tolist()}, of no known normalisation")

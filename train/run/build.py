@@ -37,7 +37,7 @@ from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.run import checkpoint
-from train.run.backbone import is_adapter, is_plain, weights_of_run
+from train.run.backbone import is_adapter, is_plain, is_run, weights_of_run
 from train.tasks import Classes, output_channels
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
@@ -61,8 +61,8 @@ def require_possible(settings: Settings, device: torch.device) -> None:
             f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
             f"not {settings.batch_size}"
         )
-    if settings.log == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("--log wandb needs the package wandb: pip install wandb, or choose --log tensorboard")
+    if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--tracker wandb needs the package wandb: pip install wandb, or choose --tracker tensorboard")
     if settings.routing_every and (settings.compile or settings.cuda_graphs):
         raise UserError("routing_every records what a compiled or graphed step hides: leave out one of them")
     if settings.cuda_graphs and device.type != "cuda":
@@ -105,7 +105,7 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
         config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
         vit = _empty_vit(config, settings).requires_grad_(not settings.frozen_backbone)
         model = _adapt(vit, settings, classes)
-    model.load_state_dict(tensors)
+    checkpoint.load_weights(model, tensors)
     return model.eval()
 
 
@@ -128,7 +128,7 @@ def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, ch
     state = checkpoint.read_state(folder)
     settings = replace(Settings(**layer(state.settings, f"checkpoint {folder}")), device="", kernel=kernel)
     weights = checkpoint.read_weights(folder)
-    with checkpoint.undamaged(folder):
+    with checkpoint.readable(folder):
         return settings, rebuild_model(settings, settings.source.classes, weights), state
 
 
@@ -150,7 +150,7 @@ def _build_vit(settings: Settings) -> tuple[ViT, str]:
 
 def _weights(pretrained: str) -> Weights:
     """Those of a file, of a repository or of the backbone of a finished run."""
-    return weights_of_run(checkpoint.find(Path(pretrained))) if Path(pretrained).is_dir() else read_weights(pretrained)
+    return weights_of_run(checkpoint.find(Path(pretrained))) if is_run(pretrained) else read_weights(pretrained)
 
 
 def _empty_vit(config: ViTConfig, settings: Settings) -> ViT:
@@ -202,7 +202,7 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
         )
     if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
-    adapted = bool(settings.pretrained) and source.is_dir() and not is_plain(checkpoint.find(source))
+    adapted = bool(settings.pretrained) and is_run(source) and not is_plain(checkpoint.find(source))
     encoder, normalisation = (_encoder_of_run(settings), "") if adapted else _build_vit(settings)
     channels = output_channels(settings.task_names, classes)
     rows, columns = (side // encoder.patch for side in settings.image_shape)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels import UserError
+from model.names import is_float
 from train.files.atomic import remove_partials, replacing, replacing_folder
 
 SUMS = "SHA256SUMS"
@@ -156,7 +157,7 @@ def read_state(folder: Path) -> State:
     file = next((name for name in STATES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder} is not a checkpoint: give a folder step-N or last of an earlier run")
-    with undamaged(folder):
+    with readable(folder):
         values = json.loads(_verified(folder, file).read_text(encoding="utf-8"))
         expected = {entry.name: entry for entry in fields(State)}
         if values.keys() != expected.keys():
@@ -172,7 +173,7 @@ def read_state(folder: Path) -> State:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The model's parameters and buffers; UserError where one is not finite."""
-    with undamaged(folder):
+    with readable(folder):
         path = _verified(folder, "model.safetensors")
         with safe_open(path, "pt") as file:
             if file.metadata() != LAYOUT:
@@ -184,15 +185,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """``model.load_state_dict``; ValueError for tensors of another kind of number, such as quantised ones, which that
+    would convert."""
+    own = model.state_dict()
+    wrong = [name for name in own if name in weights and own[name].is_floating_point() != is_float(weights[name])]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {weights[wrong[0]].dtype}")
+    model.load_state_dict(weights)
+
+
 def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
     """Load what :func:`save` wrote, random states too; the unpickler runs no code of the file."""
     weights = read_weights(folder)
     if not (folder / "training.pt").exists() and (folder / "config.json").exists():
         raise UserError(f"{folder} was exported without the optimiser's state: resume from the run it came from")
-    with undamaged(folder):
-        training = torch.load(_verified(folder, "training.pt"), weights_only=True)
+    with readable(folder):
+        # Loaded to the CPU, since it may have been written on a device that is not here or is another process's.
+        training = torch.load(_verified(folder, "training.pt"), map_location="cpu", weights_only=True)
         random = training["random"]
-        model.load_state_dict(weights)
+        load_weights(model, weights)
         for name, part in parts.items():
             part.load_state_dict(training[name])
         torch.set_rng_state(random["cpu"])
@@ -201,25 +213,25 @@ def restore(folder: Path, model: nn.Module, parts: dict[str, Any]) -> None:
 
 
 def _verified(folder: Path, name: str) -> Path:
-    """The path of a file of the checkpoint, whose content is what was written."""
-    sums = (folder / SUMS).read_text(encoding="ascii")
-    if not re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n)+", sums):
-        raise ValueError(f"{SUMS} is not a list of hashes")
+    """The path of a file of the checkpoint, whose content is what was written; UserError where it is damaged."""
+    if missing := [each for each in (SUMS, name) if not (folder / each).is_file()]:
+        raise UserError(f"checkpoint {folder} is damaged: {missing[0]} is missing; take another one")
+    sums = (folder / SUMS).read_text(encoding="ascii", errors="replace")
     known = {line[66:]: line[:64] for line in sums.splitlines()}
-    if known.get(name) != _sum(folder / name):
-        raise ValueError(f"{name} does not have the hash in {SUMS}")
+    if not re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n)+", sums) or known.get(name) != _sum(folder / name):
+        raise UserError(f"checkpoint {folder} is damaged: {name} does not have its hash in {SUMS}; take another one")
     return folder / name
 
 
 @contextmanager
-def undamaged(folder: Path) -> Iterator[None]:
-    """Turns any exception on the contents of a checkpoint into one line that names it."""
+def readable(folder: Path) -> Iterator[None]:
+    """Turns any exception on the contents of a checkpoint, whose files are undamaged, into one line that names it."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # readers raise a dozen kinds on damaged bytes; all mean the same to the user
+    except Exception as error:  # readers and models raise a dozen kinds on foreign content
         reason = " ".join(str(error).split())
         if "weights_only" in reason:  # torch advises to run the file's code
             reason = "training.pt holds more than tensors and numbers"
-        raise UserError(f"checkpoint {folder} is damaged: {reason[:200]}; take another one") from None
+        raise UserError(f"checkpoint {folder} cannot be read: {reason[:200]}; take another one") from None

@@ -70,7 +70,7 @@ def resumable(run: Run) -> Iterator[None]:
     try:
         with run.stopping.listening():
             yield
-    except (KeyboardInterrupt, TerminatedError):
+    except (KeyboardInterrupt, TerminatedError, BrokenPipeError):
         kept = f"continue from {run.out / run.written[-1]} with --resume" if run.written else "no checkpoint yet"
         if leads():
             print(f"\nstopped at step {run.step}: {kept}", file=sys.stderr)

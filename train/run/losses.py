@@ -1,6 +1,5 @@
 """losses.csv: the unweighted loss of every task at every step, as the numbers that were computed."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.files.atomic import append_lines, whole_lines, write_text
-from train.files.reading import reading
+from train.files.reading import parse_lines, reading
 
 Row = tuple[float, ...]
 
@@ -66,14 +65,23 @@ class NotFiniteError(Exception):
         self.step, self.task = step, task
 
 
-def read_losses(path: Path, until: int) -> tuple[tuple[str, ...], dict[int, Row]]:
-    """(tasks, {step: losses}) of a losses.csv up to the step ``until``. A line that a kill cut short ends it."""
+def read_losses(path: Path, until: int, tasks: Sequence[str] | None = None) -> tuple[tuple[str, ...], dict[int, Row]]:
+    """(tasks, {step: losses}) of a losses.csv up to the step ``until``. Damaged lines are left out, and so
+    is one that a kill cut short. Where the ``tasks`` are known, the heading does not matter."""
     with reading(path):
-        head, *rows = csv.reader(whole_lines(path))
-        values = {int(row[0]): tuple(map(float, row[1:])) for row in rows}
-        if head[:1] != ["step"] or any(len(row) != len(head) - 1 for row in values.values()):
+        heading, *lines = whole_lines(path) or [""]
+        step, *named = heading.rstrip().split(",")
+        if tasks is None and step != "step":
             raise ValueError("it is not a table of losses")
-    return tuple(head[1:]), {step: row for step, row in values.items() if step <= until}
+    tasks = tuple(named if tasks is None else tasks)
+
+    def parse(line: str) -> tuple[int, Row]:
+        number, *losses = line.split(",")
+        if len(losses) != len(tasks):
+            raise ValueError
+        return int(number), tuple(map(float, losses))
+
+    return tasks, {step: row for step, row in parse_lines(path, lines, parse) if step <= until}
 
 
 def _line(step: int, row: Row) -> str:

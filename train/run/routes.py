@@ -15,7 +15,7 @@ from fastmoe_lora import RoutingStatistics
 from kernels import UserError
 from train.evaluation.validate import merged
 from train.files.atomic import append_lines, whole_lines, write_text
-from train.files.reading import reading
+from train.files.reading import parse_lines, reading
 from train.run.distributed import leads
 from train.run.start import Run
 
@@ -52,7 +52,8 @@ def begin(run: Run, folder: Path | None) -> None:
     if folder and (given := folder.parent / NAME).exists():
         with reading(given):
             head, *rows = whole_lines(given) or [""]
-            kept = [row for row in rows if int(row.partition(",")[0]) <= run.step]
+        steps = parse_lines(given, rows, lambda row: (int(row.partition(",")[0]), row))
+        kept = [row for step, row in steps if step <= run.step]
     if kept:
         write_text(path, "".join([head, *kept]))
     else:

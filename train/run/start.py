@@ -15,7 +15,7 @@ from kernels import UserError, nvtx, resolve_kernel
 from model import EncoderDecoder, MLoREConfig, MultiTaskModel, MultiTaskViT
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
-from train.files.atomic import make_folder, write_text
+from train.files.atomic import make_folder, remove_partials, write_text
 from train.files.folders import lock, require_outside_data
 from train.run import build, checkpoint, schedule
 from train.run.distributed import from_leader, leads, parallel
@@ -101,6 +101,8 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
         model.compile_training()
     out = from_leader(lambda: claim_folder(settings, folder))
     held = lock(out) if leads() else None
+    for name in ("*.png", "*.csv", "*.json") if held else ():  # as a killed run left them
+        remove_partials(out, name)
     skipped = [fault for dataset in data for fault in dataset.skipped]
     if skipped and leads():
         write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
@@ -143,8 +145,7 @@ def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tup
     """The losses of the steps before the checkpoint ``folder``, as far as they are known."""
     if folder is None or not (path := folder.parent / "losses.csv").exists():
         return {}
-    named, rows = read_losses(path, checkpoint.read_state(folder).step)
-    return rows if named == tasks else {}
+    return read_losses(path, checkpoint.read_state(folder).step, tasks)[1]
 
 
 def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:

@@ -13,13 +13,13 @@ Tracker = Callable[[str, float, int], None]  # (name, value, step)
 @contextmanager
 def tracker(run: Run) -> Iterator[Tracker]:
     """Yields what takes a value of a curve. Of several processes the first one has the curves."""
-    log = run.settings.log if leads() else "none"
-    if log == "tensorboard":
+    kind = run.settings.tracker if leads() else "none"
+    if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(run.out / "tensorboard") as board:
             yield board.add_scalar
-    elif log == "wandb":
+    elif kind == "wandb":
         import wandb
 
         with wandb.init(project="fastmoe_lora", name=run.out.name, dir=run.out, config=asdict(run.settings)) as tracked:

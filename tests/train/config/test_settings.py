@@ -84,6 +84,17 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
     assert name == "scenes" or f"--recipe {name}" in header
 
 
+@pytest.mark.parametrize("bases", [["0"], ["1", "0"], ["1", "2", "1"]])
+def test_a_recipe_that_is_based_on_itself_is_one_line(bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, base in enumerate(bases):
+        (tmp_path / f"{number}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(
+        UserError, match=rf"^recipe {bases[-1]}.yaml is based on itself: .* 0.yaml -> .*{bases[-1]}.yaml$"
+    ):
+        read_recipe("0.yaml")
+
+
 def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: vit_small\nlr: 1.0e-4\n")
     settings = resolve_settings({"recipe": str(tmp_path / "mine.yaml"), "data": "somewhere"})

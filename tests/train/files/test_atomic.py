@@ -6,12 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from kernels import UserError
-from train.files.atomic import remove_partials, replacing, replacing_folder, write_json, write_text
+from train.files.atomic import (
+    ABANDONED,
+    make_folder,
+    remove_partials,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -177,3 +187,17 @@ def test_a_killed_writer_leaves_the_old_content_and_does_not_disturb_the_next(tm
         (folder / "inner").write_text("new")
     remove_partials(tmp_path, "f*")
     assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "new"
+
+
+def test_partials_that_killed_writers_left_go_after_an_hour(tmp_path):
+    """Those of writers that may still live stay, and so do folders, which hours of predictions go to."""
+    before = time.time()
+    for name in ("old.png", "young.png"):
+        (tmp_path / f".{name}.{uuid4().hex}.partial").touch()
+    (tmp_path / f".folder.{uuid4().hex}.partial").mkdir()
+    (tmp_path / ".notes.partial").touch()
+    for path in tmp_path.iterdir():
+        if not path.name.startswith(".young"):
+            os.utime(path, (before - 2 * ABANDONED,) * 2)
+    make_folder(tmp_path)
+    assert [name.split(".")[1] for name in names(tmp_path)] == ["folder", "notes", "young"]

@@ -114,3 +114,20 @@ def test_an_interrupt_while_a_process_starts_ends_the_block(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+UNGUARDED = """
+from train.files.processes import process_map
+with process_map(2, "counts", "train.files.processes") as run:
+    print("counted", *run(abs, range(-3, 0)))
+"""
+
+
+def test_a_script_without_a_guard_is_run_once(tmp_path):
+    """Nor is what came from stdin, a heredoc or a cell, of which there is no file that a process could import."""
+    (tmp_path / "own.py").write_text(UNGUARDED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    options = {"env": environment, "text": True, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)}
+    script, piped = (subprocess.Popen([sys.executable, name], **options) for name in (tmp_path / "own.py", "-"))
+    for process, given in ((script, ""), (piped, UNGUARDED)):
+        assert process.communicate(given, timeout=60) == ("counted 3 2 1\n", "") and process.returncode == 0

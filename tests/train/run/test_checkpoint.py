@@ -12,6 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from kernels import UserError
 from train.cli import main
 from train.evaluate import main as evaluate
 from train.run import checkpoint
+from train.run.backbone import weights_of_run
+from train.run.build import load_on_cpu
 
 QUICK = ["--tasks", "seg,normals", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=4"]
 
@@ -122,8 +127,8 @@ def test_a_disk_that_fills_up_while_saving_is_one_line_and_keeps_the_older_one(t
 
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path, trained):
-    (tmp_path / ".step-1.0123.partial").mkdir()
-    (tmp_path / ".last.0123.partial").symlink_to("step-1")
+    (tmp_path / f".step-1.{uuid4().hex}.partial").mkdir()
+    (tmp_path / f".last.{uuid4().hex}.partial").symlink_to("step-1")
     (tmp_path / "step-2").mkdir()  # killed before "last" pointed at it, then saved again by the resumed run
     checkpoint.save(tmp_path, state(2), *trained)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-2"]
@@ -142,6 +147,26 @@ def test_restore_gives_back_every_bit(tmp_path, trained):
     moments = [parts["optimizer"].state_dict()["state"][0], other.state_dict()["state"][0]]
     assert all(torch.equal(moments[0][key], moments[1][key]) for key in moments[0])
     assert checkpoint.read_state(folder).settings == {"note": "kept"}
+
+
+def test_a_checkpoint_of_a_gpu_is_restored_on_a_cpu(tmp_path, trained, monkeypatch):
+    """torch.save writes the device of each tensor; the tag is set here without a GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        folder = checkpoint.save(tmp_path, state(1), *trained)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.restore(folder, model, {"optimizer": optimizer})
+    expected = trained[1]["optimizer"].state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], expected)
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "training.pt"])
+def test_a_file_that_is_lost_is_damage(tmp_path, trained, name):
+    folder = checkpoint.save(tmp_path, state(1), *trained)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: {name} is missing; take another one$"):
+        checkpoint.restore(folder, *trained)
 
 
 class Malicious:
@@ -203,9 +228,26 @@ def test_a_foreign_state_is_one_line(tmp_path, trained, text, reason):
     folder = checkpoint.save(tmp_path, state(1), *trained)
     (folder / "state.json").write_bytes(text)
     seal(folder)
-    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: .*{reason}") as caught:
+    with pytest.raises(UserError, match=f"^checkpoint {folder} cannot be read: .*{reason}") as caught:
         checkpoint.read_state(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_tensors_of_another_type_or_shape_are_one_line(tiny_scenes_run, tmp_path):
+    """Of a published checkpoint, whose hashes are right: to evaluate, to resume from, and as a backbone."""
+    folder = Path(shutil.copytree(checkpoint.find(tiny_scenes_run), tmp_path / "step-2"))
+    whole = load_file(folder / "model.safetensors")
+    for name, tensor, reason in (
+        ("vit.norm.weight", whole["vit.norm.weight"].to(torch.int8), "vit.norm.weight is torch.int8"),
+        ("task_embed", torch.zeros(3, 2), "task_embed"),
+        ("image_mean", torch.ones(3, 1, 1), "image_mean is .1.0, 1.0, 1.0., of no known normalisation"),
+    ):
+        save_file(whole | {name: tensor}, folder / "model.safetensors", checkpoint.LAYOUT)
+        seal(folder)
+        read = weights_of_run if name == "image_mean" else partial(load_on_cpu, kernel="auto")
+        with pytest.raises(UserError, match=f"^checkpoint {folder} cannot be read: .*{reason}") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_foreign_tensors_are_one_line(tmp_path, capsys):
@@ -219,7 +261,9 @@ def test_foreign_tensors_are_one_line(tmp_path, capsys):
         capsys.readouterr()
         assert run() == 2
         error = capsys.readouterr().err
-        assert f"checkpoint {folder} is damaged: " in error and "vit.norm.weight" in error and error.count("\n") == 1
+        assert (
+            f"checkpoint {folder} cannot be read: " in error and "vit.norm.weight" in error and error.count("\n") == 1
+        )
 
 
 def test_only_what_the_run_wrote_is_removed(tmp_path, trained):
@@ -263,7 +307,9 @@ def test_experts_in_another_order_are_refused(tmp_path, trained):
     folder = checkpoint.save(tmp_path, state(1), *trained)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"experts": "rank-major"})
     seal(folder)
-    with pytest.raises(UserError, match=f"^checkpoint {folder} is damaged: .* its experts are in this program's order"):
+    with pytest.raises(
+        UserError, match=f"^checkpoint {folder} cannot be read: .* its experts are in this program's order"
+    ):
         checkpoint.read_weights(folder)
 
 
