@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kernels import UserError
-from train.cli import Parser, add_cache, guarded
+from train.cli import Parser, add_cache, guarded, new_folder
 from train.datasets.base import open_tree
 from train.datasets.cache import open_cache
 from train.datasets.files import group_by_tasks
@@ -19,8 +19,8 @@ from train.datasets.handedness import describe_handedness
 from train.datasets.inspection import Finding, inspect_images
 from train.datasets.labels import ImageFiles, LabelReader
 from train.datasets.tree import Tree, list_images
-from train.files.atomic import make_folder, write_text
-from train.files.folders import require_outside_data
+from train.files.atomic import write_text
+from train.files.folders import claim
 from train.output.tables import format_table
 from train.protocols.base import finish_labels
 from train.tasks import TASKS, VOID, Classes, parse_tasks
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
         "--workers", type=int, metavar="N", default=os.cpu_count(), help="number of processes (%(default)s)"
     )
     add_cache(parser)
-    parser.add_argument("--out", metavar="DIR", default="runs/check", help="(%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help=new_folder("runs/check"))
     return parser
 
 
@@ -141,9 +141,8 @@ def run(options: Any) -> int:
     tasks = parse_tasks(options.tasks or ",".join(tree.files))
     if options.workers < 0:
         raise UserError(f"workers is {options.workers}: it must not be negative")
-    reader, out = tree.reader(open_cache(options.cache, tree.root)), Path(options.out)
-    require_outside_data(out)
-    make_folder(out)
+    reader = tree.reader(open_cache(options.cache))
+    out = claim(options.out, "train.check", ("faults.txt", "sheet.png"), "runs/check")
     print(f"tree  {tree}", flush=True)
     splits = check(tree, tasks, options.partial_labels, reader, options.workers)
     faults = [fault for split in splits for fault in split.faults]

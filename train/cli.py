@@ -10,6 +10,7 @@ from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes
 from train.files.printing import printing
+from train.files.processes import killed_workers
 from train.files.progress import quiet
 from train.output.tables import format_table
 from train.protocols import PROTOCOLS
@@ -58,6 +59,11 @@ def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
     parser.add_argument(
         "--cache", metavar="DIR", default=default, help="folder for labels that take long to derive, outside the data"
     )
+
+
+def new_folder(name: str) -> str:
+    """The help of an --out whose default is a folder that did not exist."""
+    return f"({name}, or the first of {name}-2, ... that does not exist)"
 
 
 def build_parser(prog: str = "train", description: str = DESCRIPTION) -> Parser:
@@ -199,9 +205,10 @@ def flags_of(flags: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
     """The exit status of ``run``: 2 and one line on stderr after a UserError, 130 after an interrupt, 143 after a
-    SIGTERM that it heard; SystemExit as :func:`printing` raises it. ``silent`` runs print nothing else."""
+    SIGTERM, SIGHUP or SIGUSR1 that it heard; SystemExit as :func:`printing` raises it. ``silent`` runs print nothing
+    else."""
     try:
-        with quiet(silent), printing():
+        with quiet(silent), printing(), killed_workers():
             return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

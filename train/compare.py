@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from kernels import UserError
-from train.cli import Parser, add_cache, guarded
+from train.cli import Parser, add_cache, guarded, new_folder
 from train.config.settings import Settings
 from train.datasets.base import open_dataset
 from train.datasets.batches import collate
 from train.datasets.files import Access
 from train.evaluation.baselines import with_baseline
 from train.evaluation.results import Results, read_results, require_comparable
-from train.files.atomic import make_folder, write_text
+from train.files.atomic import write_text
+from train.files.folders import claim
 from train.output.tables import format_table, number
 from train.run import checkpoint
 from train.run.build import load_checkpoint
@@ -38,7 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument("--baseline", metavar="FILE|NAME", help="Delta_m against a published row, a JSON file or a run")
     add_cache(parser)
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--out", metavar="DIR", default="runs/compare", help="(%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help=new_folder("runs/compare"))
     return parser
 
 
@@ -100,13 +101,13 @@ def caption(runs: Mapping[str, Results]) -> str:
 
 
 def load_model(given: str, results: Results) -> tuple[Settings, torch.nn.Module] | None:
-    """(settings, model) of the checkpoint that a run was scored with; None where it has no checkpoint."""
+    """(settings, model) of the checkpoint that a run was scored with; None where there is none of that step."""
     path = Path(given)
     folder = checkpoint.find(Path(results.get("checkpoint") or (path if path.is_dir() else path.parent)))
     if "predictions" in results or not (folder / "state.json").is_file():
         return None
-    settings, model, _ = load_checkpoint(folder)
-    return settings, model
+    settings, model, state = load_checkpoint(folder)
+    return (settings, model) if state.step == results.get("step", results.get("steps")) else None
 
 
 @torch.inference_mode()
@@ -133,11 +134,11 @@ def draw(path: Path, runs: Mapping[str, Results], models: Models, cache: str) ->
 
 
 def run(options: Namespace) -> None:
-    given, baseline, out = options.runs, options.baseline, Path(options.out)
+    given, baseline = options.runs, options.baseline
     runs = dict(zip(short_names(given), map(read_results, given), strict=True))
     require_comparable(runs)
     runs = {name: with_baseline(results, baseline) if baseline else results for name, results in runs.items()}
-    make_folder(out)
+    out = claim(options.out, "train.compare", ("table.txt", "table.md", "predictions.png"), "runs/compare")
     rows, below = rows_of(runs), caption(runs)
     tables = {"table.txt": f"{format_table(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
     for name, text in tables.items():

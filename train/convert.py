@@ -11,7 +11,7 @@ from kernels import UserError
 from model import convert_source, read_source, read_weights, timm_layout
 from train.cli import Parser, guarded
 from train.files.atomic import make_folder, replacing
-from train.files.folders import require_outside_data
+from train.files.folders import require_new
 from train.run import checkpoint
 from train.run.backbone import is_run, settings_of, weights_of_run
 
@@ -55,13 +55,11 @@ def run(options: Namespace) -> None:
     to = Path(options.to)
     if to.suffix != ".safetensors":
         raise UserError(f"--to {to} must end in .safetensors")
-    require_outside_data(to)
-    if to.exists():
-        raise UserError(f"{to} exists already and is not overwritten: choose another --to")
+    require_new(to, "--to")
     given = options.source
     tensors, normalisation, left = of_run(Path(given)) if is_run(given) else of_weights(given)
     make_folder(to.parent)
-    with replacing(to) as partial:
+    with replacing(to) as partial, checkpoint.failed_writes():
         save_file(tensors, partial, {"format": "pt"})
     print(f"{to}: {len(tensors)} tensors by timm's names; left out: {left}")
     if read_weights(to).normalisation != normalisation:

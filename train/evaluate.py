@@ -11,7 +11,7 @@ from typing import Any
 
 from kernels import UserError
 from model import MultiTaskModel
-from train.cli import Parser, add_cache, guarded
+from train.cli import Parser, add_cache, guarded, new_folder
 from train.config.settings import Settings, layer
 from train.datasets.base import CLASSES, DataSet, open_dataset, open_tree
 from train.datasets.batches import sample_loader
@@ -27,7 +27,8 @@ from train.evaluation.score import (
     predictions_of_model,
     score_predictions,
 )
-from train.files.atomic import make_folder, write_json
+from train.files.atomic import write_json
+from train.files.folders import claim
 from train.files.reading import reading, require_file
 from train.metrics.odsf import VARIANTS
 from train.output.scores import score_table
@@ -79,7 +80,7 @@ def build_parser() -> Parser:
     add("--skip-bad", action="store_true", help="skip images with a damaged or missing file")
     add_cache(parser)
     add("--workers", type=int, metavar="N", default=os.cpu_count(), help="number of processes for odsF (%(default)s)")
-    add("--out", metavar="DIR", help="(runs/evaluate/NAME-PROTOCOL)")
+    add("--out", metavar="DIR", help=new_folder("runs/evaluate/NAME-PROTOCOL"))
     return parser
 
 
@@ -193,12 +194,12 @@ def evaluate(subject: Subject, options: Namespace) -> tuple[Results, Path]:
     if options.baseline:
         with_baseline(results, options.baseline)  # a wrong baseline fails here, not after hours of scoring
     predicted = predictions_of(subject, options, dataset)
-    out = make_folder(Path(options.out or f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"))
-    print(announce(results), flush=True)
-
     metrics = build_metrics(settings.task_names, dataset.classes)
     kept = Path(options.save_predictions) if options.save_predictions else None
     with keeping(kept, describe_files(settings, dataset, options.split) | subject.about) as save:
+        default = f"runs/evaluate/{subject.name}-{dataset.protocol.reported}"
+        out = claim(options.out, "train.evaluate", ["results.json"], default)
+        print(announce(results), flush=True)
         scoring = Scoring(predicted, dataset.ids, metrics, boundaries, save, dataset.boundary_distance)
         results["metrics"] = score_predictions(scoring, options.odsf_variant, options.workers)
     return with_baseline(results, options.baseline) if options.baseline else results, out

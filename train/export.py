@@ -16,7 +16,7 @@ from train.cli import Parser, guarded
 from train.config.settings import Settings
 from train.evaluation.results import Results, read_results
 from train.files.atomic import make_folder, replacing, replacing_folder, write_text
-from train.files.folders import require_outside_data
+from train.files.folders import require_new
 from train.output.card import write_card
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_on_cpu
@@ -67,9 +67,7 @@ def results_of(options: Namespace, step: int) -> Results:
 def run(options: Namespace) -> None:
     """Writes the folder or the file."""
     to = Path(options.to)
-    require_outside_data(to)
-    if to.exists():
-        raise UserError(f"{to} exists already and is not overwritten: choose another --to")
+    require_new(to, "--to")
     folder = checkpoint.find(Path(options.run))
     if to.suffix == ".pt2":
         write_program(folder, to)
@@ -96,7 +94,8 @@ def write_program(folder: Path, to: Path) -> None:
     state = replace(state, settings=asdict(public_settings(settings)), written=[])
     make_folder(to.parent)
     with replacing(to) as partial:
-        save_program(program, partial, json.dumps(asdict(state), indent=1))
+        with checkpoint.failed_writes():
+            save_program(program, partial, json.dumps(asdict(state), indent=1))
         difference = largest_difference(model, load_program(partial)[0], settings.image_size)
     print(f"{to}: step {state.step} of {folder}, outputs within {difference:.1e} of the model's largest")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels import UserError
-from train.cli import Parser, guarded
-from train.files.atomic import make_folder, write_json
+from train.cli import Parser, guarded, new_folder
+from train.files.atomic import write_json
+from train.files.folders import claim
 from train.output.tables import format_table
 from train.run.losses import Row, read_losses
 
@@ -34,7 +35,7 @@ def build_parser() -> Parser:
     allowed = parser.add_mutually_exclusive_group()
     allowed.add_argument("--assert-equal", action="store_true", help="every loss must be the same number")
     allowed.add_argument("--rtol", type=float, metavar="X", help="relative difference that no loss may exceed")
-    parser.add_argument("--out", metavar="DIR", default="runs/lossdiff", help="(%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help=new_folder("runs/lossdiff"))
     return parser
 
 
@@ -89,9 +90,10 @@ def run(options: Namespace) -> int:
         raise UserError(f"rtol is {options.rtol}: it must be at least 0")
     differences = {task: compare(one, other, column) for column, task in enumerate(tasks)}
     print(describe(differences, len(common)))
-    draw(make_folder(Path(options.out)) / "lossdiff.png", tasks, options.runs, (one, other))
-    write_json(Path(options.out) / "lossdiff.json", {task: vars(found) for task, found in differences.items()})
-    print(f"\n{options.out}/: lossdiff.json, lossdiff.png")
+    out = claim(options.out, "train.lossdiff", ("lossdiff.json", "lossdiff.png"), "runs/lossdiff")
+    draw(out / "lossdiff.png", tasks, options.runs, (one, other))
+    write_json(out / "lossdiff.json", {task: vars(found) for task, found in differences.items()})
+    print(f"\n{out}/: lossdiff.json, lossdiff.png")
     if len(common) < max(len(one), len(other)) and options.assert_equal:
         print(f"the runs have {len(one)} and {len(other)} steps", file=sys.stderr)
         return 1

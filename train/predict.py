@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 
 from kernels import UserError
 from model import ExportedModel, MultiTaskModel
-from train.cli import Parser, guarded
+from train.cli import Parser, guarded, new_folder
 from train.config.settings import Settings
 from train.evaluation.predictions import write_pictures
 from train.files.atomic import make_folder, replacing
-from train.files.folders import require_outside_data
+from train.files.folders import claim, resolved
 from train.files.progress import progress
 from train.files.reading import reading, require_file
 from train.protocols import Protocol
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="a .pt2 file of train.export instead of CHECKPOINT; it can run any code: use only what you trust",
     )
-    parser.add_argument("--out", metavar="DIR", default="runs/predict", help="(%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help=new_folder("runs/predict"))
     return parser
 
 
@@ -144,14 +144,16 @@ def run(options: Namespace) -> int:
     """Predicts all photos that can be read; the exit status is 1 if there are others."""
     from train.output import pictures
 
-    out, given = Path(options.out), options.inputs if options.exported else options.inputs[1:]
+    given = options.inputs if options.exported else options.inputs[1:]
     if not given:
         raise UserError(f"give photos after {options.inputs[0]}")
-    require_outside_data(out)
     photos = list_photos(given)
     settings, model, step = load(options)
+    source = resolved(Path(options.exported or options.inputs[0]))
     protocol, classes = settings.source.protocol, settings.source.classes
-    make_folder(out)
+    names = (*(TASKS[task].folder for task in model.tasks), "overlays", "raw", "sheet.png")
+    # Photos of two checkpoints in one folder could not be told apart.
+    out = claim(options.out, f"train.predict of step {step} of {source}", names, "runs/predict")
     print(f"model     {settings.model} of step {step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
     sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
     faults: list[str] = []

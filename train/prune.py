@@ -17,7 +17,7 @@ from train.datasets.base import DataSet
 from train.datasets.batches import eval_loader, train_loader
 from train.evaluation.validate import validate
 from train.files.atomic import make_folder, write_json
-from train.files.folders import require_outside_data
+from train.files.folders import claim, require_new
 from train.output.scores import score_table
 from train.run import checkpoint
 from train.run.build import build_data, build_optimizer, load_checkpoint, rebuild_model
@@ -86,9 +86,7 @@ def measured_mass(settings: Settings, model: MultiTaskModel, train_set: DataSet)
 
 def run(options: Namespace) -> None:
     given, out = Path(options.run), Path(options.out)
-    require_outside_data(out)
-    if out.exists():
-        raise UserError(f"{out} exists already and is not overwritten: choose another --out")
+    require_new(out, "--out")
     folder = checkpoint.find(given)
     settings, model, state = load_checkpoint(folder)
     config = pruned_config(settings.moe_config, options.keep, given)
@@ -108,6 +106,7 @@ def run(options: Namespace) -> None:
         tuned = train({"steps": total}, str(out), ["--resume", str(out), "--steps", str(total)])
         scores["fine-tuned"] = tuned["metrics"]
     pools = {"before": settings.moe, "after": str(config)}
+    claim(out, "train.prune", ["prune.json"])
     write_json(out / "prune.json", {"run": str(given), "moe": pools, "kept": kept, "scores": scores})
     print(f"\n{settings.moe} -> {config}\n\n{score_table(scores)}\n\n{out}/: last, prune.json")
 

@@ -8,15 +8,17 @@ from train.cli import Parser, guarded
 from train.datasets.base import open_dataset
 from train.datasets.batches import train_loader
 from train.evaluation.conflict import gradient_cosines
-from train.files.atomic import make_folder, write_json
+from train.files.atomic import write_json
+from train.files.folders import claim
 from train.output.routing import save_agreement
 from train.output.tables import format_table
 from train.run import checkpoint
 from train.run.build import load_checkpoint
-from train.run.course import WRITTEN, draw_routing
+from train.run.course import WRITTEN, draw_routing, read_course
 from train.run.routes import NAME
 
 CONFLICT_BATCHES = 8
+CONFLICT = ("conflict.png", "conflict.json")
 DESCRIPTION = f"""\
 Draw which experts the tasks of a run chose in the course of its training, from its {NAME}, which
 python -m train --set routing_every=N writes. OUT receives fig4.png (gate mass by layer and expert at the first, an
@@ -33,14 +35,12 @@ def build_parser() -> Parser:
 
 
 def run(options: Namespace) -> None:
-    folder = Path(options.run)
-    checkpoint.read_state(checkpoint.find(folder))  # a mistyped RUN is not made
-    out = make_folder(Path(options.out or folder))
-    print(draw_routing(folder, out))
-    names = [*WRITTEN]
+    folder, names = Path(options.run), [*WRITTEN, *(CONFLICT if options.conflict else ())]
+    course = read_course(folder)
+    out = claim(options.out or folder, "train.routing", names)
+    print(draw_routing(course, out))
     if options.conflict:
         conflict(folder, out)
-        names += ["conflict.png", "conflict.json"]
     print(f"\n{out}/: {', '.join(names)}")
 
 

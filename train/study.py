@@ -15,10 +15,11 @@ from train.config.arms import FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SI
 from train.evaluation.results import Results, require_comparable
 from train.evaluation.study import as_json, compare, reference_scores, table
 from train.files.atomic import make_folder, write_json, write_text
+from train.files.folders import claim
 from train.output.charts import draw
 from train.output.versions import versions
 from train.run.arms import Runs
-from train.run.course import WRITTEN, draw_routing
+from train.run.course import WRITTEN, draw_routing, read_course
 
 DESCRIPTION = """\
 Train the arms of a figure or table of ASE (arXiv 2510.00570) and compare them by Delta_m against single-task models,
@@ -77,6 +78,8 @@ def run(options: Namespace) -> None:
     shared, out = shared_settings(options), Path(options.out)
     asked = (*FIGURES, ROUTED.name) if "all" in options.figures else tuple(dict.fromkeys(options.figures))
     figures = [figure for figure in asked if figure in FIGURES]
+    names = [f"{figure}.{kind}" for figure in figures for kind in ("json", "md", "png")]
+    claim(out, "train.study", ["runs", *names, *(WRITTEN if ROUTED.name in asked else ())])
     make_folder(out / "runs")
     runs = Runs(out / "runs", shared | {"pretrained": pretrained(out / "runs", shared)})
     run_figures(runs, figures, out, options.seeds)
@@ -86,7 +89,7 @@ def run(options: Namespace) -> None:
         )
     if ROUTED.name in asked:
         say(ROUTED, 0, runs.run(ROUTED, 0))
-        print(f"\n{draw_routing(runs.folder(ROUTED, 0), out)}\n\n{out}/: {', '.join(WRITTEN)}")
+        print(f"\n{draw_routing(read_course(runs.folder(ROUTED, 0)), out)}\n\n{out}/: {', '.join(WRITTEN)}")
 
 
 def run_figures(runs: Runs, figures: Sequence[str], out: Path, seeds: int) -> None:

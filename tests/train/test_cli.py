@@ -16,6 +16,7 @@ from kernels.dispatch import RESOLVED
 from model import VITS, ViT
 from train.cli import build_parser, main
 from train.config.settings import resolve_settings
+from train.files.folders import claim
 from train.run.build import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,8 +152,12 @@ def test_pretrained_takes_a_folder_that_the_hub_left(small_weights, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     assert main(["--out", str(tmp_path), *QUICK]) == 2
-    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert f"{tmp_path}/results.json was not written by train: move it away" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == "{}"
+    claim(tmp_path / "run", "train", ["results.json"])
+    (tmp_path / "run" / "results.json").write_text("{}")
+    assert main(["--out", str(tmp_path / "run"), *QUICK]) == 2
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
 
 
 def test_a_module_run_as_a_user_does_exits_2(tmp_path):

@@ -1,10 +1,12 @@
 """What commands print and where curves go: as much as was asked for, and nothing into a pipe that is for a terminal."""
 
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 
@@ -102,6 +104,26 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
     assert config["project"] == "fastmoe_lora" and config["lr"] > 0
     assert {"loss/seg", "lr"} <= {name for _, values in curves for name in values} and curves[-1][0] == 2
     sys.modules.pop("wandb", None)
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no folder"])
+def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(fault, tmp_path, capfd, monkeypatch):
+    """TensorBoard writes in a thread, whose exceptions are tracebacks by themselves."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fault == "full disk":
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    else:
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", full)
+    hook = threading.excepthook
+    assert main([*QUICK, "--quiet", "--steps", "30", "--out", str(tmp_path / "run")]) == 0
+    warning = (
+        "warning: --tracker tensorboard ends here ([Errno 28] No space left on device); losses.csv goes on\n"
+    )
+    assert capfd.readouterr().err == warning and threading.excepthook is hook
+    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 31
 
 
 def test_weights_and_biases_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):

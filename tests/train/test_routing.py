@@ -82,8 +82,8 @@ def test_a_resumed_run_records_what_one_does_that_was_not(recorded, tmp_path):
     (out / "routing.csv").write_text(text[: text.rindex("\n7,") + 9])  # cut short
     assert train([*TINY, "--steps", "7", "--set", "routing_every=3", "--resume", "--out", str(out)]) == 0
     assert (out / "routing.csv").read_text() == text
-    (out / "last").unlink()
-    (out / "results.json").unlink()
+    for path in (out / "last", out / "results.json", *out.glob("step-*")):
+        path.rename(tmp_path / path.name)
     assert train([*TINY, "--steps", "2", "--resume", "--out", str(out)]) == 0  # from step 0
     assert not (out / "routing.csv").exists()
 
@@ -142,6 +142,10 @@ def test_mistakes_are_one_line(recorded, tiny_scenes_run, tmp_path, capsys, erro
     assert "is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
     assert "has no experts in its backbone" in error_of(main, tmp_path / "plain")
+    assert "typo is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
+    run = shutil.copytree(recorded, tmp_path / "run", symlinks=True)
+    (run / "gate_mass.png").write_text("mine")
+    assert f"{run}/gate_mass.png was not written by train.routing" in error_of(main, run)
     capsys.readouterr()
     assert train([*TINY, "--compile", "--set", "routing_every=1", "--out", str(tmp_path / "x")]) == 2
     assert "routing_every records what a compiled or graphed step hides" in capsys.readouterr().err

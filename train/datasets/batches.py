@@ -5,7 +5,6 @@ of images from each group of images that are labelled for the same tasks. So eac
 step, and the shapes of the tensors never change.
 """
 
-import ctypes
 import io
 import os
 import signal
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_start_method
 from typing import Any, TextIO
 
@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from fastmoe_lora.ranks import rank, world_size
 from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
+from train.files.processes import end_with_parent, stop_for_parent_alone
 from train.protocols import Sample
 from train.tasks import TASKS
-
-PR_SET_PDEATHSIG = 1
 
 
 def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
@@ -168,36 +167,62 @@ class Loader:
 
     The processes live as long as the loader, each with one thread. A UserError in a process is raised here
     with the same message. torch's global random state does not change. ``gather`` makes a batch of a list of samples.
+    Where /dev/shm is too small to hand batches over, one line says so, and this process loads the rest.
     """
 
     def __init__(
         self, dataset: DataSet, batches: Iterable[list[Key]], workers: int, gather: Callable[[list[Sample]], Any]
     ) -> None:
-        self._loader: DataLoader[Sample | UserError] = DataLoader(
+        self._batches = batches
+        self._open = partial(
+            DataLoader,
             _Reporting(dataset),
-            batch_sampler=batches,
             collate_fn=partial(_gather_or_report, gather=gather),
-            num_workers=workers,
-            persistent_workers=workers > 0,
             worker_init_fn=partial(_end_with_parent, os.getpid()),
             pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait
             generator=torch.Generator(),  # DataLoader draws a seed per iteration, by default from the global state
         )
+        self._loader = self._open(batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        done = 0
+        try:
+            for batch in _read(self._loader):
+                done += 1
+                yield batch
+            return
+        except SharedMemoryError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        self._loader = self._open(batch_sampler=self._batches)
+        yield from _read(self._open(batch_sampler=islice(iter(self._batches), done, None)))
+
+
+class SharedMemoryError(UserError):
+    """A worker has no memory to hand a batch over. Torch would lose that batch, and wait for it without end."""
+
+
+SMALL_MEMORY = (
+    "/dev/shm is too small for the batches of --workers, so that this process prepares them, which is slower: give "
+    "the container more (docker run --shm-size=1g), or pass --workers 0"
+)
+
+
+def _read(loader: DataLoader) -> Iterator[Any]:
+    """The batches; raises the UserErrors among them."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _end_with_parent(parent: int, worker: int) -> None:
     """On Linux a worker ends with the process that started it, and prints nothing of the connections it then lacks."""
+    end_with_parent(signal.SIGKILL)
+    stop_for_parent_alone(parent)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent and get_start_method() == "fork":  # it ended before it could be waited for
             os._exit(1)
         sys.stderr = _Patient(sys.stderr)
@@ -237,7 +262,16 @@ class _Reporting(Dataset[Sample | UserError]):
 
 def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[Sample]], Any]) -> Any:
     faults = [sample for sample in samples if isinstance(sample, UserError)]
-    return faults[0] if faults else gather([sample for sample in samples if not isinstance(sample, UserError)])
+    if faults:
+        return faults[0]
+    batch = gather([sample for sample in samples if not isinstance(sample, UserError)])
+    if get_worker_info() and isinstance(batch, Batch):
+        try:  # torch would do it in a thread of the worker, whose errors nobody hears
+            for tensor in batch.tensors:
+                tensor.share_memory_()
+        except RuntimeError:
+            return SharedMemoryError(SMALL_MEMORY)
+    return batch
 
 
 class Slices:

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from kernels.errors import UserError
 from train.files.atomic import replacing
+from train.files.folders import require_outside_data, resolved
 from train.files.reading import reading, require_file
 
 Label = NDArray[np.uint8]
@@ -44,16 +45,15 @@ class Cache:
         return label
 
 
-def open_cache(folder: str, root: Path) -> Cache:
+def open_cache(folder: str) -> Cache:
     """The cache in ``folder``, which is created if needed; a cache that stores nothing for "".
 
-    UserError for a folder inside the data set ``root``, or one that cannot be written.
+    UserError for a folder inside a data set, or one that cannot be written.
     """
     if not folder:
         return Cache()
-    path = Path(folder).resolve()
-    if path.is_relative_to(root.resolve()):
-        raise UserError(f"cache {folder} lies inside the data set {root}, which is only read: choose another folder")
+    path = resolved(Path(folder))
+    require_outside_data(Path(folder), "--cache")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

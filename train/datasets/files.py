@@ -57,7 +57,7 @@ class TreeDataSet:
         self.boundary_distance = tree.boundary_distance
         self.split, self.seed, self.protocol = split, seed, protocol
         self.training = split == "train" and not protocol.scoring
-        self._reader = tree.reader(open_cache(access.cache, tree.root), protocol.edges_at_input)
+        self._reader = tree.reader(open_cache(access.cache), protocol.edges_at_input)
         guided = protocol.needs_seg and self.training
         images = list_images(tree, split, tasks, access.partial_labels, guided)
         if only is not None:

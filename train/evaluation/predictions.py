@@ -28,6 +28,7 @@ from PIL import Image
 
 from kernels.errors import UserError
 from train.files.atomic import make_folder, replacing, replacing_folder
+from train.files.folders import require_outside_data
 from train.files.images import read_image
 from train.files.reading import read_json, reading
 from train.tasks import TASKS, Picture, Shape
@@ -76,11 +77,12 @@ def keeping(path: Path | None, note: dict[str, Any]) -> Iterator[Callable[[str, 
     """Yields ``save(image_id, pictures)``, or None without a ``path``.
 
     The folder ``path`` appears, complete and with ``note``, when the block ends. After an error in the block there is
-    no folder. UserError where ``path`` exists and is not an empty folder.
+    no folder. UserError where ``path`` lies in a data set, or exists and is not an empty folder.
     """
     if path is None:
         yield None
         return
+    require_outside_data(path, "--save-predictions")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder: choose another --save-predictions")
     with replacing_folder(path) as unfinished:

@@ -60,6 +60,13 @@ def read_results(given: str | Path) -> Results:
     return read_json(path, SCHEMA)
 
 
+def finished_results(run: Path, step: int) -> Results | None:
+    """The results of a run at its checkpoint of ``step``; None where it has none, or those of another step, as a run
+    has that was extended and is not finished."""
+    results = read_results(run) if (run / "results.json").exists() else {}
+    return results if results.get("steps") == step else None
+
+
 def require_comparable(results: Mapping[str, Results]) -> None:
     """UserError where two of the ``results``, by name, are of different protocols, image sets or kinds of odsF.
 

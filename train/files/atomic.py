@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         UserError: the block, or the rename, raised an OSError: the disk is full, read-only or the like.
     """
     partial = _partial(path)
-    with _one_line(path):
+    with writing(path):
         try:
             yield partial
             if sync:
@@ -46,7 +46,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
             raise
     if sync:
-        _sync_names(path.parent)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         UserError: the block, or a rename, raised an OSError: the disk is full, read-only or the like.
     """
     partial, old = _partial(path), _partial(path)
-    with _one_line(path):
+    with writing(path):
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -74,7 +74,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 old.rename(path)
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    _sync_names(path.parent)
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -91,7 +91,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Adds lines to a file in UTF-8; UserError where the disk refuses. A kill may cut the last one short."""
-    with _one_line(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
@@ -99,6 +99,25 @@ def whole_lines(path: Path) -> list[str]:
     """The lines of such a file, each with its end, but for one that was cut short. What is not UTF-8 becomes U+FFFD."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return [line for line in file if line.endswith("\n")]
+
+
+def write_link(path: Path, name: str) -> None:
+    """A link to ``name`` or, on a disk without links (exFAT, SMB, Google Drive), a file that holds ``name``."""
+    with replacing(path) as partial:
+        try:
+            partial.symlink_to(name)
+        except OSError:
+            partial.write_text(f"{name}\n", encoding="utf-8")
+
+
+def probe(folder: Path) -> None:
+    """UserError unless ``folder`` takes what a checkpoint needs: files, folders, links, and their renaming."""
+    trial = _partial(folder / "probe")
+    try:
+        with replacing_folder(trial) as partial:
+            write_link(partial / "link", "file")
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def make_folder(path: Path) -> Path:
@@ -119,6 +138,12 @@ def _remove_abandoned(folder: Path) -> None:
                 partial.unlink()
 
 
+def remove_folder(path: Path) -> None:
+    """Deletes a folder, if it is there. A kill leaves the whole folder or a partial of it, and never half of it."""
+    with suppress(OSError):
+        shutil.rmtree(path.rename(_partial(path)))
+
+
 def remove_partials(folder: Path, name: str) -> None:
     """Deletes the partials that killed writers left in ``folder``, for names that match the glob pattern ``name``.
 
@@ -133,7 +158,8 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError in the block into a UserError of one line with ``path`` and the remedy."""
     try:
         yield
     except OSError as error:
@@ -143,15 +169,13 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the content of a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Waits until the content of a file, or the names in a folder, are on the disk.
 
-
-def _sync_names(folder: Path) -> None:
-    """Syncs a folder after a rename. Errors are ignored: the file is complete, and some network disks cannot sync."""
-    with suppress(OSError):
-        _sync(folder)
+    Errors of folders and links are ignored: SMB, VirtualBox and some others sync files only.
+    """
+    with suppress(OSError) if path.is_dir() or path.is_symlink() else nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,5 +1,7 @@
-"""A pool of processes: ordered results, few jobs in flight, one line when a process is killed."""
+"""A pool of processes: ordered results, few jobs in flight, one line when one is killed. When processes end."""
 
+import ctypes
+import os
 import pickle
 import signal
 import sys
@@ -10,10 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
 from kernels.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # of schedulers, and of a terminal that is closed
 
 OrderedMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -46,11 +52,49 @@ def process_map(workers: int, purpose: str, preload: str) -> Iterator[OrderedMap
     try:
         yield partial(_map_ordered, partial(_submit, pool), 2 * workers)
     except BrokenProcessPool:
-        raise UserError(
-            f"a process that {purpose} was killed, perhaps for lack of memory: use fewer --workers"
-        ) from None
+        raise _killed(purpose) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _killed(purpose: str) -> UserError:
+    return UserError(f"a process that {purpose} was killed, perhaps for lack of memory: use fewer --workers")
+
+
+@contextmanager
+def killed_workers() -> Iterator[None]:
+    """Turns torch's error on a worker of a DataLoader that was killed into a UserError of one line.
+
+    Torch's handler of SIGCHLD raises it, wherever the program is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or it raises again, in a destructor, when the others end
+        raise _killed("prepares batches") from error
+
+
+def end_with_parent(number: int) -> None:
+    """On Linux this process gets the signal ``number`` when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def stop_for_parent_alone(parent: int) -> None:
+    """On Linux STOPS end this process where ``parent`` sends them. Those to a whole group or container are left to the
+    parent, which may need this process for what it does before it ends."""
+    if sys.platform != "linux":
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def wait() -> None:
+        while (arrived := signal.sigwaitinfo(STOPS)) and arrived.si_pid != parent:
+            pass
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any) -> Future[Any]:

@@ -9,7 +9,8 @@ from typing import Any
 from kernels import UserError
 from train.config.arms import DECODERS, LIKE, MOMENTS, ROUTED, Arm
 from train.config.settings import resolve_settings
-from train.evaluation.results import Results, read_results
+from train.evaluation.results import Results, finished_results
+from train.files.atomic import writing
 from train.files.progress import quiet
 from train.files.reading import require_schema
 from train.run import checkpoint
@@ -50,12 +51,14 @@ class Runs:
         folder = self.folder(arm, seed)
         if not (folder / "results.json").exists():
             return None
-        before, now = map(asdict, (settings_of(checkpoint.find(folder)), resolve_settings(self.flags(arm, seed))))
+        newest = checkpoint.find(folder)
+        before, now = map(asdict, (settings_of(newest), resolve_settings(self.flags(arm, seed))))
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed := [text for text in changed if text.split()[0] not in WITHOUT_MEANING]:
             raise UserError(f"{folder} was trained with other settings ({', '.join(changed)}): choose another --out")
-        results = read_results(folder)
-        require_schema(folder / "results.json", results, {"model": {"name": str}, "steps": int})
+        results = finished_results(folder, checkpoint.read_state(newest).step)
+        if results:
+            require_schema(folder / "results.json", results, {"model": {"name": str}, "steps": int})
         return results
 
     def run(self, arm: Arm, seed: int) -> Results:
@@ -64,7 +67,10 @@ class Runs:
         if (results := self.finished(arm, seed)) is not None:
             return results
         flags = self.flags(arm, seed)
-        with (self.out / f"{arm.name}-{seed}.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        path = self.out / f"{arm.name}-{seed}.log"
+        with writing(path):
+            log = path.open("w", encoding="utf-8")
+        with log, redirect_stdout(log):
             return train(flags, "", argv_of(flags))
 
     @cached_property

@@ -1,5 +1,8 @@
 """Checkpoints: folders ``step-N/`` that are complete before they get their name, and ``last``, a link to the newest.
 
+On a disk without links ``last`` is a file that holds the name step-N. Where it was lost, as copies to such disks, rsync
+-r and zip lose it, the newest step-N is taken.
+
     model.safetensors   every parameter and buffer of the model
     training.pt         the states of optimiser, gradient scaler and random generators, tensors and numbers only
     state.json          see :class:`State`
@@ -11,6 +14,7 @@ A killed run leaves its last complete checkpoint. Weights that are not finite ne
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +30,8 @@ from torch import Tensor, nn
 
 from kernels import UserError
 from model.names import is_float
-from train.files.atomic import remove_partials, replacing, replacing_folder
+from train.files.atomic import remove_folder, remove_partials, replacing_folder, write_link
+from train.files.folders import resolved
 
 SUMS = "SHA256SUMS"
 STATES = ("state.json", "config.json")  # of a checkpoint of a run, of an exported one
@@ -58,17 +63,16 @@ def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep:
     training = {name: part.state_dict() for name, part in parts.items()}
     _require_finite(folder, model.state_dict(), training["optimizer"])
     state.written = [name for name in state.written if name != folder.name] + [folder.name]
-    with replacing_folder(folder) as partial, _failed_writes():
+    with replacing_folder(folder) as partial, failed_writes():
         save_file(model.state_dict(), partial / "model.safetensors", LAYOUT)
         with (partial / "training.pt").open("wb") as file:
             torch.save(training | {"random": _random_states()}, file)
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
         _write_sums(partial)
-    with replacing(out / "last") as link:
-        link.symlink_to(folder.name)
+    write_link(out / "last", folder.name)
     for name in state.written[:-keep]:
         if STEP.fullmatch(name):  # from a file, so it may say anything
-            shutil.rmtree(out / name, ignore_errors=True)
+            remove_folder(out / name)
     state.written = state.written[-keep:]
     for name in ("step-*", "last"):
         remove_partials(out, name)
@@ -122,7 +126,7 @@ def _sum(path: Path) -> str:
 
 
 @contextmanager
-def _failed_writes() -> Iterator[None]:
+def failed_writes() -> Iterator[None]:
     """Raises the OSError of a failed write, which safetensors and torch wrap in other exceptions."""
     try:
         yield
@@ -136,10 +140,29 @@ def _failed_writes() -> Iterator[None]:
 
 def find(given: Path) -> Path:
     """The folder step-N, given a run's folder, its ``last`` or step-N itself."""
-    try:
-        return ((given / "last") if (given / "last").is_symlink() or (given / "last").exists() else given).resolve()
-    except (OSError, RuntimeError):  # a link that points at itself
-        raise UserError(f"{given}/last points nowhere: give a folder step-N") from None
+    run = given.parent if given.name == "last" and not given.is_dir() else given
+    folder = newest(run)
+    if folder is None and os.path.lexists(run / "last"):
+        raise UserError(f"{run}/last points nowhere: give a folder step-N")
+    return resolved(folder or given)
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint that ``run/last`` names or, where that is lost, the one of the most steps; None without any."""
+    last = run / "last"
+    if last.is_file() and STEP.fullmatch(name := last.read_text(encoding="utf-8", errors="replace").strip()):
+        last = run / name
+    return next((folder for folder in (last, *reversed(list_steps(run))) if is_checkpoint(folder)), None)
+
+
+def list_steps(run: Path) -> list[Path]:
+    """What is called step-N in a folder, by N, whether it is a checkpoint or not."""
+    found = [path for path in run.iterdir() if STEP.fullmatch(path.name)] if run.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in STATES)
 
 
 def require_link(out: Path) -> None:

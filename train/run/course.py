@@ -1,11 +1,12 @@
 """Which experts the tasks chose in the course of a run, as pictures, numbers and a table."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastmoe_lora import mutual_information_loss
+from fastmoe_lora import MoEConfig, mutual_information_loss
 from kernels import UserError
 from train.files.atomic import write_json
 from train.output.routing import save_curves, save_maps
@@ -26,15 +27,27 @@ def mutual_information(mass: Tensor) -> Tensor:
     return -mutual_information_loss(shares)
 
 
-def draw_routing(folder: Path, out: Path) -> str:
-    """Draws fig4.png and gate_mass.png and writes routing.json to ``out``, from the routing that the run in ``folder``
-    recorded; returns the table. UserError where it recorded none."""
-    settings = settings_of(checkpoint.find(folder))
-    if not settings.moe_config:
+@dataclass(frozen=True)
+class Course:
+    """What a run recorded: its experts, its tasks, and per step mass and frequency (layers, tasks, experts)."""
+
+    config: MoEConfig
+    tasks: tuple[str, ...]
+    steps: dict[int, tuple[Tensor, Tensor]]
+
+
+def read_course(folder: Path) -> Course:
+    """What the run in ``folder`` recorded; UserError where that is nothing."""
+    config = settings_of(checkpoint.find(folder)).moe_config
+    if not config:
         raise UserError(f"{folder} has no experts in its backbone: give a run with --moe N/k/S/r")
-    shared = settings.moe_config.shared
-    tasks, recorded = read_routing(folder / NAME)
-    masses = {step: mass for step, (mass, _) in recorded.items()}
+    return Course(config, *read_routing(folder / NAME))
+
+
+def draw_routing(course: Course, out: Path) -> str:
+    """Draws fig4.png and gate_mass.png and writes routing.json to ``out``; returns the table."""
+    shared, tasks = course.config.shared, course.tasks
+    masses = {step: mass for step, (mass, _) in course.steps.items()}
     steps = list(masses)
     early = min(steps[1:] or steps, key=lambda step: abs(step - EARLY * steps[-1]))
     moments = {f"step {step}": masses[step] for step in dict.fromkeys((steps[0], early, steps[-1]))}
@@ -44,9 +57,9 @@ def draw_routing(folder: Path, out: Path) -> str:
     save_curves(out / "gate_mass.png", steps, panels_of(on, information, tasks))
     numbers = {
         "tasks": tasks,
-        "experts": settings.moe,
-        "gating": settings.moe_config.gating_name,
-        "steps": {str(step): {"mass": m.tolist(), "frequency": f.tolist()} for step, (m, f) in recorded.items()},
+        "experts": str(course.config),
+        "gating": course.config.gating_name,
+        "steps": {str(step): {"mass": m.tolist(), "frequency": f.tolist()} for step, (m, f) in course.steps.items()},
         "mutual_information": {str(step): row for step, row in zip(steps, information.tolist(), strict=True)},
     }
     write_json(out / "routing.json", numbers)

@@ -7,6 +7,7 @@ the files and speaks.
 """
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmoe_lora.ranks import over_ranks, rank, world_size
 from kernels import UserError
+from train.files.processes import end_with_parent
 from train.files.progress import quiet
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started; without torchrun nothing happens."""
+    """Joins the processes that torchrun started; without torchrun nothing happens. They end with it, as by its SIGTERM,
+    even where it is killed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

@@ -25,11 +25,20 @@ from train.files.progress import counter
 from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, routes, schedule
-from train.run.distributed import agreed, leads, processes
+from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.losses import NotFiniteError
 from train.run.pace import Pace
-from train.run.start import Run, count_images, count_parameters, find_checkpoint, resume_from, set_up
+from train.run.start import (
+    Run,
+    begin_files,
+    count_images,
+    count_parameters,
+    find_checkpoint,
+    finished,
+    resume_from,
+    set_up,
+)
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
 from train.run.tracking import Tracker, tracker
@@ -56,10 +65,13 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
         with resumable(run):
             if folder and state:
                 resume_from(run, folder, state)
+                if results := from_leader(lambda: finished(run)):
+                    return results
             else:
                 run.baselines["untrained"], _ = score(run, "untrained")
                 run.baselines["constant"] = constant_baseline(run)
             if leads():
+                begin_files(run)
                 routes.begin(run, folder)
             return finish(run, fit(run))
 

@@ -15,6 +15,7 @@ Row = tuple[float, ...]
 
 class LossLog:
     """The losses of a run, in ``path`` and, as far as they were not written yet, on the device; None writes nothing.
+    The file is untouched until :meth:`begin`.
 
     ``tasks`` names the columns after ``step``. ``earlier`` are the rows of the steps before this log begins.
     """
@@ -22,9 +23,12 @@ class LossLog:
     def __init__(self, path: Path | None, tasks: Sequence[str], earlier: dict[int, Row]) -> None:
         self.path, self.tasks, self.rows = path, tuple(tasks), dict(earlier)
         self._pending: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        """Write the file anew, with the earlier rows."""
         lines = [",".join(("step", *self.tasks)), *(_line(step, row) for step, row in self.rows.items())]
-        if path is not None:
-            write_text(path, "".join(f"{line}\n" for line in lines))
+        if self.path is not None:
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def add(self, step: int, losses: Tensor) -> None:
         """The losses (tasks,) of ``step``; the host does not wait for them."""

@@ -1,10 +1,8 @@
 """From the flags to a run that is ready for its next step: its folder, its objects and what it resumes from."""
 
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,13 +13,27 @@ from kernels import UserError, nvtx, resolve_kernel
 from model import EncoderDecoder, MLoREConfig, MultiTaskModel, MultiTaskViT
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
-from train.files.atomic import make_folder, remove_partials, write_text
-from train.files.folders import lock, require_outside_data
+from train.evaluation.results import Results, finished_results
+from train.files.atomic import make_folder, probe, remove_partials, write_text
+from train.files.folders import claim, lock, require_own, resolved
 from train.run import build, checkpoint, schedule
 from train.run.distributed import from_leader, leads, parallel
 from train.run.losses import LossLog, read_losses
 from train.run.stopping import Stopping
 from train.tasks import Metrics
+
+OWNER = "train"
+WRITTEN = (
+    "results.json",
+    "last",
+    "losses.csv",
+    "predictions.png",
+    "routing.png",
+    "routing.csv",
+    "skipped.txt",
+    "tensorboard",
+    "wandb",
+)
 
 
 @dataclass
@@ -77,9 +89,12 @@ def find_checkpoint(flags: dict[str, Any], resume: str | None) -> Path | None:
     if "out" not in flags:
         raise UserError("--resume alone does not say which run: give --out DIR, or --resume DIR/last")
     out = Path(flags["out"])
-    if (out / "last").is_symlink() or (out / "results.json").exists():
-        return checkpoint.find(out)
     checkpoint.require_link(out)
+    folder, lost = checkpoint.newest(out), not os.path.lexists(out / "last")
+    if folder and lost:
+        print(f"{out}/last is lost: the run continues from {folder.name}, the newest there")
+    if folder or not lost or (out / "results.json").exists():
+        return checkpoint.find(out)
     print(f"{out} holds no checkpoint yet: the run begins at step 0")
     return None
 
@@ -103,9 +118,6 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     held = lock(out) if leads() else None
     for name in ("*.png", "*.csv", "*.json") if held else ():  # as a killed run left them
         remove_partials(out, name)
-    skipped = [fault for dataset in data for fault in dataset.skipped]
-    if skipped and leads():
-        write_text(out / "skipped.txt", "\n".join(skipped) + "\n")
     # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
     losses = LossLog(out / "losses.csv" if leads() else None, model.tasks, earlier_losses(folder, model.tasks))
@@ -116,29 +128,34 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
 
 
 def require_free(out: Path, folder: Path | None) -> None:
-    """UserError where ``out`` is in a data set or holds another run than that of the checkpoint ``folder``."""
-    require_outside_data(out)
+    """UserError where ``out`` is in a data set, holds another run than that of the checkpoint ``folder``, or a file
+    that no run wrote where this one will write."""
     checkpoint.require_link(out)
-    own = folder is not None and folder.parent == out.resolve()
-    if not own and any((out / name).exists() for name in ("last", "results.json")):
-        raise UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
+    own = continues(out, folder)
+    held = UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
+    if not own and (os.path.lexists(out / "last") or checkpoint.newest(out)):
+        raise held
+    foreign = (path.name for path in checkpoint.list_steps(out) if not checkpoint.is_checkpoint(path))
+    require_own(out, OWNER, (*WRITTEN, *foreign), adopt=own)
+    if not own and (out / "results.json").exists():
+        raise held
+
+
+def continues(out: Path, folder: Path | None) -> bool:
+    """Whether the checkpoint ``folder`` is one of the run in ``out``."""
+    return folder is not None and folder.parent == resolved(out)
 
 
 def claim_folder(settings: Settings, folder: Path | None) -> Path:
-    """The run's folder: --out, which no other run writes to, or the next free runs/NAME."""
+    """The run's folder: --out, which no other run writes to, or the next free runs/NAME. What a disk lacks for
+    checkpoints is found here, before training."""
     if settings.out:
-        out = make_folder(Path(settings.out))
-        with lock(out):
-            require_free(out, folder)  # another run may have come in between
-        return out
+        with lock(make_folder(Path(settings.out))):
+            require_free(Path(settings.out), folder)  # another run may have come in between
     name = Path(settings.recipe or settings.source.protocol.dataset.lower()).stem
-    make_folder(Path("runs"))
-    for n in count(1):
-        out = Path("runs") / (name if n == 1 else f"{name}-{n}")
-        with suppress(FileExistsError):
-            out.mkdir()
-            return out
-    raise AssertionError("count() does not end")
+    out = claim(settings.out, OWNER, WRITTEN, f"runs/{name}", adopt=continues(Path(settings.out), folder))
+    probe(out)
+    return out
 
 
 def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
@@ -149,20 +166,37 @@ def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tup
 
 
 def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
-    """Take over everything that the checkpoint holds. UserError where the images are others, or nothing is left."""
+    """Take over everything that the checkpoint holds. UserError where the images are others, or it is of a later step
+    than the last of this run."""
     if state.images != run.images:
         raise UserError(
             f"the images or labels are not those that {folder} was trained on: give the --data it was started with"
         )
-    if state.step >= run.total and (run.out / "results.json").exists():
+    if state.step > run.total:
         raise UserError(f"{folder} is at step {state.step} of {run.total} already: raise --steps or --epochs")
     checkpoint.restore(folder, run.model, run.parts)
     run.step, run.baselines = state.step, state.baselines
-    run.written = state.written if folder.parent == run.out.resolve() else []
+    run.written = state.written if continues(run.out, folder) else []
     now = asdict(run.settings)
     changed = [f"{name} {old} -> {now[name]}" for name, old in state.settings.items() if old != now[name]]
     notes = [text for text in changed if text.split()[0] not in ("out", "workers", "device", "kernel")]
     print(f"resumed   from step {state.step} of {folder}" + (f"; changed: {', '.join(notes)}" if notes else ""))
+
+
+def finished(run: Run) -> Results | None:
+    """The results of a run of which nothing is left to do; None where steps, or the scores of the last, are missing."""
+    results = finished_results(run.out, run.step) if run.step == run.total else None
+    if results:
+        print(f"finished  {run.out} has its {run.total} steps and their results: more come with --steps or --epochs")
+    return results
+
+
+def begin_files(run: Run) -> None:
+    """Start losses.csv from the steps before, and say which images are left out."""
+    run.losses.begin()
+    skipped = [fault for dataset in run.data for fault in dataset.skipped]
+    if skipped:
+        write_text(run.out / "skipped.txt", "\n".join(skipped) + "\n")
 
 
 def announce(run: Run) -> str:

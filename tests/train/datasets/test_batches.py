@@ -256,3 +256,22 @@ def test_a_worker_whose_parent_ended_before_it_began_ends_too():
     os.wait()
     assert os.read(read, 5) == b""  # the worker has closed it
     os.close(read)
+
+
+@pytest.mark.skipif(get_start_method() != "fork", reason="a patch reaches forked workers alone")
+def test_a_small_shared_memory_is_said_and_the_batches_are_those_of_no_workers(monkeypatch, capfd):
+    """Docker gives /dev/shm 64 MB. Torch loses a batch that does not fit, and waits for it."""
+    share, shared = torch.Tensor.share_memory_, iter(range(100))
+
+    def refuse(tensor):
+        if next(shared) < 2 * len(TASKS):
+            return share(tensor)
+        raise RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    steps = {"batch_size": 5, "steps": range(6), "seed": 0}
+    alone, loader = train_loader(Toy(), TASKS, **steps, workers=0), train_loader(Toy(), TASKS, **steps, workers=1)
+    for _ in range(2):
+        assert [keys_of(batch) for batch in loader] == [keys_of(batch) for batch in alone]
+    said = capfd.readouterr().err
+    assert said.startswith("warning: /dev/shm is too small") and "--shm-size=1g" in said and said.count("\n") == 1

@@ -16,10 +16,13 @@ from kernels import UserError
 from train.files.atomic import (
     ABANDONED,
     make_folder,
+    probe,
+    remove_folder,
     remove_partials,
     replacing,
     replacing_folder,
     write_json,
+    write_link,
     write_text,
 )
 
@@ -201,3 +204,50 @@ def test_partials_that_killed_writers_left_go_after_an_hour(tmp_path):
             os.utime(path, (before - 2 * ABANDONED,) * 2)
     make_folder(tmp_path)
     assert [name.split(".")[1] for name in names(tmp_path)] == ["folder", "notes", "young"]
+
+
+def test_a_link_replaces_what_was_there_and_is_a_file_where_there_are_none(tmp_path, monkeypatch):
+    write_link(tmp_path / "last", "step-1")
+    write_link(tmp_path / "last", "step-2")
+    assert os.readlink(tmp_path / "last") == "step-2"
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # what Linux says of FAT
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    write_link(tmp_path / "last", "step-3")
+    assert not (tmp_path / "last").is_symlink() and (tmp_path / "last").read_text() == "step-3\n"
+    assert names(tmp_path) == ["last"]
+
+
+def test_a_file_that_cannot_be_synced_is_no_success(tmp_path, monkeypatch):
+    """Folders that cannot are: see test_a_disk_without_links_and_without_sync_of_folders_holds_a_run."""
+
+    def refuse(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match="cannot write .*Input/output error"):
+        write_text(tmp_path / "file", "new")
+    assert names(tmp_path) == []
+
+
+def test_a_disk_is_tried_out_without_a_trace(tmp_path, monkeypatch):
+    probe(tmp_path)
+    assert names(tmp_path) == []
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}/.* .Read-only.: write elsewhere"):
+        probe(tmp_path)
+
+
+def test_a_folder_is_removed_whole_or_has_no_name(tmp_path, monkeypatch):
+    """A kill in the middle must leave no half of a checkpoint under a name."""
+    (tmp_path / "step-1").mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)  # killed before
+    remove_folder(tmp_path / "step-1")
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(".step-1.") and partial.suffix == ".partial"
+    monkeypatch.undo()
+    remove_partials(tmp_path, "step-*")
+    remove_folder(tmp_path / "step-1")  # is not there
+    assert names(tmp_path) == []

@@ -12,7 +12,7 @@ import pytest
 
 from kernels import UserError
 from train.files import processes
-from train.files.processes import process_map
+from train.files.processes import end_with_parent, killed_workers, process_map, stop_for_parent_alone
 
 pytestmark = pytest.mark.usefixtures("own_processes")
 PRELOAD = "train.files.processes"
@@ -89,7 +89,7 @@ def test_jobs_that_have_not_started_are_dropped_at_the_end(tmp_path):
 INTERRUPTED_START = """
 import os, signal, sys
 from multiprocessing.popen_forkserver import Popen
-from train.files.processes import process_map
+from train.files.processes import end_with_parent, killed_workers, process_map, stop_for_parent_alone
 
 def launch(self, process, started=[], launch=Popen._launch):
     launch(self, process)
@@ -131,3 +131,51 @@ def test_a_script_without_a_guard_is_run_once(tmp_path):
     script, piped = (subprocess.Popen([sys.executable, name], **options) for name in (tmp_path / "own.py", "-"))
     for process, given in ((script, ""), (piped, UNGUARDED)):
         assert process.communicate(given, timeout=60) == ("counted 3 2 1\n", "") and process.returncode == 0
+
+
+def test_only_a_killed_worker_is_taken_for_one():
+    with pytest.raises(RuntimeError, match="^CUDA error$"), killed_workers():
+        raise RuntimeError("CUDA error")
+    with pytest.raises(UserError, match="^a process that prepares batches was killed"), killed_workers():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says who sent a signal, and that a parent ended")
+
+
+@linux
+def test_a_worker_ends_by_the_signal_of_its_parent_alone():
+    """One for the whole group is left to the parent, which needs the worker for its last step."""
+    ready, told = os.pipe()
+    if (worker := os.fork()) == 0:
+        stop_for_parent_alone(os.getppid())
+        for number in processes.STOPS:
+            os.kill(os.getpid(), number)
+        time.sleep(0.3)
+        os.write(told, b"alive")
+        time.sleep(60)
+        os._exit(1)
+    assert os.read(ready, 5) == b"alive"
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+    os.close(ready), os.close(told)
+
+
+@linux
+def test_a_process_hears_that_its_parent_was_killed():
+    """As a rank does of torchrun."""
+    read, write = os.pipe()
+    if (parent := os.fork()) == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, lambda *_: (os.write(write, b"ended"), os._exit(0)))
+            end_with_parent(signal.SIGTERM)
+            os.write(write, b"begun")
+            time.sleep(60)
+        time.sleep(60)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 5) == b"begun"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert os.read(read, 5) == b"ended"
+    os.close(read)

@@ -81,8 +81,12 @@ def test_a_killed_run_leaves_its_last_checkpoint_and_resumes_to_the_same_bits(tm
 
 def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys):
     assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 0
-    assert main(["--resume", str(tmp_path / "last")]) == 2
-    assert "is at step 2 of 2 already" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    assert main(["--resume", str(tmp_path / "last")]) == 0
+    assert f"finished  {tmp_path} has its 2 steps and their results" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert main(["--resume", str(tmp_path / "last"), "--steps", "1"]) == 2
+    assert "is at step 2 of 1 already: raise --steps" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "last"), "--steps", "3"]) == 0
     assert checkpoint.read_state(tmp_path / "last").step == 3
 

@@ -162,13 +162,15 @@ def test_a_process_that_dies_ends_the_job_with_its_reason(tmp_path, pascal_copy)
     assert "JPEGImages" in said and "restore it" in said
 
 
-def test_sigterm_to_all_processes_leaves_one_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_torchrun_ends_all_processes_with_one_checkpoint(number, tmp_path):
+    """It passes SIGTERM on. Where it is killed they would go on without it, and hold the folder's lock."""
     out = tmp_path / "run"
     process = launch(2, "-m", "train", *QUICK, "--steps", "3000", "--out", out)
     while not (out / "losses.csv").exists() or len((out / "losses.csv").read_text().splitlines()) < 11:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     step = checkpoint.read_state(out / "last").step

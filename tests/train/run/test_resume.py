@@ -1,10 +1,12 @@
 """A run that is stopped at any moment and resumed ends as one that is not: weights, losses, metrics, bit for bit."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 
 from kernels import UserError
 from train.cli import main
+from train.compare import main as compare
 from train.datasets.batches import batch_ids
+from train.evaluation.results import finished_results
 from train.run import checkpoint, loop, start
 from train.run.losses import LossLog, NotFiniteError, read_losses
 from train.tasks import TASKS
@@ -27,10 +31,11 @@ LONG = [*QUICK, "--steps", "40", "--checkpoint-every", "1", "--keep", "2"]
 
 
 def begin(*flags):
-    """A training process, and what it says."""
+    """A training process, the first of a group, and what it says."""
     command = [sys.executable, "-m", "train", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
 
 def assert_same(*runs):
@@ -69,18 +74,19 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(whole, 
             checkpoint.read_weights(out / "last")
     process = begin(*LONG, "--resume", "--out", str(out))
     _, error = process.communicate()
-    assert process.returncode == 0 or "is at step 40 of 40 already" in error, error
+    assert process.returncode == 0, error
     assert_same(whole[0], out)
 
 
 def test_sigterm_ends_after_the_step_with_a_checkpoint(whole, tmp_path):
+    """Schedulers and containers send it to all processes, of which those that load batches are needed for that step."""
     out = tmp_path / "preempted"
-    flags = [*QUICK, "--steps", "40", "--keep", "2", "--out", str(out)]
+    flags = [*QUICK, "--workers", "2", "--steps", "40", "--keep", "2", "--out", str(out)]
     process = begin(*flags)
     while not (out / "losses.csv").exists() or len((out / "losses.csv").read_text().splitlines()) < 11:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, error = process.communicate()
     assert process.returncode == 143, error
     step = checkpoint.read_state(out / "last").step
@@ -91,15 +97,17 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(whole, tmp_path):
     assert_same(whole[0], out)
 
 
-@pytest.mark.parametrize("step", [3, 7, 8])
-def test_a_sigterm_that_arrives_while_processes_agree_is_not_lost(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "number"), [(3, signal.SIGTERM), (7, signal.SIGHUP), (7, signal.SIGUSR1), (8, signal.SIGTERM)]
+)
+def test_a_signal_that_arrives_while_processes_agree_is_not_lost(step, number, tmp_path, monkeypatch):
     """It ends the step after, or the last one (8), and leaves a checkpoint."""
     calls, agreed = iter(range(1, 100)), loop.agreed
 
     def interrupted(mine):
         answer = agreed(mine)
         if next(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return answer
 
     monkeypatch.setattr(loop, "agreed", interrupted)
@@ -113,6 +121,143 @@ def test_a_run_that_was_killed_while_it_was_scored_is_finished(whole, tmp_path):
     (out / "results.json").unlink()
     assert main(["--resume", "--out", str(out)]) == 0
     assert_same(whole[0], out)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A finished run of four steps, with the checkpoints of steps 2 and 4; do not change it."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    assert main([*QUICK, "--steps", "4", "--checkpoint-every", "2", "--keep", "2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(short, tmp_path / "run", symlinks=True)
+
+
+def steps_of(out):
+    return json.loads((out / "results.json").read_text())["steps"]
+
+
+def test_a_run_that_is_extended_and_killed_while_it_is_scored_is_finished(copied, capsys, monkeypatch):
+    more = ["--resume", "--out", str(copied), "--steps", "5"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "score", killed)
+        assert main(more) == 130
+    assert checkpoint.find(copied).name == "step-5" and steps_of(copied) == 4, "results.json says of which step it is"
+    assert finished_results(copied, 5) is None and finished_results(copied, 4)
+    capsys.readouterr()
+    assert compare([str(copied), "--out", str(copied.parent / "compared")]) == 0
+    assert "no picture, as there is no checkpoint of run" in capsys.readouterr().out, "not that of other weights"
+    assert main(more) == 0 and steps_of(copied) == 5
+    assert main(more) == 0 and "has its 5 steps and their results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("last", ["absent", "dangling", "text"])
+def test_a_run_whose_link_was_lost_continues_from_its_newest_checkpoint(last, copied, capsys):
+    """rsync -r, a zip or an object store loses links, or makes files of them."""
+    (copied / "last").unlink()
+    (copied / "results.json").unlink()
+    if last == "dangling":
+        (copied / "last").symlink_to("step-3")
+    elif last == "text":
+        (copied / "last").write_text("step-4")
+    losses = (copied / "losses.csv").read_text()
+    assert main([*QUICK, "--out", str(copied), "--steps", "4"]) == 2
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert main(["--resume", "--out", str(copied), "--steps", "3", "--lr", "0.1"]) == 2
+    assert "step-4 is at step 4 of 3 already" in capsys.readouterr().err
+    assert main(["--resume", "--out", str(copied), "--steps", "5", "--keep", "9"]) == 0
+    said = capsys.readouterr().out
+    assert f"resumed   from step 4 of {copied}/step-4" in said and ("last is lost" in said) == (last == "absent")
+    assert (copied / "losses.csv").read_text().startswith(losses) and (copied / "step-4").is_dir()
+    assert os.readlink(copied / "last") == "step-5"
+
+
+def test_a_disk_without_links_and_without_sync_of_folders_holds_a_run(copied, monkeypatch):
+    """exFAT, SMB, Google Drive."""
+
+    def no_link(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def sync(handle, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(handle)
+
+    monkeypatch.setattr(os, "symlink", no_link)
+    monkeypatch.setattr(os, "fsync", sync)
+    for step in (5, 6):
+        assert main(["--resume", str(copied / "last"), "--steps", str(step)]) == 0
+        assert (copied / "last").read_text() == f"step-{step}\n" and not (copied / "last").is_symlink()
+        assert checkpoint.find(copied / "last") == checkpoint.find(copied) == copied / f"step-{step}"
+
+
+def test_what_a_disk_cannot_do_is_found_before_training(tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(loop, "score", lambda *_: pytest.fail("it began"))
+    assert main([*QUICK, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "Operation not permitted" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["routing.csv", "losses.csv", "predictions.png", "tensorboard", "step-2"])
+def test_a_run_replaces_nothing_that_it_did_not_write(name, tmp_path, capsys):
+    (tmp_path / name).mkdir() if name == "step-2" else (tmp_path / name).write_text("mine")
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / name} was not written by train: move it away" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_resumed_run_replaces_nothing_either(copied, capsys):
+    (copied / "step-6").mkdir()
+    assert main(["--resume", "--out", str(copied), "--steps", "6"]) == 2
+    assert f"{copied}/step-6 was not written by train: move it away" in capsys.readouterr().err
+    (copied / "step-6").rmdir()
+    (copied / ".written").unlink()  # by a copy that leaves out hidden files
+    assert main(["--resume", "--out", str(copied), "--steps", "5"]) == 0
+
+
+def test_a_full_disk_under_the_losses_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(path, mode="r", *arguments, real=Path.open, **options):
+        if (path.name, mode) == ("losses.csv", "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {tmp_path}/losses.csv (No space left on device): free some space")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["loop", "file", "file/below"])
+def test_an_out_that_can_be_no_folder_is_one_line(out, tmp_path, error_of):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / out}" in error_of(main, *QUICK, "--steps", "1", "--out", tmp_path / out)
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with start.Stopping().listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
@@ -130,17 +275,24 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     assert main([*QUICK, "--steps", "1", "--out", str(out)]) == 0, "a killed run leaves no lock behind"
 
 
-def test_workers_of_a_killed_run_end_in_silence(tmp_path):
+@pytest.mark.parametrize("victim", ["run", "worker"])
+def test_a_run_and_its_workers_end_together_without_a_traceback(victim, tmp_path):
     """They hold the run's stderr, so that it ends only when they have. By themselves they look up every 5 seconds."""
     process = begin(*QUICK, "--workers", "2", "--steps", "2000", "--out", str(tmp_path))
     while not (tmp_path / "losses.csv").exists() or len((tmp_path / "losses.csv").read_text().splitlines()) < 11:
         assert process.poll() is None
         time.sleep(0.01)
-    process.kill()
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if victim == "run" else int(workers[-1]), signal.SIGKILL)
     killed = time.monotonic()
     _, error = process.communicate(timeout=30)
-    assert time.monotonic() - killed < 1.5
-    assert "Error" not in error and "Traceback" not in error
+    if victim == "run":
+        assert time.monotonic() - killed < 1.5
+        assert "Error" not in error and "Traceback" not in error
+    else:
+        assert process.returncode == 2
+        assert error.endswith("batches was killed, perhaps for lack of memory: use fewer --workers\n"), error
+        assert error.count("\n") == 1
 
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path, capsys):
@@ -223,8 +375,11 @@ def test_what_gives_a_run_its_meaning_cannot_change(tmp_path, capsys, pascal_cop
     lists = moved / "ImageSets" / "Context" / "train.txt"
     lists.write_text("".join(lists.read_text().splitlines(keepends=True)[1:]))
     capsys.readouterr()
+    losses = (out / "losses.csv").read_text() + "3,0.5\n"  # of a step after the checkpoint
+    (out / "losses.csv").write_text(losses)
     assert main(["--resume", "--out", str(out), "--steps", "3", "--data", str(moved)]) == 2
     assert "the images or labels are not those that" in capsys.readouterr().err
+    assert (out / "losses.csv").read_text() == losses, "a refused command changes nothing"
 
 
 def test_what_changed_is_said(tmp_path, capsys):
@@ -255,6 +410,7 @@ def test_a_data_set_is_not_written_to(below, tmp_path, capsys, pascal_copy, monk
 def test_the_log_keeps_every_number(tmp_path):
     path = tmp_path / "losses.csv"
     log = LossLog(path, ("seg", "edge"), {})
+    log.begin()
     losses = torch.rand(5, 2)
     for step, row in enumerate(losses, 1):
         log.add(step, row)
@@ -265,6 +421,7 @@ def test_the_log_keeps_every_number(tmp_path):
     assert tasks == ("seg", "edge") and list(rows) == [1, 2, 3, 4]
     assert torch.equal(torch.tensor(list(rows.values())), losses[:4])
     again = LossLog(path, tasks, rows)
+    again.begin()
     again.add(5, losses[4])
     again.flush()
     assert read_losses(path, 9)[1] == {step: tuple(row) for step, row in enumerate(losses.tolist(), 1)}
