@@ -178,7 +178,7 @@ def _computes_ffn(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAMoE]:
     """The layers that :func:`fastmoe_lora.adapt` adapted, by name."""
-    return {name: module for name, module in model.named_modules() if _adapted(module)}  # type: ignore[misc]
+    return {name: module for name, module in model.named_modules() if _adapted(module)}
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

@@ -78,6 +78,6 @@ def freeze_model(model: nn.Module, kept: Iterable[nn.Module]) -> None:
 def thaw(model: nn.Module) -> None:
     """Let batch norms count again; parameters stay frozen."""
     for name, module in model.named_modules():
-        if isinstance(module, Frozen):
+        if issubclass(type(module), Frozen):
             restore(module, name)
-            module.train(model.training)  # type: ignore[attr-defined]
+            module.train(model.training)
