@@ -98,9 +98,11 @@ class AdaptedFFN:
 
     def forward(self) -> None:
         t = self.t
-        _, _, _, *self.saved = custom_ops.forward(t["x"], None, t["w1"], t["b1"], t["w2"], t["b2"], *self.adapters)
+        _, _, _, self.h, self.z, self.u = custom_ops.forward(
+            t["x"], None, t["w1"], t["b1"], t["w2"], t["b2"], *self.adapters
+        )
 
     def backward(self) -> None:
         """After :meth:`forward`; x serves as dY."""
-        t = self.t
-        custom_ops.backward(t["x"], t["dp"], t["x"], *self.saved, t["w1"], t["w2"], *self.adapters, True)
+        t, saved = self.t, (self.h, self.z, self.u)
+        custom_ops.backward(t["x"], t["dp"], t["x"], *saved, t["w1"], t["w2"], *self.adapters, True)
