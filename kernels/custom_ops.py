@@ -68,19 +68,9 @@ def _parse(setting: str, x: Tensor, a: Tensor, routers: Tensor) -> tuple[Pool, s
 
 
 def forward(
-    x: Tensor,
-    base: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    routers: Tensor,
-    offsets: Tensor,
-    length: int,
-    setting: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, base: Tensor | None, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor, length: int, setting: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, g, P, H, z, u). ``base`` beside any module; (w2, b2) for a linear layer; (w1, b1, w2, b2) for an FFN.
     ``setting`` is gating and algorithm as one text."""
     segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
@@ -107,22 +97,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dp: Tensor,
-    x: Tensor,
-    h: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    routers: Tensor,
-    offsets: Tensor,
-    length: int,
-    setting: str,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dp: Tensor, x: Tensor, h: Tensor, z: Tensor, u: Tensor, w1: Tensor | None, w2: Tensor | None,
+    a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor, length: int, setting: str, needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dA, dB, dW), the last three in the types of their parameters; dx is empty unless it is needed."""
     segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
     dy, x, dp = _rows(dy), _rows(x), dp.contiguous()
