@@ -1,12 +1,14 @@
 """``python -m train.export RUN --to FOLDER|FILE.pt2``: a folder to publish, or one program for PyTorch alone."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from train.evaluation.results import Results, read_results
 from train.files.atomic import make_folder, replacing, replacing_folder, write_text
 from train.files.folders import require_outside_data
 from train.output.card import write_card
+from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_on_cpu
 
@@ -46,9 +49,14 @@ def build_parser() -> Parser:
 
 def public_settings(settings: Settings) -> Settings:
     """``settings`` without the folders of this machine: the last part of paths, nothing of outputs and caches."""
-    data, recipe, weights = (Path(path).name for path in (settings.data, settings.recipe, settings.pretrained))
+    data, recipe, weights = map(last_part, (settings.data, settings.recipe, settings.pretrained))
     pretrained = settings.pretrained if is_repository(settings.pretrained) else weights
     return replace(settings, data=data, recipe=recipe, pretrained=pretrained, cache="", out="")
+
+
+def last_part(path: str) -> str:
+    """The name of what ``path`` leads to, also of "." and ".."; "" for "" alone, which means that there is none."""
+    return path and (os.path.basename(os.path.abspath(path)) or path)
 
 
 def results_of(options: Namespace, step: int) -> Results:
@@ -92,19 +100,24 @@ def write_program(folder: Path, to: Path) -> None:
     settings, model, state = load_on_cpu(folder, kernel="reference")
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder, and --to FILE.pt2 takes an adapted ViT: give a folder as --to")
-    program = export_program(model, settings.image_size)
+    program = export_program(model, settings.image_shape)
     state = replace(state, settings=asdict(public_settings(settings)), written=[])
     make_folder(to.parent)
     with replacing(to) as partial:
         save_program(program, partial, json.dumps(asdict(state), indent=1))
-        difference = largest_difference(model, load_program(partial)[0], settings.image_size)
+        difference = largest_difference(model, load_program(partial)[0], settings.source.protocol)
     print(f"{to}: step {state.step} of {folder}, outputs within {difference:.1e} of the model's largest")
 
 
 @torch.inference_mode()
-def largest_difference(model: MultiTaskViT, program: Callable[[Tensor], dict[str, Tensor]], side: int) -> float:
-    """Over all tasks, relative to the largest output, on three images of noise. RuntimeError above RTOL."""
-    images = torch.randint(0, 256, (3, 3, side, side), generator=torch.Generator().manual_seed(0)).float()
+def largest_difference(
+    model: MultiTaskViT, program: Callable[[Tensor], dict[str, Tensor]], protocol: Protocol
+) -> float:
+    """Over all tasks, relative to the largest output, on three photos of noise, prepared as train.predict does.
+    RuntimeError above RTOL."""
+    photos = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    inputs = np.stack([protocol.fit_photo(photo)[0] for photo in photos])
+    images = torch.from_numpy(inputs).permute(0, 3, 1, 2).float()
     ours, theirs = model(images), program(images)
     worst = max(float((theirs[task] - y).abs().max() / y.abs().max()) for task, y in ours.items())
     if not worst <= RTOL:

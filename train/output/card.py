@@ -18,7 +18,7 @@ tags: [multi-task-learning, dense-prediction, lora, mixture-of-experts]{base}
 ---
 # {model} for {tasks}
 
-One image in, {tasks} out: {model} at {size} x {size} pixels, patches of {patch}, {experts}. Backbone: {backbone}.
+One image in, {tasks} out: {model} at {width} x {height} pixels, patches of {patch}, {experts}. Backbone: {backbone}.
 
 ## Scores
 
@@ -56,11 +56,13 @@ def write_card(settings: Settings, results: Mapping[str, Any], step: int, patch:
     :func:`public_settings`."""
     over, shown = results["evaluation"], shown_headlines([results["metrics"]])
     named = f", those in {over['set']}" if over["set"] else ""
+    height, width = settings.image_shape
     return TEMPLATE.format(
         base=f"\nbase_model: {settings.pretrained.partition('@')[0]}" if "/" in settings.pretrained else "",
         model=settings.model,
         tasks=", ".join(settings.task_names),
-        size=settings.image_size,
+        width=width,
+        height=height,
         patch=patch,
         experts=describe(settings),
         backbone=f"frozen weights `{settings.pretrained}`" if settings.pretrained else "trained in full",
