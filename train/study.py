@@ -12,8 +12,9 @@ import torch
 from kernels import UserError
 from train.cli import Parser, flags_of, guarded
 from train.config.arms import FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
+from train.evaluation.baselines import references_of
 from train.evaluation.results import Results, require_comparable
-from train.evaluation.study import as_json, compare, reference_scores, table
+from train.evaluation.study import as_json, compare, table
 from train.files.atomic import make_folder, write_json, write_text
 from train.output.charts import draw
 from train.output.versions import versions
@@ -69,7 +70,7 @@ def pretrained(runs: Path, shared: dict[str, Any]) -> str:
 
 
 def say(arm: Arm, seed: int, results: Results) -> None:
-    scores = (f"{task} {ref['value']:.4g}" for task, ref in reference_scores(results).items())
+    scores = (f"{task} {ref['value']:.4g}" for task, ref in references_of(results).items())
     print(f"{arm.name:<24} seed {seed}  {'  '.join(scores)}", flush=True)
 
 
