@@ -19,7 +19,7 @@ from train.config.settings import Settings
 from train.evaluation.results import Results, read_results
 from train.files.atomic import make_folder, replacing, replacing_folder, write_text
 from train.files.folders import require_outside_data
-from train.output.card import write_card
+from train.output.card import without_paths, write_card
 from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_on_cpu
@@ -36,6 +36,7 @@ beside published tables.
 FILE.pt2 is a program (B, 3, H, W), float RGB in 0..255 -> {task: raw output} for any B. It needs PyTorch alone:
 torch.export.load(FILE).module(). It is compared with the model before it gets its name."""
 
+PATHS = ("data", "recipe", "pretrained", "cache")  # settings that may name folders of this machine
 RTOL = 1e-4  # of the largest output: the program's products are those of the model in another order
 
 
@@ -54,13 +55,24 @@ def public_settings(settings: Settings) -> Settings:
     return replace(settings, data=data, recipe=recipe, pretrained=pretrained, cache="", out="")
 
 
+def public_state(state: checkpoint.State, settings: Settings) -> checkpoint.State:
+    """``state`` with the ``settings`` of :func:`public_settings`, and commands without the folders of this machine."""
+    commands = [
+        entry
+        | {"command": without_paths(entry["command"])}
+        | {"changed": [text for text in entry["changed"] if text.split()[0] not in PATHS]}
+        for entry in state.commands
+    ]
+    return replace(state, settings=asdict(settings), written=[], commands=commands)
+
+
 def last_part(path: str) -> str:
     """The name of what ``path`` leads to, also of "." and ".."; "" for "" alone, which means that there is none."""
     return path and (os.path.basename(os.path.abspath(path)) or path)
 
 
 def results_of(options: Namespace, step: int) -> Results:
-    """Scores of the checkpoint of ``step``, with the command that trained it as ``training_command``."""
+    """Scores of the checkpoint of ``step``, with the versions of its training."""
     training = read_results(options.run)
     results = read_results(options.results) if options.results else training
     scored = results.get("step", results.get("steps"))
@@ -69,7 +81,7 @@ def results_of(options: Namespace, step: int) -> Results:
             f"{options.results or options.run} has scores of step {scored}, and {options.run} is at step {step}: score "
             "it with python -m train.evaluate, and give that folder as --results"
         )
-    return results | {"training_command": training.get("command", "unknown"), "versions": training["versions"]}
+    return results | {"versions": training["versions"]}
 
 
 def run(options: Namespace) -> None:
@@ -88,10 +100,10 @@ def run(options: Namespace) -> None:
 def write_folder(folder: Path, to: Path, options: Namespace) -> None:
     settings, model, state = load_checkpoint(folder)
     settings = public_settings(settings)
-    results = results_of(options, state.step)
-    card = write_card(settings, results, state.step, model.patch)
+    state, results = public_state(state, settings), results_of(options, state.step)
+    card = write_card(settings, results, state.step, model.patch, state.commands)
     with replacing_folder(to) as partial:
-        checkpoint.publish(folder, replace(state, settings=asdict(settings), written=[]), partial)
+        checkpoint.publish(folder, state, partial)
         write_text(partial / "README.md", card)
     print(f"{to}/: model.safetensors, config.json, SHA256SUMS, README.md of step {state.step} of {options.run}")
 
@@ -101,7 +113,7 @@ def write_program(folder: Path, to: Path) -> None:
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder, and --to FILE.pt2 takes an adapted ViT: give a folder as --to")
     program = export_program(model, settings.image_shape)
-    state = replace(state, settings=asdict(public_settings(settings)), written=[])
+    state = public_state(state, public_settings(settings))
     make_folder(to.parent)
     with replacing(to) as partial:
         save_program(program, partial, json.dumps(asdict(state), indent=1))

@@ -105,6 +105,31 @@ def test_mixed_results_are_refused(options, message, tiny_run, tmp_path, capsys)
     assert message in error and not (tmp_path / "compared").exists()
 
 
+def test_trees_with_the_same_ids_and_other_labels_are_refused(tiny_run, pascal_copy, tmp_path, capsys):
+    first, same = scored(tiny_run, tmp_path / "a"), scored(tiny_run, tmp_path / "b", "--data", pascal_copy)
+    assert compare(capsys, tmp_path, first, same)[0] == 0
+    label = pascal_copy / "semseg/VOC12/2009_000000.png"
+    Image.open(label).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(label)
+    status, _, error = compare(capsys, tmp_path, first, scored(tiny_run, tmp_path / "c", "--data", pascal_copy))
+    assert status == 2 and "a and c cannot be compared: seg of 4 images (ids " in error and ", files " in error
+
+
+def test_scenes_to_train_on_and_to_validate_on_are_other_images(tiny_scenes_run, tmp_path, capsys):
+    """Also where there are as many, and for predictions that were saved."""
+    first = scored(tiny_scenes_run, tmp_path / "a")
+    second = scored(tiny_scenes_run, tmp_path / "b", "--split", "train", "--save-predictions", tmp_path / "kept")
+    told = json.loads((second / "results.json").read_text())
+    for images in told["evaluation"]["labelled"].values():
+        images["images"] = 3
+    (second / "results.json").write_text(json.dumps(told))
+    status, _, error = compare(capsys, tmp_path, first, second)
+    assert status == 2 and "a and b cannot be compared: seg of 3 images (ids " in error
+    argv = ["--predictions", str(tmp_path / "kept"), "--workers", "0", "--out", str(tmp_path / "again")]
+    assert evaluate(argv) == 2 and "of split 'train': pass --split train" in capsys.readouterr().err
+    assert evaluate([*argv, "--split", "train"]) == 0
+    assert json.loads((tmp_path / "again/results.json").read_text())["metrics"]["seg"] == told["metrics"]["seg"]
+
+
 def test_training_at_the_square_is_not_evaluation_at_the_photos_size(tiny_run, tmp_path, capsys):
     status, _, error = compare(capsys, tmp_path, tiny_run, scored(tiny_run, tmp_path / "a"))
     assert status == 2 and "labels at 64 x 64 and the photo's size" in error

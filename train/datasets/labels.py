@@ -47,6 +47,11 @@ class ImageFiles:
         """The label files to read by task, the guide as "seg"."""
         return self.labels | ({"seg": self.guide} if self.guide else {})
 
+    def files(self, task: str) -> tuple[Path, ...]:
+        """The files that the image and its label of ``task`` are read from."""
+        mask = (self.label_map,) if task == "normals" and self.label_map else ()
+        return self.photo, self.read[task], *mask
+
 
 @dataclass(frozen=True)
 class LabelReader(ABC):

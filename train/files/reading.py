@@ -1,6 +1,7 @@
 """Turns errors on broken files into one line each."""
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -33,6 +34,15 @@ def reading(path: Path) -> Iterator[None]:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} cannot be read ({reason}): restore it") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def require_file(path: Path) -> None:
