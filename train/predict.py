@@ -17,6 +17,7 @@ from model import ExportedModel, MultiTaskModel
 from train.cli import Parser, guarded
 from train.config.settings import Settings
 from train.evaluation.predictions import write_pictures
+from train.evaluation.validate import require_finite
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
 from train.files.progress import progress
@@ -109,12 +110,15 @@ def read_any_photo(path: Path) -> NDArray[np.uint8]:
 
 @torch.inference_mode()
 def predict(
-    model: MultiTaskModel | ExportedModel, photo: NDArray[np.uint8], protocol: Protocol
-) -> dict[str, NDArray[np.float32]]:
-    """The raw output of each head, (channels, h, w), without the padding around the photo."""
+    model: MultiTaskModel | ExportedModel, path: Path, protocol: Protocol
+) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float32]]]:
+    """(the photo, the raw output of each head, (channels, h, w), without the padding around the photo). UserError where
+    the photo cannot be read, or an output is not finite."""
+    photo = read_any_photo(path)
     image, where = protocol.fit_photo(photo)
     outputs = model(torch.tensor(image, device=model.device).permute(2, 0, 1)[None])
-    return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
+    require_finite(outputs, str(path))
+    return photo, {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 
 def write(
@@ -157,11 +161,11 @@ def run(options: Namespace) -> int:
     faults: list[str] = []
     for name, path in progress(photos.items(), "predict", len(photos)):
         try:
-            photo = read_any_photo(path)
+            photo, outputs = predict(model, path, protocol)
         except UserError as error:
             faults.append(str(error))
             continue
-        overlays = write(out, name, photo, predict(model, photo, protocol))
+        overlays = write(out, name, photo, outputs)
         if len(sheet) < SHEET:
             sheet[name] = {"image": photo} | overlays
     if not sheet:
