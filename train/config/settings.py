@@ -267,8 +267,9 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
         converted[name] = _convert(name, value, fields[name], source)
-    if "epochs" in converted and "steps" not in converted:
-        converted["steps"] = 0
+    for given, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given in converted and other not in values:
+            converted[other] = 0
     return converted
 
 

@@ -70,7 +70,8 @@ def test_flags_override_a_recipe():
 
 def test_the_length_said_last_wins():
     assert resolve_settings({"epochs": 3}).steps == 0  # over the recipe's steps
-    assert resolve_settings({"recipe": "paper", "steps": 7}).steps == 7  # over the recipe's epochs
+    settings = resolve_settings({"recipe": "paper", "steps": 7})
+    assert (settings.steps, settings.epochs) == (7, 0)  # over the recipe's epochs
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -147,6 +148,9 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"loss_weights": "flow=1"}, "unknown task 'flow'"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 0, "epochs": 0}, "say how long to train"),
+        ({"steps": 0}, "say how long to train"),
+        ({"recipe": "paper", "steps": 0}, "say how long to train"),
+        ({"epochs": 0}, "say how long to train"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"normalisation": "none"}, "unknown normalisation 'none'"),
         ({"lr": "nan"}, "lr is nan"),
