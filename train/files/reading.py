@@ -17,15 +17,16 @@ T = TypeVar("T")
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, ignored: tuple[type[Warning], ...] = ()) -> Iterator[None]:
     """Turns any exception that a decoder raises on a broken file into a UserError of one line with the path.
 
-    A decoder's warning counts as an error, since its result is then partly a guess.
+    A decoder's warning counts as an error, since its result is then partly a guess, unless it is of one of the
+    ``ignored`` kinds.
     """
     try:
         with warnings.catch_warnings():
             for category in (UserWarning, RuntimeWarning):  # scipy's and Pillow's
-                warnings.simplefilter("error", category)
+                warnings.simplefilter("ignore" if category in ignored else "error", category)
             yield
     except UserError:
         raise
