@@ -38,8 +38,8 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
 
 
 def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], classes: Classes) -> None:
-    """A grid of ``images[id]["image" or a task]``, each a :func:`thumbnail`, two images side by side. A task that an image
-    has no label for is left blank."""
+    """A grid of ``images[id]["image" or a task]``, each a :func:`thumbnail`, two images side by side. A task that an
+    image has no label for is left blank."""
     names = [name for name in ("image", *TASKS) if any(name in image for image in images.values())]
     rows = -(-len(images) // 2)
     halves = [list(images)[:rows], list(images)[rows:]]
