@@ -71,6 +71,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "workers": (0, 1024),
 }
+LONGEST_RECIPE = 20_000  # characters; a few lines of aliases can stand for billions
 LARGEST_WEIGHT = 1e6  # of a task's loss
 # The weights and batches of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
@@ -333,8 +334,11 @@ def own_values(name: str) -> dict[str, Any]:
     """What a recipe's file holds. Its key ``base`` names the recipe that it is a change of."""
     path = _recipe_path(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > LONGEST_RECIPE or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UserError(f"recipe {path} is longer than {LONGEST_RECIPE} characters, or holds a yaml alias")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no 'key: value' lines")
