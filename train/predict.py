@@ -1,5 +1,6 @@
 """``python -m train.predict CHECKPOINT IMAGE ... --out DIR``: predicts all tasks for any photos, and draws them."""
 
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -20,6 +21,7 @@ from train.evaluation.validate import require_finite
 from train.files.atomic import make_folder, replacing
 from train.files.folders import require_outside_data
 from train.files.images import FORMATS, image_shape, read_photo
+from train.files.printing import printable
 from train.files.progress import progress
 from train.protocols import Protocol
 from train.run import checkpoint
@@ -77,13 +79,16 @@ def list_photos(given: Sequence[str]) -> dict[str, Path]:
     if not paths:
         raise UserError(f"{', '.join(given)}: no image is there; name photos, or a folder that holds some")
     if others:
-        print(f"skipped {len(others)} files that are not images, the first: {others[0]}", file=sys.stderr)
+        first = printable(str(others[0]))
+        print(f"skipped {len(others)} files that are not images, the first: {first}", file=sys.stderr)
     stems = Counter(path.stem for path in paths)
     named: dict[str, Path] = {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else path.name
         if name in named:
             raise UserError(f"{named[name]} and {path} have the same name: predict them into separate folders")
+        if len(os.fsencode(name)) > 255 - len(".png"):
+            raise UserError(f"{path}: its name is too long for {name}.png: rename it")
         named[name] = path
     return named
 
@@ -156,7 +161,7 @@ def run(options: Namespace) -> int:
     if not sheet:
         raise UserError(faults[0] if len(faults) == 1 else f"none of {len(faults)} photos can be read: {faults[0]}")
     for fault in faults:
-        print(f"left out: {fault}", file=sys.stderr)
+        print(f"left out: {printable(fault)}", file=sys.stderr)
     pictures.save_contact_sheet(out / "sheet.png", sheet, classes)
     left_out = f", {len(faults)} left out" if faults else ""
     print(f"{out}/: {len(photos) - len(faults)} photos{left_out}: PNGs by task, overlays, raw, sheet.png")

@@ -470,4 +470,4 @@ def test_edge_labels_are_untouched(saved, pascal_tree):
 def test_a_note_that_makes_no_sense_is_one_line(note, predictions, pascal_tree, tmp_path, capsys):
     (predictions / "predictions.json").write_text(note)
     argv = ["--predictions", predictions, "--data", pascal_tree]
-    assert f"{predictions}/predictions.json" in error_of(capsys, tmp_path, *argv)
+    assert f"{predictions}/predictions.json" in mistake(capsys, tmp_path, *argv)

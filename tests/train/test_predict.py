@@ -261,19 +261,25 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, predicted, tiny_run, 
 
 
 def test_photos_that_cannot_be_read_leave_the_others_predicted(predicted, tiny_run, tmp_path, capsys):
-    """One of them has a name that is no UTF-8."""
+    """Names that are no UTF-8, have line ends and commands of terminals, or as many bytes as a name may have."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     noise((50, 70)).save(photos / "good.png")
-    shutil.copy(photos / "good.png", os.fsencode(photos) + b"/caf\xe9.png")
+    odd = [b"caf\xe9.png", b"two\nlines.png", b"red\x1b[31m.png", b"x" * 251 + b".png"]
+    for name in odd:
+        shutil.copy(photos / "good.png", os.fsencode(photos / "") + b"/" + name)
     whole = (photos / "good.png").read_bytes()
-    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "cut\n.png").write_bytes(whole[: len(whole) // 2])
     assert main([str(tiny_run / "last"), str(photos), "--out", str(out)]) == 1
     printed = capsys.readouterr()
-    assert printed.err.count("left out: ") == 1 and "cut.png cannot be read" in printed.err
-    assert f"{out}/: 2 photos, 1 left out" in printed.out
+    assert printed.err.count("left out: ") == 1 and r"cut\n.png cannot be read" in printed.err
+    assert printed.err.count("\n") == 1 and f"{out}/: 5 photos, 1 left out" in printed.out
     assert (out / "sal" / "good.png").is_file() and (out / "sheet.png").is_file()
-    assert os.path.exists(os.fsencode(out / "sal") + b"/caf\xe9.png")
+    assert {*os.listdir(os.fsencode(out / "sal"))} == {b"good.png", *odd}
+    (photos / ("x" * 251 + ".jpg")).write_bytes(whole)
+    assert main([str(tiny_run / "last"), str(photos), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "its name is too long for " in error and error.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
         "set?": str,
         "images": int,
         "compared_at": str,
-        "labelled": {"*": {"images": int, "ids": str}},
+        "labelled": {"*": {"images": int, "ids": str, "files?": str}},
     },
     "dataset": {"name": str, "image_size": int, "root?": str},
     "odsF?": {"mode": str, "variant": str, "images": int},

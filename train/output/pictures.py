@@ -51,8 +51,7 @@ def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], cla
     for column, half in enumerate(halves):
         for row, (i, image) in enumerate((i, images[i]["image"]) for i in half):
             left, below = column * len(names) * pitch, row * pitch + len(image)
-            shown = i.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
-            axis.text(left + CELL / 2, below + CAPTION / 4, shown, ha="center", va="top", fontsize=6, color="dimgrey")
+            axis.text(left + CELL / 2, below + CAPTION / 4, i, ha="center", va="top", fontsize=6, color="dimgrey")
     _draw_legends(figure, names, classes)
     write_figure(figure, path, dpi=170)
 

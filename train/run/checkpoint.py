@@ -131,9 +131,19 @@ def _failed_writes() -> Iterator[None]:
 def find(given: Path) -> Path:
     """The folder step-N, given a run's folder, its ``last`` or step-N itself."""
     try:
-        return ((given / "last") if (given / "last").is_symlink() or (given / "last").exists() else given).resolve()
+        last = given / "last"
+        return require_utf8((last if last.is_symlink() or last.exists() else given).resolve())
     except (OSError, RuntimeError):  # a link that points at itself
         raise UserError(f"{given}/last points nowhere: give a folder step-N") from None
+
+
+def require_utf8(path: Path) -> Path:
+    """``path``; UserError where safetensors could not read a file in it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of {path} is not UTF-8, so that its weights cannot be read: rename it") from None
+    return path
 
 
 def require_link(out: Path) -> None:

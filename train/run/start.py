@@ -115,6 +115,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
 def require_free(out: Path, folder: Path | None) -> None:
     """UserError where ``out`` is in a data set or holds another run than that of the checkpoint ``folder``."""
     require_outside_data(out)
+    checkpoint.require_utf8(out.resolve())
     checkpoint.require_link(out)
     own = folder is not None and folder.parent == out.resolve()
     if not own and any((out / name).exists() for name in ("last", "results.json")):
