@@ -16,14 +16,15 @@ from model.multitask import MultiTaskViT
 CONFIG = "config.json"  # the file inside a .pt2 file that says what was exported
 
 
-def export_program(model: MultiTaskViT, side: int) -> ExportedProgram:
-    """The program images (B, 3, side, side), float32 RGB in 0..255 -> {task: (B, channels, side, side)}, any B > 0.
+def export_program(model: MultiTaskViT, shape: tuple[int, int]) -> ExportedProgram:
+    """The program images (B, 3, H, W), float32 RGB in 0..255 -> {task: (B, channels, H, W)} for (H, W) = ``shape`` and
+    any B > 0.
 
     ``model`` is on the CPU and runs the reference kernels. Every task sees all images. ``model`` itself is unchanged.
     """
     # LoRA on a frozen layer is an operator of this package; on a trained one it is two products of PyTorch.
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    images = torch.zeros(2, 3, side, side)
+    images = torch.zeros(2, 3, *shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the copy keeps what its routers chose
         return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)

@@ -130,9 +130,9 @@ def draw(path: Path, splits: Sequence[Split], reader: LabelReader, classes: Clas
     rng, painted = np.random.default_rng(), {}  # finish_labels draws no random number
     for index in pictures.spread(group_by_tasks([tuple(image.labels) for image in whole]), PICTURES):
         sample = finish_labels(reader.sample(whole[index]), rng)
-        painted[whole[index].id] = {"image": sample["image"]} | {
-            task: TASKS[task].paint_label(sample[task]) for task in whole[index].labels
-        }
+        labels = {task: TASKS[task].paint_label(sample[task]) for task in whole[index].labels}
+        shown = {"image": sample["image"]} | labels
+        painted[whole[index].id] = {name: pictures.thumbnail(picture) for name, picture in shown.items()}
     pictures.save_contact_sheet(path, painted, classes)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes
-from train.files.printing import printing
+from train.files.printing import printable, printing
 from train.files.processes import killed_workers
 from train.files.progress import quiet
 from train.output.tables import format_table
@@ -211,7 +211,7 @@ def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
         with quiet(silent), printing(), killed_workers():
             return run() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ from train.config.settings import Settings
 from train.datasets.base import open_dataset
 from train.datasets.batches import collate
 from train.datasets.files import Access
-from train.evaluation.baselines import with_baseline
+from train.evaluation.baselines import describe_baseline, with_baseline
 from train.evaluation.results import Results, read_results, require_comparable
 from train.files.atomic import write_text
 from train.files.folders import claim
@@ -96,7 +96,7 @@ def caption(runs: Mapping[str, Results]) -> str:
     if odsf := next((results["odsF"] for results in runs.values() if results.get("odsF")), None):
         lines.append(f"odsF over {odsf['images']} images, variant {odsf['variant']}")
     if baseline := first.get("baseline"):
-        lines.append(f"Delta_m against {baseline['name']}, {baseline['source']}")
+        lines.append(f"Delta_m {describe_baseline(baseline)}")
     return "; ".join(lines)
 
 

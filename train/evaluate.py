@@ -5,7 +5,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from train.output.scores import score_table
 from train.output.versions import versions
 from train.protocols import PROTOCOLS, Rendered
 from train.run import checkpoint
-from train.run.build import load_checkpoint
+from train.run.build import kernel_of, load_checkpoint
 from train.tasks import build_metrics, parse_tasks
 
 DESCRIPTION = """\
@@ -49,12 +49,15 @@ OUT receives results.json."""
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: ``model`` or, where it is None, a folder of predictions; ``about`` identifies it in results."""
+    """What is scored: ``model`` or, where it is None, a folder of predictions; ``about`` identifies it in results.
+
+    ``settings`` are those of the evaluation. ``trained`` says what trained a model and how it computes here."""
 
     name: str
     about: dict[str, Any]
     settings: Settings
     model: MultiTaskModel | None = None
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def build_parser() -> Parser:
@@ -107,7 +110,14 @@ def _from_checkpoint(options: Namespace) -> Subject:
         unit = protocol.aspect[0] * model.patch  # of the height: the width, too, is then a whole number of patches
         changes["image_size"] = -(-least // unit) * unit
     about = {"checkpoint": str(folder), "step": state.step}
-    return Subject(folder.parent.name, about, with_flags(settings, options, changes), model)
+    trained = {
+        "commands": state.commands,
+        "settings": state.settings,
+        "kernel": kernel_of(settings, model.device),
+        "device": model.device.type,
+        "precision": "fp32",  # whatever it was trained in
+    }
+    return Subject(folder.parent.name, about, with_flags(settings, options, changes), model, trained)
 
 
 def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str], dataset: str) -> None:
@@ -123,6 +133,8 @@ def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str],
 
 def _from_files(options: Namespace) -> Subject:
     folder, note = Path(options.predictions), read_note(Path(options.predictions))
+    if (split := note.get("split", options.split)) != options.split:
+        raise UserError(f"{folder} holds predictions of split {split!r}: pass --split {split}")
     settings = Settings(tasks=",".join(chosen_tasks(options.tasks, predicted_tasks(folder), str(folder))))
     if options.data:
         changes = {"data": options.data} | _protocol_of_files(options.protocol or note.get("protocol", ""), note)
@@ -234,6 +246,7 @@ def describe(subject: Subject, options: Namespace, dataset: DataSet, boundaries:
         "command": shlex.join(["python", "-m", "train.evaluate", *sys.argv[1:]]),
         "protocol": dataset.protocol.reported,
         **subject.about,
+        **subject.trained,
         "dataset": {"name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size},
         "evaluation": describe_set(
             dataset,

@@ -1,12 +1,14 @@
 """``python -m train.export RUN --to FOLDER|FILE.pt2``: a folder to publish, or one program for PyTorch alone."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from train.config.settings import Settings
 from train.evaluation.results import Results, read_results
 from train.files.atomic import make_folder, replacing, replacing_folder, write_text
 from train.files.folders import require_new
-from train.output.card import write_card
+from train.output.card import without_paths, write_card
+from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_on_cpu
 
@@ -33,6 +36,7 @@ beside published tables.
 FILE.pt2 is a program (B, 3, H, W), float RGB in 0..255 -> {task: raw output} for any B. It needs PyTorch alone:
 torch.export.load(FILE).module(). It is compared with the model before it gets its name."""
 
+PATHS = ("data", "recipe", "pretrained", "cache")  # settings that may name folders of this machine
 RTOL = 1e-4  # of the largest output: the program's products are those of the model in another order
 
 
@@ -46,13 +50,29 @@ def build_parser() -> Parser:
 
 def public_settings(settings: Settings) -> Settings:
     """``settings`` without the folders of this machine: the last part of paths, nothing of outputs and caches."""
-    data, recipe, weights = (Path(path).name for path in (settings.data, settings.recipe, settings.pretrained))
+    data, recipe, weights = map(last_part, (settings.data, settings.recipe, settings.pretrained))
     pretrained = settings.pretrained if is_repository(settings.pretrained) else weights
     return replace(settings, data=data, recipe=recipe, pretrained=pretrained, cache="", out="")
 
 
+def public_state(state: checkpoint.State, settings: Settings) -> checkpoint.State:
+    """``state`` with the ``settings`` of :func:`public_settings`, and commands without the folders of this machine."""
+    commands = [
+        entry
+        | {"command": without_paths(entry["command"])}
+        | {"changed": [text for text in entry["changed"] if text.split()[0] not in PATHS]}
+        for entry in state.commands
+    ]
+    return replace(state, settings=asdict(settings), written=[], commands=commands)
+
+
+def last_part(path: str) -> str:
+    """The name of what ``path`` leads to, also of "." and ".."; "" for "" alone, which means that there is none."""
+    return path and (os.path.basename(os.path.abspath(path)) or path)
+
+
 def results_of(options: Namespace, step: int) -> Results:
-    """Scores of the checkpoint of ``step``, with the command that trained it as ``training_command``."""
+    """Scores of the checkpoint of ``step``, with the versions of its training."""
     training = read_results(options.run)
     results = read_results(options.results) if options.results else training
     scored = results.get("step", results.get("steps"))
@@ -61,7 +81,7 @@ def results_of(options: Namespace, step: int) -> Results:
             f"{options.results or options.run} has scores of step {scored}, and {options.run} is at step {step}: score "
             "it with python -m train.evaluate, and give that folder as --results"
         )
-    return results | {"training_command": training.get("command", "unknown"), "versions": training["versions"]}
+    return results | {"versions": training["versions"]}
 
 
 def run(options: Namespace) -> None:
@@ -78,10 +98,10 @@ def run(options: Namespace) -> None:
 def write_folder(folder: Path, to: Path, options: Namespace) -> None:
     settings, model, state = load_checkpoint(folder)
     settings = public_settings(settings)
-    results = results_of(options, state.step)
-    card = write_card(settings, results, state.step, model.patch)
+    state, results = public_state(state, settings), results_of(options, state.step)
+    card = write_card(settings, results, state.step, model.patch, state.commands)
     with replacing_folder(to) as partial:
-        checkpoint.publish(folder, replace(state, settings=asdict(settings), written=[]), partial)
+        checkpoint.publish(folder, state, partial)
         write_text(partial / "README.md", card)
     print(f"{to}/: model.safetensors, config.json, SHA256SUMS, README.md of step {state.step} of {options.run}")
 
@@ -90,20 +110,25 @@ def write_program(folder: Path, to: Path) -> None:
     settings, model, state = load_on_cpu(folder, kernel="reference")
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder, and --to FILE.pt2 takes an adapted ViT: give a folder as --to")
-    program = export_program(model, settings.image_size)
-    state = replace(state, settings=asdict(public_settings(settings)), written=[])
+    program = export_program(model, settings.image_shape)
+    state = public_state(state, public_settings(settings))
     make_folder(to.parent)
     with replacing(to) as partial:
         with checkpoint.failed_writes():
             save_program(program, partial, json.dumps(asdict(state), indent=1))
-        difference = largest_difference(model, load_program(partial)[0], settings.image_size)
+        difference = largest_difference(model, load_program(partial)[0], settings.source.protocol)
     print(f"{to}: step {state.step} of {folder}, outputs within {difference:.1e} of the model's largest")
 
 
 @torch.inference_mode()
-def largest_difference(model: MultiTaskViT, program: Callable[[Tensor], dict[str, Tensor]], side: int) -> float:
-    """Over all tasks, relative to the largest output, on three images of noise. RuntimeError above RTOL."""
-    images = torch.randint(0, 256, (3, 3, side, side), generator=torch.Generator().manual_seed(0)).float()
+def largest_difference(
+    model: MultiTaskViT, program: Callable[[Tensor], dict[str, Tensor]], protocol: Protocol
+) -> float:
+    """Over all tasks, relative to the largest output, on three photos of noise, prepared as train.predict does.
+    RuntimeError above RTOL."""
+    photos = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    inputs = np.stack([protocol.fit_photo(photo)[0] for photo in photos])
+    images = torch.from_numpy(inputs).permute(0, 3, 1, 2).float()
     ours, theirs = model(images), program(images)
     worst = max(float((theirs[task] - y).abs().max() / y.abs().max()) for task, y in ours.items())
     if not worst <= RTOL:

@@ -1,5 +1,6 @@
 """``python -m train.predict CHECKPOINT IMAGE ... --out DIR``: predicts all tasks for any photos, and draws them."""
 
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -10,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from kernels import UserError
 from model import ExportedModel, MultiTaskModel
 from train.cli import Parser, guarded, new_folder
 from train.config.settings import Settings
 from train.evaluation.predictions import write_pictures
+from train.evaluation.validate import require_finite
 from train.files.atomic import make_folder, replacing
 from train.files.folders import claim, resolved
+from train.files.images import FORMATS, image_shape, read_photo
+from train.files.printing import printable
 from train.files.progress import progress
-from train.files.reading import reading, require_file
 from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_exported
@@ -28,8 +30,8 @@ from train.tasks import TASKS
 
 SHEET = 24  # photos on the contact sheet
 
-DESCRIPTION = """\
-Predict all tasks of a checkpoint for photos of any size and format. A folder means all images in it.
+DESCRIPTION = f"""\
+Predict all tasks of a checkpoint for photos of any size ({", ".join(FORMATS)}). A folder means all images in it.
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
 probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,
@@ -65,71 +67,63 @@ def list_photos(given: Sequence[str]) -> dict[str, Path]:
     paths, others = [], []
     for path in map(Path, given):
         if not path.is_dir():
-            open_head(path)
+            image_shape(path)
             paths.append(path)
             continue
         for file in sorted(file for file in path.iterdir() if file.is_file()):
             try:
-                open_head(file)
+                image_shape(file)
                 paths.append(file)
             except UserError:
                 others.append(file)
     if not paths:
         raise UserError(f"{', '.join(given)}: no image is there; name photos, or a folder that holds some")
     if others:
-        print(f"skipped {len(others)} files that are not images, the first: {others[0]}", file=sys.stderr)
+        first = printable(str(others[0]))
+        print(f"skipped {len(others)} files that are not images, the first: {first}", file=sys.stderr)
     stems = Counter(path.stem for path in paths)
     named: dict[str, Path] = {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else path.name
         if name in named:
             raise UserError(f"{named[name]} and {path} have the same name: predict them into separate folders")
+        if len(os.fsencode(name)) > 255 - len(".png"):
+            raise UserError(f"{path}: its name is too long for {name}.png: rename it")
         named[name] = path
     return named
 
 
-def open_head(path: Path) -> None:
-    """UserError where Pillow does not recognise ``path`` as an image."""
-    require_file(path)
-    with reading(path), Image.open(path):
-        pass
-
-
-def read_any_photo(path: Path) -> NDArray[np.uint8]:
-    """8-bit RGB (H, W, 3), oriented by EXIF. Grey and 16-bit images are converted; transparency becomes white."""
-    with reading(path), Image.open(path) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.asarray(image.convert("RGB"))
-
-
 @torch.inference_mode()
 def predict(
-    model: MultiTaskModel | ExportedModel, photo: NDArray[np.uint8], protocol: Protocol
-) -> dict[str, NDArray[np.float32]]:
-    """The raw output of each head, (channels, h, w), without the padding around the photo."""
+    model: MultiTaskModel | ExportedModel, path: Path, protocol: Protocol
+) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float32]]]:
+    """(the photo, the raw output of each head, (channels, h, w), without the padding around the photo). UserError where
+    the photo cannot be read, or an output is not finite."""
+    photo = read_photo(path)
     image, where = protocol.fit_photo(photo)
     outputs = model(torch.tensor(image, device=model.device).permute(2, 0, 1)[None])
-    return {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
+    require_finite(outputs, str(path))
+    return photo, {task: output[0][:, where[0], where[1]].float().cpu().numpy() for task, output in outputs.items()}
 
 
 def write(
     out: Path, name: str, photo: NDArray[np.uint8], outputs: dict[str, NDArray[np.float32]]
 ) -> dict[str, NDArray[np.uint8]]:
-    """All files of one photo; returns its overlays."""
-    predicted = {task: TASKS[task].at_photo(output, photo.shape[:2]) for task, output in outputs.items()}
-    overlays = {task: TASKS[task].overlay(photo, picture) for task, picture in predicted.items()}
-    write_pictures(out, name, predicted)
-    write_pictures(out / "overlays", name, overlays)
+    """All files of one photo, task by task; returns thumbnails of the photo and its overlays."""
+    from train.output.pictures import thumbnail
+
+    shown = {"image": thumbnail(photo)}
+    for task, output in outputs.items():
+        picture = TASKS[task].at_photo(output, photo.shape[:2])
+        overlay = TASKS[task].overlay(photo, picture)
+        write_pictures(out, name, {task: picture})
+        write_pictures(out / "overlays", name, {task: overlay})
+        shown[task] = thumbnail(overlay)
     make_folder(out / "raw")
     with replacing(out / "raw" / f"{name}.npz", sync=False) as partial, partial.open("wb") as file:
         raw: dict[str, Any] = {task: output.astype(np.float16) for task, output in outputs.items()}
         np.savez_compressed(file, **raw)
-    return overlays
+    return shown
 
 
 def load(options: Namespace) -> tuple[Settings, MultiTaskModel | ExportedModel, int]:
@@ -159,17 +153,17 @@ def run(options: Namespace) -> int:
     faults: list[str] = []
     for name, path in progress(photos.items(), "predict", len(photos)):
         try:
-            photo = read_any_photo(path)
+            photo, outputs = predict(model, path, protocol)
         except UserError as error:
             faults.append(str(error))
             continue
-        overlays = write(out, name, photo, predict(model, photo, protocol))
+        shown = write(out, name, photo, outputs)
         if len(sheet) < SHEET:
-            sheet[name] = {"image": photo} | overlays
+            sheet[name] = shown
     if not sheet:
         raise UserError(faults[0] if len(faults) == 1 else f"none of {len(faults)} photos can be read: {faults[0]}")
     for fault in faults:
-        print(f"left out: {fault}", file=sys.stderr)
+        print(f"left out: {printable(fault)}", file=sys.stderr)
     pictures.save_contact_sheet(out / "sheet.png", sheet, classes)
     left_out = f", {len(faults)} left out" if faults else ""
     print(f"{out}/: {len(photos) - len(faults)} photos{left_out}: PNGs by task, overlays, raw, sheet.png")

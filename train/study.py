@@ -11,9 +11,10 @@ import torch
 
 from kernels import UserError
 from train.cli import Parser, flags_of, guarded
-from train.config.arms import FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
+from train.config.arms import DECODERS, FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
+from train.evaluation.baselines import references_of
 from train.evaluation.results import Results, require_comparable
-from train.evaluation.study import as_json, compare, reference_scores, table
+from train.evaluation.study import as_json, compare, table
 from train.files.atomic import make_folder, write_json, write_text
 from train.files.folders import claim
 from train.output.charts import draw
@@ -59,6 +60,13 @@ def shared_settings(options: Namespace) -> dict[str, Any]:
     return {"recipe": PAPER if options.data else SCENES, "tracker": "none"} | flags
 
 
+def require_shared(shared: Mapping[str, Any], arms: Sequence[Arm]) -> None:
+    """UserError for a setting that not all arms can share, since an arm, or the study, gives it a value itself."""
+    own = {"seed", "out"}.union(*(arm.values for arm in arms), {"decoder_width"} if {*DECODERS} & {*arms} else ())
+    if given := sorted(own & shared.keys()):
+        raise UserError(f"{given[0]} is not for all arms to share, each has its own: leave out --set {given[0]}")
+
+
 def pretrained(runs: Path, shared: dict[str, Any]) -> str:
     """The backbone of all arms; without one in ``shared`` a run of PRETRAINING, of its own length."""
     if "pretrained" in shared:
@@ -70,7 +78,7 @@ def pretrained(runs: Path, shared: dict[str, Any]) -> str:
 
 
 def say(arm: Arm, seed: int, results: Results) -> None:
-    scores = (f"{task} {ref['value']:.4g}" for task, ref in reference_scores(results).items())
+    scores = (f"{task} {ref['value']:.4g}" for task, ref in references_of(results).items())
     print(f"{arm.name:<24} seed {seed}  {'  '.join(scores)}", flush=True)
 
 
@@ -78,6 +86,7 @@ def run(options: Namespace) -> None:
     shared, out = shared_settings(options), Path(options.out)
     asked = (*FIGURES, ROUTED.name) if "all" in options.figures else tuple(dict.fromkeys(options.figures))
     figures = [figure for figure in asked if figure in FIGURES]
+    require_shared(shared, [*arms_to_compare(figures), *([ROUTED] if ROUTED.name in asked else [])])
     names = [f"{figure}.{kind}" for figure in figures for kind in ("json", "md", "png")]
     claim(out, "train.study", ["runs", *names, *(WRITTEN if ROUTED.name in asked else ())])
     make_folder(out / "runs")
@@ -92,9 +101,14 @@ def run(options: Namespace) -> None:
         print(f"\n{draw_routing(read_course(runs.folder(ROUTED, 0)), out)}\n\n{out}/: {', '.join(WRITTEN)}")
 
 
+def arms_to_compare(figures: Sequence[str]) -> list[Arm]:
+    """The single-task models and the arms of the figures, each once."""
+    return list(dict.fromkeys((*SINGLE, *(arm for figure in figures for arm in arms_of(figure))))) if figures else []
+
+
 def run_figures(runs: Runs, figures: Sequence[str], out: Path, seeds: int) -> None:
     """Train what the figures compare, seed by seed, and write them after each."""
-    arms = dict.fromkeys((*SINGLE, *(arm for figure in figures for arm in arms_of(figure)))) if figures else {}
+    arms = arms_to_compare(figures)
     finished: list[dict[Arm, Results]] = []
     for seed in range(seeds):
         finished.append({})

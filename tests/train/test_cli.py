@@ -48,6 +48,8 @@ def small_weights(tmp_path):
         (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a GPU: leave it out"),
         (["--batch-size", "4", "--accumulate", "5"], "needs a batch of 5 images at least, not 4"),
         (["--set", "lora_targets=qvk"], "unknown LoRA target 'qvk'"),
+        (["--recipe", "two\nlines"], "no recipe 'two\\nlines'"),
+        (["--resume", "two\nlines"], "two\\nlines is not a checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys, tmp_path):
@@ -60,6 +62,20 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, capsys, tmp_path):
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_folder_whose_weights_could_not_be_read_again_is_refused(error_of, tmp_path):
+    """safetensors writes to any path and reads from one in UTF-8 alone."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    assert r"caf\udce9 is not UTF-8, so that its weights cannot be read" in error_of(main, *QUICK, "--out", out)
+    assert not out.exists()
+
+
+def test_an_input_of_one_patch_trains_where_batch_norm_has_two_values(error_of, tmp_path):
+    patch = ["--image-size", "8", "--tasks", "seg,normals", "--head", "up", "--workers", "0", *QUICK]
+    alone = error_of(main, *patch, "--batch-size", 1, "--out", tmp_path / "alone")
+    assert "batch norm needs two values, a task has one image of one patch: raise --batch-size" in alone
+    assert main([*patch, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, monkeypatch):

@@ -105,6 +105,31 @@ def test_mixed_results_are_refused(options, message, tiny_run, tmp_path, capsys)
     assert message in error and not (tmp_path / "compared").exists()
 
 
+def test_trees_with_the_same_ids_and_other_labels_are_refused(tiny_run, pascal_copy, tmp_path, capsys):
+    first, same = scored(tiny_run, tmp_path / "a"), scored(tiny_run, tmp_path / "b", "--data", pascal_copy)
+    assert compare(capsys, tmp_path, first, same)[0] == 0
+    label = pascal_copy / "semseg/VOC12/2009_000000.png"
+    Image.open(label).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(label)
+    status, _, error = compare(capsys, tmp_path, first, scored(tiny_run, tmp_path / "c", "--data", pascal_copy))
+    assert status == 2 and "a and c cannot be compared: seg of 4 images (ids " in error and ", files " in error
+
+
+def test_scenes_to_train_on_and_to_validate_on_are_other_images(tiny_scenes_run, tmp_path, capsys):
+    """Also where there are as many, and for predictions that were saved."""
+    first = scored(tiny_scenes_run, tmp_path / "a")
+    second = scored(tiny_scenes_run, tmp_path / "b", "--split", "train", "--save-predictions", tmp_path / "kept")
+    told = json.loads((second / "results.json").read_text())
+    for images in told["evaluation"]["labelled"].values():
+        images["images"] = 3
+    (second / "results.json").write_text(json.dumps(told))
+    status, _, error = compare(capsys, tmp_path, first, second)
+    assert status == 2 and "a and b cannot be compared: seg of 3 images (ids " in error
+    argv = ["--predictions", str(tmp_path / "kept"), "--workers", "0", "--out", str(tmp_path / "again")]
+    assert evaluate(argv) == 2 and "of split 'train': pass --split train" in capsys.readouterr().err
+    assert evaluate([*argv, "--split", "train"]) == 0
+    assert json.loads((tmp_path / "again/results.json").read_text())["metrics"]["seg"] == told["metrics"]["seg"]
+
+
 def test_training_at_the_square_is_not_evaluation_at_the_photos_size(tiny_run, tmp_path, capsys):
     status, _, error = compare(capsys, tmp_path, tiny_run, scored(tiny_run, tmp_path / "a"))
     assert status == 2 and "labels at 64 x 64 and the photo's size" in error
@@ -138,11 +163,36 @@ def test_published_rows_are_baselines_of_their_own_protocol(row, protocol, alter
     run = altered("run", protocol=protocol, evaluation={"compared_at": "the photo's size"}, metrics=scores)
     status, text, _ = compare(capsys, tmp_path, run, "--baseline", row)
     assert status == 0 and f"{100 * 3 / 5:+.2f}" in text  # four are twice as good, the normals twice as bad
-    assert f"Delta_m against {name}, {ROWS[name]['source']}" in text
+    assert (
+        f"Delta_m against {name!r}, {ROWS[name]['source']}, over seg {ROWS[name]['scores']['seg']['metric']}, " in text
+    )
     other = altered("other", protocol=f"{protocol}@64", evaluation={"compared_at": "the photo's size"})
     assert "they cannot be compared" in compare(capsys, tmp_path, other, "--baseline", row)[2]
     square = altered("square", protocol=protocol)
     assert "was scored at the photo's size" in compare(capsys, tmp_path, square, "--baseline", row)[2]
+
+
+def test_edges_count_by_their_loss_where_odsf_was_not_computed(tiny_run, altered, tmp_path, capsys):
+    """As in training. A task that a baseline has leaves Delta_m only with a word."""
+    scores = json.loads((tiny_run / "results.json").read_text())["metrics"]
+    worse = altered("worse", metrics={"edge": scores["edge"] | {"loss": 5 * scores["edge"]["loss"]}})
+    status, text, _ = compare(capsys, tmp_path, worse, "--baseline", tiny_run)
+    assert status == 0 and f"{-400 / 5:.2f}" in text.splitlines()[1]
+    assert "over seg mIoU, parts mIoU, sal mIoU, normals mErr, edge loss" in text
+    alone = altered("alone")
+    file = alone / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"edge": scores["edge"]}}))
+    assert "+0.00" in compare(capsys, tmp_path, alone, "--baseline", alone)[1]
+
+
+def test_a_baseline_of_nothing_is_one_line_and_one_of_zero_is_not_available(tiny_run, altered, tmp_path, capsys):
+    empty = altered("empty") / "results.json"
+    empty.write_text(json.dumps(json.loads(empty.read_text()) | {"metrics": {}}))
+    status, _, error = compare(capsys, tmp_path, tiny_run, "--baseline", empty)
+    assert status == 2 and "has no score that enters Delta_m" in error and error.count("\n") == 1
+    zero = altered("zero", metrics={"seg": {"mIoU": 0.0}})
+    status, text, _ = compare(capsys, tmp_path, tiny_run, "--baseline", zero)
+    assert status == 0 and text.splitlines()[1].endswith("n/a")
 
 
 def test_a_file_is_a_baseline(altered, tmp_path, capsys):

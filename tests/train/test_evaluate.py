@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from scipy.io import loadmat
 
+from model import MultiTaskViT
+from train.cli import main as train
 from train.datasets.pascal.labels import valid_classes
 from train.datasets.pascal.mat import read_parts
 from train.evaluate import main
@@ -20,6 +22,7 @@ from train.evaluation.score import Scoring, choose_boundaries, score_predictions
 from train.metrics.boundary import boundaries
 from train.metrics.odsf import quantise
 from train.metrics.thinning import thin
+from train.predict import main as predict
 from train.protocols import AlignedPrediction, build_protocol
 from train.run.build import load_checkpoint
 from train.tasks import DEFAULT_TASKS, PART_NAMES, TASKS, VOID, build_metrics
@@ -47,7 +50,7 @@ def evaluate(tmp_path, *argv):
     return results_of(tmp_path / "out")
 
 
-def error_of(capsys, tmp_path, *argv):
+def mistake(capsys, tmp_path, *argv):
     """The one line of a user's mistake."""
     capsys.readouterr()
     assert main([*map(str, argv), *QUICK, "--out", str(tmp_path / "out")]) == 2
@@ -73,6 +76,9 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
     assert results["protocol"] == "mtinet@64" and results["step"] == 3
     assert results["checkpoint"] == str((tiny_run / "last").resolve())
     assert results["dataset"] == {"name": "PASCAL_MT", "root": str(pascal_tree), "image_size": 64}
+    trained = results_of(tiny_run)
+    assert results["commands"] == trained["commands"] and results["settings"] == trained["settings"] | {"out": ""}
+    assert (results["kernel"], results["device"], results["precision"]) == (trained["kernel"], "cpu", "fp32")
     labelled = results["evaluation"].pop("labelled")
     assert results["evaluation"] == {
         "split": "val",
@@ -81,7 +87,7 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
         "skipped": 0,
         "compared_at": "the photo's size",
     }
-    assert list(labelled) == list(DEFAULT_TASKS) and len({tuple(images.items()) for images in labelled.values()}) == 1
+    assert list(labelled) == list(DEFAULT_TASKS) and len({images["ids"] for images in labelled.values()}) == 1
     assert labelled["seg"]["images"] == 4
     assert results["odsF"] == {"mode": "fast", "variant": "seism", "thresholds": 101, "images": 4}
     assert set(results["metrics"]["edge"]) == {"loss", "odsF", "oisF", "AP", "threshold"}
@@ -116,8 +122,6 @@ def test_a_small_checkpoint_is_brought_to_the_canvas_of_invpt(tiny_run, tmp_path
 
 
 def test_training_and_evaluation_agree_where_both_compare_at_the_square(pascal_tree, tmp_path, capsys):
-    from train.cli import main as train
-
     argv = ["--model", "vit_micro", "--head", "light", "--steps", "2", "--batch-size", "4", "--set", "lora_rank=0"]
     options = ["--data", str(pascal_tree), "--protocol", "mini", "--image-size", "48", "--workers", "0"]
     assert train([*argv, *options, "--out", str(tmp_path / "run")]) == 0
@@ -294,7 +298,7 @@ def test_a_file_that_is_no_prediction_is_named(task, kind, message, predictions,
     for image_id in VAL[1:3]:
         damage(predictions / task / f"{image_id}.png", kind)
     options = ["--data", pascal_tree, "--protocol", "mtinet", "--odsf", "off"]
-    error = error_of(capsys, tmp_path, "--predictions", predictions, *options)
+    error = mistake(capsys, tmp_path, "--predictions", predictions, *options)
     assert error.startswith(f"error: 2 of 20 predictions cannot be scored: {predictions / task / VAL[1]}.png ")
     assert message in error and f"{predictions / task / VAL[2]}.png" in error
 
@@ -302,11 +306,11 @@ def test_a_file_that_is_no_prediction_is_named(task, kind, message, predictions,
 def test_missing_predictions_and_those_of_another_split_are_counted(predictions, pascal_tree, tmp_path, capsys):
     options = ["--predictions", predictions, "--data", pascal_tree, "--protocol", "invpt", "--odsf", "off"]
     (predictions / f"sal/{VAL[2]}.png").unlink()
-    error = error_of(capsys, tmp_path, *options)
+    error = mistake(capsys, tmp_path, *options)
     assert f"{predictions}/sal lacks 1 of 4 predictions of split 'val', {VAL[2]};" in error
     for image_id in VAL:
         (predictions / f"semseg/{image_id}.png").unlink()
-    error = error_of(capsys, tmp_path, *options)
+    error = mistake(capsys, tmp_path, *options)
     assert f"semseg lacks 4 of 4 predictions of split 'val', {', '.join(VAL[:3])}, ...; it has 8 other files" in error
     assert "perhaps of another split" in error
 
@@ -336,12 +340,10 @@ def test_a_mistake_is_one_line_and_status_2(
     alien = tmp_path / "alien.txt"
     alien.write_text(f"{VAL[0]}\n2008_000000\n2011_000001\n")
     places = {"RUN": tiny_run, "PREDICTIONS": labels_as_predictions, "DATA": pascal_tree, "ALIEN": alien}
-    assert message in error_of(capsys, tmp_path, *(places.get(word, word) for word in argv))
+    assert message in mistake(capsys, tmp_path, *(places.get(word, word) for word in argv))
 
 
 def test_a_checkpoint_of_scenes_is_scored_on_scenes_and_on_nothing_else(pascal_tree, tmp_path, capsys):
-    from train.cli import main as train
-
     run = tmp_path / "run"
     assert train(["--steps", "1", "--set", "scenes=4", "--set", "val_scenes=3", "--out", str(run)]) == 0
     scored = evaluate(tmp_path, run, "--save-predictions", tmp_path / "kept")
@@ -352,7 +354,7 @@ def test_a_checkpoint_of_scenes_is_scored_on_scenes_and_on_nothing_else(pascal_t
     assert len(list((tmp_path / "kept").glob("*/*.png"))) == 15
     (tmp_path / "out/results.json").unlink()
     for options in (["--data", pascal_tree], ["--protocol", "mini"], ["--odsf", "full"]):
-        assert "rendered scenes" in error_of(capsys, tmp_path, run, *options)
+        assert "rendered scenes" in mistake(capsys, tmp_path, run, *options)
 
 
 def test_a_killed_evaluation_leaves_no_predictions(tiny_run, tmp_path, monkeypatch):
@@ -406,6 +408,22 @@ def test_a_cache_is_filled_and_used(tmp_path, tiny_run):
     assert {path.name for path in (tmp_path / "cache").iterdir()} == entries
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_neither_scored_nor_drawn(value, tiny_run, tmp_path, error_of, monkeypatch):
+    """They would get the scores and the colours of class 0. A head overflows, say, though its weights are finite."""
+    forward, photo = MultiTaskViT.forward, tmp_path / "photo.png"
+    spoil = lambda outputs: outputs | {"seg": outputs["seg"].index_fill(0, torch.tensor([0]), value)}  # noqa: E731
+    monkeypatch.setattr(MultiTaskViT, "forward", lambda *arguments: spoil(forward(*arguments)))
+    Image.new("RGB", (40, 30)).save(photo)
+    message = "the model's output for seg is not finite: take an earlier checkpoint"
+    on_photo = message.replace(" is", f" on {photo} is")
+    assert message in error_of(main, tiny_run, *QUICK, "--out", tmp_path / "out")
+    assert on_photo in error_of(predict, tiny_run, photo, "--out", tmp_path / "pictures")
+    data = ["--set", "scenes=4", "--set", "val_scenes=2", "--tasks", "seg", "--steps", "1", *QUICK]
+    assert message in error_of(train, *data, "--out", tmp_path / "run")
+    assert not any((tmp_path / name).exists() for name in ("out/results.json", "pictures/semseg", "run/results.json"))
+
+
 def test_fast_takes_a_hundred_images_evenly_spread():
     dataset = type("Set", (), {"boundary_maps": staticmethod(lambda: dict.fromkeys(range(250)))})
     assert list(choose_boundaries(dataset, "fast")) == [5 * n // 2 for n in range(100)]
@@ -452,4 +470,4 @@ def test_edge_labels_are_untouched(saved, pascal_tree):
 def test_a_note_that_makes_no_sense_is_one_line(note, predictions, pascal_tree, tmp_path, capsys):
     (predictions / "predictions.json").write_text(note)
     argv = ["--predictions", predictions, "--data", pascal_tree]
-    assert f"{predictions}/predictions.json" in error_of(capsys, tmp_path, *argv)
+    assert f"{predictions}/predictions.json" in mistake(capsys, tmp_path, *argv)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from model import VITS, ViT
 from train.cli import main as train
 from train.evaluate import main as evaluate
 from train.export import main as export
-from train.output.card import without_paths
+from train.export import public_settings, public_state
+from train.output.card import without_paths, write_card
 from train.predict import main as predict
 from train.run import checkpoint
+from train.run.backbone import settings_of
 from train.run.build import load_checkpoint
 
 
@@ -56,6 +59,31 @@ def test_nothing_names_a_folder_of_this_machine(exported, tiny_run, pascal_tree)
         assert str(tiny_run.parent) not in text and str(pascal_tree.parent) not in text, name
     settings = json.loads((exported / "config.json").read_text())["settings"]
     assert settings["data"] == "PASCAL_MT" and settings["out"] == settings["cache"] == ""
+
+
+@pytest.mark.parametrize("folder, given", [("", "."), ("JPEGImages", ".."), ("", "../PASCAL_MT/")])
+def test_data_that_is_given_by_dots_keeps_its_name(folder, given, tiny_run, pascal_tree, monkeypatch):
+    """An empty name would mean rendered scenes, whose preprocessing is another."""
+    monkeypatch.chdir(pascal_tree / folder)
+    settings = replace(settings_of(tiny_run / "last"), data=given)
+    public = public_settings(settings)
+    assert public.data == "PASCAL_MT" and public.source.protocol == settings.source.protocol
+    assert public_settings(replace(settings, data="/")).data and not public_settings(replace(settings, data="")).data
+
+
+def test_every_command_of_a_resumed_run_is_named_without_its_folders(tiny_run, tmp_path):
+    state = checkpoint.read_state(tiny_run / "last")
+    moved = {
+        "from_step": 3,
+        "command": "python -m train --data /home/me/tree",
+        "changed": ["data /a -> /b", "lr 1 -> 2"],
+    }
+    state.commands.append(moved)
+    public = public_state(state, public_settings(settings_of(tiny_run / "last")))
+    assert public.commands[1] == {"from_step": 3, "command": "python -m train --data tree", "changed": ["lr 1 -> 2"]}
+    results = json.loads((tiny_run / "results.json").read_text())
+    card = write_card(settings_of(tiny_run / "last"), results, 3, 8, public.commands)
+    assert "\n".join(entry["command"] for entry in public.commands) in card
 
 
 def test_commands_keep_their_words_without_paths():

@@ -33,7 +33,7 @@ def adapted(**changes) -> MultiTaskViT:
 @pytest.mark.parametrize("changes", [{}, {"registers": 4, "rope": True}], ids=["learned positions", "rotary positions"])
 def test_any_batch_has_the_outputs_of_the_model(changes):
     model = adapted(**changes)
-    program = export_program(model, 16).module()
+    program = export_program(model, (16, 16)).module()
     for batch in (1, 2, 5):
         images = torch.rand(batch, 3, 16, 16) * 255
         with torch.inference_mode():
@@ -46,7 +46,7 @@ def test_any_batch_has_the_outputs_of_the_model(changes):
 def test_the_program_has_operators_of_pytorch_only_and_leaves_the_model_as_it_is():
     model = adapted()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    graphs = [m.graph for m in export_program(model, 16).graph_module.modules() if isinstance(m, GraphModule)]
+    graphs = [m.graph for m in export_program(model, (16, 16)).graph_module.modules() if isinstance(m, GraphModule)]
     targets = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     own = {target for target in targets if not target.startswith(("aten.", "<built-in"))}
     assert "aten.linear.default" in targets and own <= {"wrap_with_autocast", "wrap_with_set_grad_enabled"}, own

@@ -5,13 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from train.predict import main, read_any_photo
+from train.datasets.base import CLASSES
+from train.files.images import read_photo
+from train.output import pictures
+from train.predict import main
 from train.protocols import build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS
 
@@ -130,10 +134,10 @@ def test_it_takes_seconds_and_the_sheet_shows_all(predicted):
 
 def test_colours_are_read_as_they_look(predicted):
     photos = predicted[0]
-    assert (read_any_photo(photos / "clear.png") == 255).all()
-    assert (read_any_photo(photos / "deep.png") == 155).all()
-    assert np.ptp(read_any_photo(photos / "grey.png"), axis=-1).max() == 0
-    assert np.array_equal(read_any_photo(photos / "portrait.png"), np.asarray(noise((90, 60))))
+    assert (read_photo(photos / "clear.png") == 255).all()
+    assert (read_photo(photos / "deep.png") == 155).all()
+    assert np.ptp(read_photo(photos / "grey.png"), axis=-1).max() == 0
+    assert np.array_equal(read_photo(photos / "portrait.png"), np.asarray(noise((90, 60))))
 
 
 @pytest.mark.parametrize("shape", [(333, 517), (100, 90), (1, 2000), (128, 128)])
@@ -168,6 +172,43 @@ def test_an_overlay_leaves_the_background_and_tints_the_rest():
     assert (salient[300, 300] == 100).all() and (salient[0, 0] < 50).all()
     edge = TASKS["edge"].overlay(photo, 255 * (ids > 0).astype(np.uint8))
     assert (edge[0, 0] > 150).all() and (edge[300, 300] < 100).all()
+
+
+@pytest.mark.parametrize("task", ["seg", "sal", "normals", "edge", "depth"])
+def test_a_large_photo_takes_little_more_memory_than_its_pictures(task):
+    """Floats of a whole photo were 70 bytes a pixel, 14 GB of a phone's 200 megapixels."""
+    shape, output = (
+        (1500, 2000),
+        np.random.default_rng(0).normal(size=({"seg": 21}.get(task) or TASKS[task].channels, 32, 32)),
+    )
+    photo = np.zeros((*shape, 3), np.uint8)
+    tracemalloc.start()
+    TASKS[task].overlay(photo, TASKS[task].at_photo(output.astype(np.float32), shape))
+    peak = tracemalloc.get_traced_memory()[1] / (shape[0] * shape[1])
+    tracemalloc.stop()
+    assert peak < 40, f"{peak:.0f} bytes a pixel"
+
+
+def test_photos_do_not_pile_up(tiny_run, tmp_path, monkeypatch):
+    """The contact sheet keeps thumbnails: in full size each photo and its overlays took 18 bytes a pixel."""
+    kept = []
+    monkeypatch.setattr(pictures, "save_contact_sheet", lambda path, images, classes: kept.append(images))
+    for n in range(2):
+        noise((300, 500)).save(tmp_path / f"{n}.png")
+    assert main([str(tiny_run), *(str(tmp_path / f"{n}.png") for n in range(2)), "--out", str(tmp_path / "out")]) == 0
+    shapes = {picture.shape for thumbnails in kept[0].values() for picture in thumbnails.values()}
+    assert len(kept[0]) == 2 and shapes == {(134, 224, 3)}
+
+
+def test_a_full_contact_sheet_takes_little_memory(tmp_path):
+    """As one image of 2796 x 2796 pixels it took a gigabyte."""
+    names = ("image", *DEFAULT_TASKS)
+    sheet = {f"{n}": {name: np.zeros((204, 224, 3), np.uint8) for name in names} for n in range(24)}
+    tracemalloc.start()
+    pictures.save_contact_sheet(tmp_path / "sheet.png", sheet, CLASSES["scenes"])
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    assert peak < 200
 
 
 def test_a_checkpoint_of_scenes_predicts_photos_too(tmp_path):
@@ -221,19 +262,25 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, predicted, tiny_run, 
 
 
 def test_photos_that_cannot_be_read_leave_the_others_predicted(predicted, tiny_run, tmp_path, capsys):
-    """One of them has a name that is no UTF-8."""
+    """Names that are no UTF-8, have line ends and commands of terminals, or as many bytes as a name may have."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     noise((50, 70)).save(photos / "good.png")
-    shutil.copy(photos / "good.png", os.fsencode(photos) + b"/caf\xe9.png")
+    odd = [b"caf\xe9.png", b"two\nlines.png", b"red\x1b[31m.png", b"x" * 251 + b".png"]
+    for name in odd:
+        shutil.copy(photos / "good.png", os.fsencode(photos / "") + b"/" + name)
     whole = (photos / "good.png").read_bytes()
-    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "cut\n.png").write_bytes(whole[: len(whole) // 2])
     assert main([str(tiny_run / "last"), str(photos), "--out", str(out)]) == 1
     printed = capsys.readouterr()
-    assert printed.err.count("left out: ") == 1 and "cut.png cannot be read" in printed.err
-    assert f"{out}/: 2 photos, 1 left out" in printed.out
+    assert printed.err.count("left out: ") == 1 and r"cut\n.png cannot be read" in printed.err
+    assert printed.err.count("\n") == 1 and f"{out}/: 5 photos, 1 left out" in printed.out
     assert (out / "sal" / "good.png").is_file() and (out / "sheet.png").is_file()
-    assert os.path.exists(os.fsencode(out / "sal") + b"/caf\xe9.png")
+    assert {*os.listdir(os.fsencode(out / "sal"))} == {b"good.png", *odd}
+    (photos / ("x" * 251 + ".jpg")).write_bytes(whole)
+    assert main([str(tiny_run / "last"), str(photos), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "its name is too long for " in error and error.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):

@@ -119,9 +119,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(fault, tmp_path
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", full)
     hook = threading.excepthook
     assert main([*QUICK, "--quiet", "--steps", "30", "--out", str(tmp_path / "run")]) == 0
-    warning = (
-        "warning: --tracker tensorboard ends here ([Errno 28] No space left on device); losses.csv goes on\n"
-    )
+    warning = "warning: --tracker tensorboard ends here ([Errno 28] No space left on device); losses.csv goes on\n"
     assert capfd.readouterr().err == warning and threading.excepthook is hook
     assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 31
 

@@ -95,6 +95,19 @@ def test_a_study_on_scenes_trains_its_backbone_on_one_task(tmp_path, monkeypatch
 def test_mistakes_are_one_line(backbone, tmp_path, error_of):
     assert "--data needs --pretrained" in error_of(main, "fig2", "--data", tmp_path)
     assert "--seeds 0" in error_of(main, "fig2", "--seeds", 0)
+    out = ["--pretrained", backbone, "--out", tmp_path / "study", *TINY]
+    for figure, name, value in (
+        ("fig2", "seed", 7),
+        ("fig2", "moe", "none"),
+        ("fig2", "tasks", "seg"),
+        ("fig2", "out", tmp_path),
+        ("fig3a", "lora-rank", 2),
+        ("decoders", "decoder_width", 8),
+        ("fig4", "routing_every", 1),
+    ):
+        error = error_of(main, figure, *out, "--set", f"{name}={value}")
+        assert f"leave out --set {name.replace('-', '_')}" in error
+    assert not (tmp_path / "study").exists()
     with pytest.raises(SystemExit, match="2"):
         main(["fig5"])
 

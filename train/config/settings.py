@@ -71,6 +71,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "workers": (0, 1024),
 }
+LONGEST_RECIPE = 20_000  # characters; a few lines of aliases can stand for billions
 LARGEST_WEIGHT = 1e6  # of a task's loss
 # The weights and batches of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
@@ -267,8 +268,9 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
         converted[name] = _convert(name, value, fields[name], source)
-    if "epochs" in converted and "steps" not in converted:
-        converted["steps"] = 0
+    for given, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given in converted and other not in values:
+            converted[other] = 0
     return converted
 
 
@@ -332,8 +334,11 @@ def own_values(name: str) -> dict[str, Any]:
     """What a recipe's file holds. Its key ``base`` names the recipe that it is a change of."""
     path = _recipe_path(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > LONGEST_RECIPE or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UserError(f"recipe {path} is longer than {LONGEST_RECIPE} characters, or holds a yaml alias")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no 'key: value' lines")

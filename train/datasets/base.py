@@ -1,6 +1,7 @@
 """The interface of a data set, and the function that opens one."""
 
 import hashlib
+import json
 import typing
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -54,6 +55,12 @@ class DataSet(typing.Protocol):
         """A name for each image."""
         ...
 
+    @property
+    def digests(self) -> tuple[dict[str, str], ...]:
+        """Per image a digest of its photo and its label of each task, as they are stored; empty where images have no
+        files and follow from their ids."""
+        ...
+
     def with_label(self, task: str) -> list[str]:
         """The ids of the images that have a label of ``task``."""
         ...
@@ -73,8 +80,8 @@ class DataSet(typing.Protocol):
 
 
 def fingerprint(dataset: DataSet) -> str:
-    """A hash of the images' names and of which of them are labelled for the same tasks."""
-    digest = hashlib.sha256("\n".join(dataset.ids).encode())
+    """A hash of the images' names, of which of them are labelled for the same tasks, and of what their files hold."""
+    digest = hashlib.sha256(json.dumps([dataset.ids, dataset.digests], sort_keys=True).encode())
     for group in dataset.groups:
         digest.update(np.asarray([len(group), *group], np.int64).tobytes())
     return digest.hexdigest()

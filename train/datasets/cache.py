@@ -1,7 +1,8 @@
 """A cache of labels that take long to derive, stored as PNGs in a folder that the user chooses.
 
-The name of an entry is a hash of the source file's bytes and the derivation, so an entry is never out of date. Any
-number of processes may share the folder.
+The name of an entry is a hash of the source file's bytes and the derivation, so an entry is never out of date. An entry
+also holds a hash of its name and its pixels: one that something else has changed is derived again. Any number of
+processes may share the folder.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ class Cache:
         if label is None:
             label = derive(source)
             with replacing(entry, sync=False) as partial:  # an entry that a power cut damages is derived again
-                Image.fromarray(label).save(partial, "PNG", pnginfo=_named(key))
+                Image.fromarray(label).save(partial, "PNG", pnginfo=_sealed(key, label))
         return label
 
 
@@ -63,19 +64,21 @@ def open_cache(folder: str) -> Cache:
     return Cache(path)
 
 
-def _named(key: str) -> PngInfo:
-    """An entry says which one it is, so that no other file is taken for it."""
+def _seal(key: str, label: Label) -> str:
+    return hashlib.sha256(f"{key} {label.dtype} {label.shape} ".encode() + label.tobytes()).hexdigest()
+
+
+def _sealed(key: str, label: Label) -> PngInfo:
     info = PngInfo()
-    info.add_text("key", key)
+    info.add_text("key", _seal(key, label))
     return info
 
 
 def _read(entry: Path, key: str) -> Label | None:
-    """None for an entry that is missing, damaged or another one."""
+    """None for an entry that is missing, damaged, changed or another one."""
     try:
         with Image.open(entry, formats=("PNG",)) as image:
-            image.verify()  # its checksums
-        with Image.open(entry, formats=("PNG",)) as image:
-            return np.asarray(image) if image.mode == "L" and image.info.get("key") == key else None
+            label = np.asarray(image)
+            return label if image.info.get("key") == _seal(key, label) else None
     except Exception:  # a decoder may raise anything on a damaged file
         return None

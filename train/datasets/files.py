@@ -3,7 +3,10 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +17,12 @@ from train.datasets.inspection import inspect_images
 from train.datasets.labels import ImageFiles, LabelReader
 from train.datasets.tree import Tree, list_images, require_complete
 from train.files.images import image_shape
+from train.files.progress import progress
+from train.files.reading import sha256_of
 from train.protocols import Protocol, Sample
 from train.tasks import TASKS, Shape
+
+READERS = 8  # files that are hashed at a time, which hides the latency of network disks
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,15 @@ class TreeDataSet:
     def origin(self) -> str:
         return str(self.tree)
 
+    @cached_property
+    def digests(self) -> tuple[dict[str, str], ...]:
+        files = [{task: image.files(task) for task in image.read} for image in self.images]
+        paths = list(dict.fromkeys(path for tasks in files for several in tasks.values() for path in several))
+        with ThreadPoolExecutor(READERS) as pool:
+            sums = progress(pool.map(_sum, paths), f"hash {self.split}", len(paths), "file")
+            known = dict(zip(paths, sums, strict=True))
+        return tuple({task: " ".join(map(known.__getitem__, several)) for task, several in f.items()} for f in files)
+
     def with_label(self, task: str) -> list[str]:
         return [image.id for image in self.images if task in image.labels]
 
@@ -104,6 +120,16 @@ class TreeDataSet:
         except UserError as error:
             raise UserError(f"{image.photo}: {error}") from None
         return {name: array for name, array in sample.items() if name == "image" or name in image.labels}
+
+
+def _sum(path: Path) -> str:
+    """The hash of a file; UserError where it cannot be read. :func:`train.files.reading.reading` is not for threads."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: restore it")
+        return sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from None
 
 
 def leave_out_bad(

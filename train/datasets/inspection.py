@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kernels.errors import UserError
 from train.datasets.handedness import Asymmetry, asymmetry_of
-from train.datasets.labels import ImageFiles, LabelReader, read_photo
+from train.datasets.labels import ImageFiles, LabelReader
+from train.files.images import read_photo
 from train.files.processes import process_map
 from train.files.progress import progress
 from train.tasks import TASKS

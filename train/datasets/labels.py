@@ -14,11 +14,10 @@ from typing import ClassVar
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageOps
 
 from kernels.errors import UserError
 from train.datasets.cache import Cache
-from train.files.images import read_image
+from train.files.images import read_image, read_photo
 from train.protocols import Sample
 
 # Ratios within (1/1.25, 1.25), other than 1, mean the label of another photo.
@@ -47,6 +46,11 @@ class ImageFiles:
         """The label files to read by task, the guide as "seg"."""
         return self.labels | ({"seg": self.guide} if self.guide else {})
 
+    def files(self, task: str) -> tuple[Path, ...]:
+        """The files that the image and its label of ``task`` are read from."""
+        mask = (self.label_map,) if task == "normals" and self.label_map else ()
+        return self.photo, self.read[task], *mask
+
 
 @dataclass(frozen=True)
 class LabelReader(ABC):
@@ -62,7 +66,8 @@ class LabelReader(ABC):
     background: ClassVar[tuple[int, ...]] = (0,)
 
     def sample(self, image: ImageFiles) -> Sample:
-        """The raw sample of an image. It also has "seg" where the segmentation is not a label but guides the crop."""
+        """The raw sample of an image, whose labels have the orientation of its photo. It also has "seg" where the
+        segmentation is not a label but guides the crop."""
         photo = read_photo(image.photo)
         sample = {task: self.label(image, task, photo.shape[:2]) for task in image.read}
         return {"image": photo} | sample
@@ -102,12 +107,6 @@ def match_normals(
     """
     vectors = match_photo(path, vectors * known[..., None], shape, cv2.INTER_CUBIC)
     return vectors * match_photo(path, known.astype(np.uint8), shape)[..., None]
-
-
-def read_photo(path: Path) -> NDArray[np.uint8]:
-    """RGB (H, W, 3) of a JPEG or PNG in colour or grey, oriented by EXIF: its labels have that orientation too."""
-    image = read_image(path, ("RGB", "L"), ("JPEG", "PNG"))
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_vector_png(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -3,7 +3,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -78,6 +78,18 @@ class Tree(ABC):
     def scored(self, split: str, task: str, ids: list[str]) -> list[str]:
         """Those of ``ids``, which are labelled for ``task``, that its scores are reported over."""
         return ids
+
+
+def files_in(root: Path, patterns: Iterable[str]) -> int:
+    """How many files in the folders of ``patterns`` have names that these match. Layouts are told apart by it: a file
+    or an empty folder that strayed into a tree does not make it one of another layout."""
+    found = 0
+    for pattern in patterns:
+        folder, suffix = root / os.path.dirname(pattern), os.path.splitext(pattern)[1]
+        if folder.is_dir():
+            with reading(folder):
+                found += sum(name.endswith(suffix) and not name.startswith(".") for name in os.listdir(folder))
+    return found
 
 
 def read_split(tree: Tree, split: str) -> list[str]:

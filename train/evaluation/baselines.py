@@ -26,13 +26,14 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
     """Percent: 100 / T sum_t (-1)^{l_t} (M_t - B_t) / B_t over the T tasks of the baseline, l_t = 1 where lower is
     better (ASTMT, CVPR 2019).
 
-    ``scores`` is {task: {key: value}}; where it lacks a score of the baseline, the result is None. By
-    the field's rule the baseline is one single-task model per task, of the same backbone and under the same protocol.
+    ``scores`` is {task: {key: value}}; where it lacks a score of the baseline, or the baseline's is 0, the result is
+    None. By the field's rule the baseline is one single-task model per task, of the same backbone and under the same
+    protocol.
     """
     gains = []
     for task, reference in baseline.items():
         value = scores.get(task, {}).get(reference["metric"])
-        if value is None:
+        if value is None or not reference["value"]:
             return None
         gain = value / reference["value"] - 1
         gains.append(gain if reference["higher"] else -gain)
@@ -52,8 +53,8 @@ def published_rows() -> dict[str, dict[str, Any]]:
 def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str, Reference]]:
     """(its name, source and protocol, its scores) of a baseline.
 
-    ``given`` is the name of a published row, a JSON file of the same form, or a run. UserError for anything else, and
-    for another protocol than that of ``results``.
+    ``given`` is the name of a published row, a JSON file of the same form, or a run. UserError for anything else, for a
+    baseline without scores, and for another protocol than that of ``results``.
     """
     rows = {name.casefold(): name for name in published_rows()}
     if given.casefold() in rows:
@@ -66,22 +67,32 @@ def baseline_of(given: str, results: Results) -> tuple[dict[str, Any], dict[str,
     elif Path(given).is_dir() or "metrics" in read_json(Path(given), {}):
         theirs = read_results(given)
         require_comparable({"the scores": results, given: theirs})
-        return {"name": given, "source": "its results.json", "protocol": theirs["protocol"]}, references_of(theirs)
+        scores = _require_scores(given, references_of(theirs))
+        return {"name": given, "source": "its results.json", "protocol": theirs["protocol"]}, scores
     else:
         name, row = given, _checked_row(Path(given))
     _require_protocol(name, row["protocol"], results)
-    return {"name": name, "source": row["source"], "protocol": row["protocol"]}, row["scores"]
+    scores = _require_scores(name, row["scores"])
+    return {"name": name, "source": row["source"], "protocol": row["protocol"]}, scores
+
+
+def _require_scores(name: str, scores: dict[str, Reference]) -> dict[str, Reference]:
+    if not scores:
+        raise UserError(f"baseline {name!r} has no score that enters Delta_m: choose another --baseline")
+    return scores
 
 
 def references_of(results: Results) -> dict[str, Reference]:
-    """A run's scores as a baseline, one per task: those in the field's Delta_m (for saliency in family B, maxF)."""
+    """A run's scores as a baseline, one per task: those in the field's Delta_m (for saliency in family B, maxF). Where
+    it was not computed, the first headline that was: in training edges count by their loss, as in the paper's
+    ablations."""
     own = PROTOCOLS.get(results["protocol"].partition("@")[0], Protocol).saliency
     references: dict[str, Reference] = {}
     for name, task in TASKS.items():
-        key = own if name == "sal" else task.delta_key
         higher = {headline.key: headline.higher_is_better for headline in task.headlines}
-        if value := results["metrics"].get(name, {}).get(key):
-            references[name] = {"metric": key, "value": value, "higher": higher[key]}
+        scores, usual = results["metrics"].get(name, {}), own if name == "sal" else task.delta_key
+        if key := next((key for key in (usual, *higher) if scores.get(key) is not None), None):
+            references[name] = {"metric": key, "value": scores[key], "higher": higher[key]}
     return references
 
 
@@ -114,15 +125,22 @@ def _require_protocol(name: str, protocol: str, results: Results) -> None:
 
 
 def with_baseline(results: Results, given: str) -> Results:
-    """``results`` with "baseline" and "delta_m", which is None where a score of the baseline is missing."""
+    """``results`` with "baseline", which lists the scores that count, and "delta_m", None where one is missing or 0."""
     about, scores = baseline_of(given, results)
-    return results | {"baseline": about, "delta_m": delta_m(results["metrics"], scores)}
+    over = {task: reference["metric"] for task, reference in scores.items()}
+    return results | {"baseline": about | {"over": over}, "delta_m": delta_m(results["metrics"], scores)}
+
+
+def describe_baseline(about: Mapping[str, Any]) -> str:
+    """The baseline, where it is from, and the scores that Delta_m is the mean over."""
+    over = ", ".join(f"{task} {key}" for task, key in about["over"].items())
+    return f"against {about['name']!r}, {about['source']}, over {over}"
 
 
 def describe_delta(results: Results) -> str:
     """Delta_m and its baseline, or why Delta_m is not available."""
     about, over = results["baseline"], results["odsF"]
     if results["delta_m"] is None:
-        return f"n/a: a score of {about['name']!r} is not among these"
-    fast = " (its odsF over all)" if over and over["mode"] == "fast" else ""
-    return f"{results['delta_m']:+.2f} % against {about['name']!r}{fast}, {about['source']}"
+        return f"n/a: a score of {about['name']!r} is not among these, or is 0 there"
+    fast = "; its odsF is over all images" if over and over["mode"] == "fast" else ""
+    return f"{results['delta_m']:+.2f} % {describe_baseline(about)}{fast}"

@@ -19,7 +19,7 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
         "set?": str,
         "images": int,
         "compared_at": str,
-        "labelled": {"*": {"images": int, "ids": str}},
+        "labelled": {"*": {"images": int, "ids": str, "files?": str}},
     },
     "dataset": {"name": str, "image_size": int, "root?": str},
     "odsF?": {"mode": str, "variant": str, "images": int},
@@ -36,11 +36,13 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
 def describe_set(
     dataset: DataSet, tasks: Iterable[str], split: str, compared_at: str, set_name: str | None = None
 ) -> dict[str, Any]:
-    """The image set of scores over ``dataset``: its split, and per task the number of images and a digest of ids."""
-    labelled = {}
+    """The image set of scores over ``dataset``: its split, and per task the number of images, a digest of their ids and
+    one of what their files hold."""
+    labelled, digests = {}, dict(zip(dataset.ids, dataset.digests, strict=True))
     for task in tasks:
         ids = sorted(dataset.labelled(task))
-        labelled[task] = {"images": len(ids), "ids": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]}
+        files = [digests[image_id].get(task, "") for image_id in ids]
+        labelled[task] = {"images": len(ids), "ids": _short_digest(ids), "files": _short_digest(files)}
     return {
         "split": split,
         "set": set_name,
@@ -49,6 +51,10 @@ def describe_set(
         "compared_at": compared_at,
         "labelled": labelled,
     }
+
+
+def _short_digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def read_results(given: str | Path) -> Results:
@@ -85,13 +91,13 @@ def require_comparable(results: Mapping[str, Results]) -> None:
 def _aspects(first: Results, other: Results) -> Iterator[tuple[str, str, str]]:
     """(name, value in ``first``, value in ``other``) of everything that must agree."""
     over, theirs = first["evaluation"], other["evaluation"]
-    images_text = "{images} images ({ids})"
+    images_text = "{images} images (ids {ids}, files {files})"
     yield "protocol", first["protocol"], other["protocol"]
     yield "labels at", over["compared_at"], theirs["compared_at"]
     for task, images in over["labelled"].items():
         if task in theirs["labelled"]:
-            other_images = theirs["labelled"][task]
-            yield f"{task} of", images_text.format_map(images), images_text.format_map(other_images)
+            ours, others = ({"files": "unknown"} | one for one in (images, theirs["labelled"][task]))
+            yield f"{task} of", images_text.format_map(ours), images_text.format_map(others)
     if first.get("odsF") and other.get("odsF"):
         odsf_text = "{mode} {variant}"
         yield "odsF", odsf_text.format_map(first["odsF"]), odsf_text.format_map(other["odsF"])

@@ -18,7 +18,7 @@ from kernels.errors import UserError
 from model import MultiTaskModel
 from train.datasets.base import DataSet
 from train.evaluation.predictions import picture_path, read_picture, require_shape, shorten
-from train.evaluation.validate import finite, scores_of
+from train.evaluation.validate import finite, require_finite, scores_of
 from train.metrics.base import Metric
 from train.metrics.odsf import MAX_DISTANCE, score_boundaries
 from train.protocols import AlignedPrediction, Protocol, Sample
@@ -49,6 +49,7 @@ def _predict(model: MultiTaskModel, images: np.ndarray, wanted: Mapping[str, Seq
     device = model.device
     index = {task: torch.tensor(positions, device=device) for task, positions in wanted.items()}
     outputs = model(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), index)
+    require_finite(outputs)
     return {task: TASKS[task].postprocess(output).cpu() for task, output in outputs.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from kernels.errors import UserError
 from train.evaluation.baselines import Reference, delta_m, references_of
 from train.evaluation.results import Results
 from train.output.tables import format_table
@@ -50,20 +51,10 @@ class Comparison:
     scores: dict[str, Reference]
 
 
-def reference_scores(results: Results) -> dict[str, Reference]:
-    """The score of each task that enters Delta_m. Where odsF was not computed, as in training, edges count by their
-    loss, as in the paper's ablations."""
-    found = references_of(results)
-    edge = results["metrics"].get("edge", {})
-    if "edge" not in found and edge.get("loss"):
-        found["edge"] = {"metric": "loss", "value": edge["loss"], "higher": False}
-    return found
-
-
 def compare(arms: Mapping[str, Sequence[Results]], singles: Mapping[str, Sequence[Results]]) -> Comparison:
     """``arms[name][i]`` and ``singles[task][i]`` are the results of the i-th seed, whose images and batches are the
     same in all of them, so that differences between arms are paired."""
-    baselines = {task: [reference_scores(results)[task] for results in runs] for task, runs in singles.items()}
+    baselines = {task: [references_of(results)[task] for results in runs] for task, runs in singles.items()}
     by_seed = [dict(zip(baselines, row, strict=True)) for row in zip(*baselines.values(), strict=True)]
     deltas = {
         name: [_delta(results, baseline) for results, baseline in zip(runs, by_seed, strict=True)]
@@ -87,7 +78,8 @@ def compare(arms: Mapping[str, Sequence[Results]], singles: Mapping[str, Sequenc
 
 def _delta(results: Results, baseline: Mapping[str, Reference]) -> float:
     value = delta_m(results["metrics"], baseline)
-    assert value is not None, "an arm lacks a score that the single-task models have"
+    if value is None:
+        raise UserError("Delta_m is not defined: a single-task model scores 0, or an arm lacks its score: train longer")
     return value
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import gathered
+from kernels.errors import UserError
 from model import MultiTaskModel
 from train.datasets.batches import Batch
 from train.files.progress import progress
@@ -31,13 +33,24 @@ def validate(
     model.eval()
     for batch in progress(batches, title):
         batch = batch.to(device)
-        for task, prediction in model(batch.images, batch.index).items():
+        outputs = model(batch.images, batch.index)
+        require_finite(outputs)
+        for task, prediction in outputs.items():
             metrics[task].update(prediction, batch.labels[task])
     model.train(training)
     if model.routing is not None:
         model.routing.statistics = None
         statistics = merged(statistics) if statistics else None
     return scores_of({task: merged(metric) for task, metric in metrics.items()}), statistics
+
+
+def require_finite(outputs: Mapping[str, Tensor], photo: str = "") -> None:
+    """UserError for outputs of a model that hold NaN or infinity, which would be scored and drawn as some class.
+    ``photo`` names what they are outputs for."""
+    good = torch.stack([output.isfinite().all() for output in outputs.values()]).tolist() if outputs else []
+    if wrong := [task for task, finite in zip(outputs, good, strict=True) if not finite]:
+        on = f" on {photo}" if photo else ""
+        raise UserError(f"the model's output for {', '.join(wrong)}{on} is not finite: take an earlier checkpoint")
 
 
 def score_constant(

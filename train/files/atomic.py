@@ -22,6 +22,7 @@ from kernels.errors import UserError
 
 HEX = "[0-9a-f]" * 32  # of uuid4, as a glob pattern
 ABANDONED = 3600  # seconds without a write, after which the writer of a partial file is taken for dead
+LONGEST = 200  # bytes of a name that its partial keeps: file systems take 255
 
 
 @contextmanager
@@ -79,9 +80,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` in UTF-8 as the whole content of ``path``; raises as :func:`replacing` does."""
+    """``text`` in UTF-8 as the whole content of ``path``; raises as :func:`replacing` does. What UTF-8 cannot hold, as
+    in names of files, is escaped."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -154,7 +156,8 @@ def remove_partials(folder: Path, name: str) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    start = os.fsdecode(os.fsencode(path.name)[:LONGEST])
+    return path.with_name(f".{start}.{uuid.uuid4().hex}.partial")
 
 
 @contextmanager

@@ -7,14 +7,17 @@ of 128 bytes, then elements. An element is a type, a size and that many bytes, w
 
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-LIMIT = 2**30  # bytes that a variable may take once decompressed
+# A small file cannot ask for much time: PASCAL-Part's largest has a tenth of either.
+LIMIT = 2**28  # bytes that the variables of a file may take once decompressed, up to the one that is read
+MATRICES = 2**16  # in a variable
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 MATRIX, COMPRESSED = 14, 15
 ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
@@ -33,11 +36,13 @@ def load_variable(path: Path, name: str) -> Any:
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None:
         raise ValueError("it has no header of a MATLAB file")
-    elements = Elements(content[128:], order)
+    elements, left = Elements(content[128:], order), LIMIT
     while elements.rest:
         kind, data = elements.take()
         if kind == COMPRESSED:
-            kind, data = Elements(_decompress(data), order).take()
+            content = _decompress(data, left)
+            left -= len(content)
+            kind, data = Elements(content, order).take()
         if kind == MATRIX:
             head, body = _head(Elements(data, order))
             if head.name == name:
@@ -47,10 +52,12 @@ def load_variable(path: Path, name: str) -> Any:
 
 @dataclass
 class Elements:
-    """Reads elements from the bytes in ``rest``; ``order`` is the byte order of numbers, "<" or ">"."""
+    """Reads elements from the bytes in ``rest``; ``order`` is the byte order of numbers, "<" or ">". All elements of a
+    variable share ``matrices``, from which each matrix takes one."""
 
     rest: memoryview
     order: str
+    matrices: Iterator[int] = field(default_factory=lambda: iter(range(MATRICES)))
 
     def take(self) -> tuple[int, memoryview]:
         """(type, bytes) of the next element."""
@@ -95,9 +102,9 @@ class Head:
     name: str
 
 
-def _decompress(data: memoryview) -> memoryview:
+def _decompress(data: memoryview, limit: int) -> memoryview:
     stream = zlib.decompressobj()
-    content = stream.decompress(data, LIMIT)
+    content = stream.decompress(data, max(limit, 1))  # 0 would mean any number
     if not stream.eof:
         raise ValueError("its compressed data ends too early, or is too large")
     return memoryview(content)
@@ -115,7 +122,9 @@ def _matrix(elements: Elements) -> Any:
     kind, data = elements.take()
     if kind != MATRIX:
         raise ValueError(f"type {kind} where a matrix is expected")
-    return _value(*_head(Elements(data, elements.order))) if data else np.zeros((0, 0))
+    if next(elements.matrices, None) is None:
+        raise ValueError(f"it has more than {MATRICES} matrices")
+    return _value(*_head(Elements(data, elements.order, elements.matrices))) if data else np.zeros((0, 0))
 
 
 def _value(head: Head, body: Elements) -> Any:

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    """``text`` as one line. What names of files may hold, but terminals should not get, is escaped: line ends, say."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 @contextmanager
 def printing() -> Iterator[None]:
     """A block that may print any text, for a reader that may leave.

@@ -1,6 +1,7 @@
 """Turns errors on broken files into one line each."""
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -16,15 +17,16 @@ T = TypeVar("T")
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, ignored: tuple[type[Warning], ...] = ()) -> Iterator[None]:
     """Turns any exception that a decoder raises on a broken file into a UserError of one line with the path.
 
-    A decoder's warning counts as an error, since its result is then partly a guess.
+    A decoder's warning counts as an error, since its result is then partly a guess, unless it is of one of the
+    ``ignored`` kinds.
     """
     try:
         with warnings.catch_warnings():
             for category in (UserWarning, RuntimeWarning):  # scipy's and Pillow's
-                warnings.simplefilter("error", category)
+                warnings.simplefilter("ignore" if category in ignored else "error", category)
             yield
     except UserError:
         raise
@@ -33,6 +35,15 @@ def reading(path: Path) -> Iterator[None]:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} cannot be read ({reason}): restore it") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def require_file(path: Path) -> None:

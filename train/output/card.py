@@ -1,7 +1,7 @@
 """The model card of an exported run: README.md with the front matter of the Hugging Face Hub."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ tags: [multi-task-learning, dense-prediction, lora, mixture-of-experts]{base}
 ---
 # {model} for {tasks}
 
-One image in, {tasks} out: {model} at {size} x {size} pixels, patches of {patch}, {experts}. Backbone: {backbone}.
+One image in, {tasks} out: {model} at {width} x {height} pixels, patches of {patch}, {experts}. Backbone: {backbone}.
 
 ## Scores
 
@@ -44,23 +44,27 @@ FOLDER is this repository on disk. {note}Images are RGB in 0..255; the input nor
 Step {step} of
 
 ```bash
-{command}
+{commands}
 ```
 
 Trained with {trained_with}. Exported with {exported_with}.
 """
 
 
-def write_card(settings: Settings, results: Mapping[str, Any], step: int, patch: int) -> str:
-    """The text of the card. ``results`` are the content of a results.json, ``settings`` those of
-    :func:`public_settings`."""
+def write_card(
+    settings: Settings, results: Mapping[str, Any], step: int, patch: int, commands: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of the card. ``results`` are the content of a results.json, ``settings`` and ``commands``, which trained
+    the model, those of :func:`train.export.public_state`."""
     over, shown = results["evaluation"], shown_headlines([results["metrics"]])
     named = f", those in {over['set']}" if over["set"] else ""
+    height, width = settings.image_shape
     return TEMPLATE.format(
         base=f"\nbase_model: {settings.pretrained.partition('@')[0]}" if "/" in settings.pretrained else "",
         model=settings.model,
         tasks=", ".join(settings.task_names),
-        size=settings.image_size,
+        width=width,
+        height=height,
         patch=patch,
         experts=describe(settings),
         backbone=f"frozen weights `{settings.pretrained}`" if settings.pretrained else "trained in full",
@@ -75,7 +79,7 @@ def write_card(settings: Settings, results: Mapping[str, Any], step: int, patch:
         note=_needed(settings),
         outputs=output_rows(settings.task_names),
         step=step,
-        command=without_paths(results["training_command"]),
+        commands="\n".join(entry["command"] for entry in commands),
         trained_with=_list(results["versions"]),
         exported_with=_list(versions()),
     )

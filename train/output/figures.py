@@ -4,8 +4,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from train.files.atomic import replacing
+from train.files.printing import printable
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
@@ -14,7 +16,9 @@ __all__ = ["plt", "write_figure"]
 
 
 def write_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """As a PNG, whole or not at all."""
+    """As a PNG, whole or not at all. Names of files in its texts may hold anything."""
+    for text in figure.findobj(Text):
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     with replacing(path) as partial:
         figure.savefig(partial, dpi=dpi, format="png")
     plt.close(figure)

@@ -29,9 +29,17 @@ def spread(groups: Sequence[NDArray[np.int64]], count: int) -> list[int]:
     return [int(group[len(group) * i // each]) for group in groups for i in range(min(each, len(group)))]
 
 
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """A photo or a painted task (H, W, 3) uint8 of any size, at the size at which it fits into a cell above its
+    caption."""
+    scale = min((CELL - CAPTION) / picture.shape[0], CELL / picture.shape[1])
+    width, height = (max(int(scale * side), 1) for side in picture.shape[1::-1])
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+
+
 def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], classes: Classes) -> None:
-    """A grid of ``images[id]["image" or a task]``, painted (H, W, 3) uint8 of any size, two images side by side. A task
-    that an image has no label for is left blank."""
+    """A grid of ``images[id]["image" or a task]``, each a :func:`thumbnail`, two images side by side. A task that an
+    image has no label for is left blank."""
     names = [name for name in ("image", *TASKS) if any(name in image for image in images.values())]
     rows = -(-len(images) // 2)
     halves = [list(images)[:rows], list(images)[rows:]]
@@ -42,26 +50,18 @@ def save_contact_sheet(path: Path, images: dict[str, dict[str, np.ndarray]], cla
     pitch = _draw_grid(axis, columns)
     for column, half in enumerate(halves):
         for row, (i, image) in enumerate((i, images[i]["image"]) for i in half):
-            left, below = column * len(names) * pitch, row * pitch + _fitted(image.shape)[0]
-            shown = i.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
-            axis.text(left + CELL / 2, below + CAPTION / 4, shown, ha="center", va="top", fontsize=6, color="dimgrey")
+            left, below = column * len(names) * pitch, row * pitch + len(image)
+            axis.text(left + CELL / 2, below + CAPTION / 4, i, ha="center", va="top", fontsize=6, color="dimgrey")
     _draw_legends(figure, names, classes)
     write_figure(figure, path, dpi=170)
-
-
-def _fitted(shape: Sequence[int]) -> tuple[int, int]:
-    """(height, width) at which a picture fits into a cell above its caption."""
-    scale = min((CELL - CAPTION) / shape[0], CELL / shape[1])
-    return max(int(scale * shape[0]), 1), max(int(scale * shape[1]), 1)
 
 
 def _cell(image: dict[str, np.ndarray], name: str) -> np.ndarray:
     """A white cell (CELL, CELL, 3) with the picture in the middle of its upper edge."""
     picture = image.get(name, np.full_like(image["image"], BLANK))
-    height, width = _fitted(picture.shape)
-    fitted = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+    height, width = picture.shape[:2]
     left = (CELL - width) // 2
-    return np.pad(fitted, ((0, CELL - height), (left, CELL - width - left), (0, 0)), constant_values=255)
+    return np.pad(picture, ((0, CELL - height), (left, CELL - width - left), (0, 0)), constant_values=255)
 
 
 def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, Tensor]], classes: Classes) -> None:
@@ -89,18 +89,20 @@ def save_predictions(path: Path, batch: Batch, predictions: dict[str, dict[str, 
 
 
 def _draw_grid(axis: Axes, columns: list[tuple[str, list[np.ndarray]]]) -> int:
-    """Columns of equally large square pictures under their titles, as one image with white gaps; returns the pixels
-    from one picture to the next."""
-    side = columns[0][1][0].shape[0]
-    gap = max(side // 24, 2)
-    frame = ((0, 0), (0, gap), (0, gap), (0, 0))
-    strips = [np.concatenate(np.pad(np.stack(column), frame, constant_values=255)) for _, column in columns]
-    axis.imshow(np.concatenate(strips, axis=1), interpolation="nearest")
+    """Columns of equally large pictures under their titles, with white gaps; returns the pixels from one column to the
+    next. Each row is an image, since Matplotlib takes a hundred bytes for each pixel of one while it draws it."""
+    height, width = columns[0][1][0].shape[:2]
+    gap = max(height // 24, 2)
+    for row, cells in enumerate(zip(*(column for _, column in columns), strict=True)):
+        strip = np.concatenate([np.pad(c, ((0, gap), (0, gap), (0, 0)), constant_values=255) for c in cells], axis=1)
+        top = row * len(strip)
+        axis.imshow(strip, interpolation="nearest", extent=(0, strip.shape[1], top + len(strip), top))
+    axis.set(xlim=(0, len(columns) * (width + gap)), ylim=(len(columns[0][1]) * (height + gap), 0))
     axis.axis("off")
     for i, (title, _) in enumerate(columns):
         size = min(9, 108 / len(title))  # points; a long name shrinks to its column
-        axis.text(i * (side + gap) + side / 2, -gap, title, ha="center", va="bottom", fontsize=size)
-    return side + gap
+        axis.text(i * (width + gap) + width / 2, -gap, title, ha="center", va="bottom", fontsize=size)
+    return width + gap
 
 
 def _draw_legends(figure: Figure, tasks: Iterable[str], classes: Classes) -> None:

@@ -53,6 +53,12 @@ def build_device(settings: Settings) -> torch.device:
     return device
 
 
+def kernel_of(settings: Settings, device: torch.device) -> str | None:
+    """The implementation of the experts on ``device``; None for a model without experts that are gated."""
+    gated = settings.moe != "none" or settings.decoder == "fgmoe"
+    return resolve_kernel(settings.kernel, device) if gated else None
+
+
 def require_possible(settings: Settings, device: torch.device) -> None:
     """UserError for settings that cannot work together on ``device`` and with so many processes."""
     least = settings.accumulate * world_size()

@@ -12,7 +12,6 @@ An exported folder (:func:`publish`) has the state in config.json and no trainin
 A killed run leaves its last complete checkpoint. Weights that are not finite never get a name.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from kernels import UserError
 from model.names import is_float
 from train.files.atomic import remove_folder, remove_partials, replacing_folder, write_link
 from train.files.folders import resolved
+from train.files.reading import sha256_of
 
 SUMS = "SHA256SUMS"
 STATES = ("state.json", "config.json")  # of a checkpoint of a run, of an exported one
@@ -44,13 +44,15 @@ STEP = re.compile(r"step-\d+")
 @dataclass
 class State:
     """What state.json holds: the run's settings, the metrics gathered before training, a fingerprint of the images of
-    each split, and the names of the checkpoints that the run has written."""
+    each split, the names of the checkpoints that the run has written, and the commands that trained it: each with the
+    step that it began from and the settings that it changed."""
 
     step: int
     settings: dict[str, Any]
     baselines: dict[str, Any] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
+    commands: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep: int = 1) -> Path:
@@ -88,7 +90,7 @@ def publish(folder: Path, state: State, to: Path) -> None:
 
 def _write_sums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
-    (folder / SUMS).write_text("".join(f"{_sum(folder / name)}  {name}\n" for name in names))
+    (folder / SUMS).write_text("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
 
 
 def _require_finite(folder: Path, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
@@ -117,14 +119,6 @@ def _random_states() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextmanager
 def failed_writes() -> Iterator[None]:
     """Raises the OSError of a failed write, which safetensors and torch wrap in other exceptions."""
@@ -144,7 +138,7 @@ def find(given: Path) -> Path:
     folder = newest(run)
     if folder is None and os.path.lexists(run / "last"):
         raise UserError(f"{run}/last points nowhere: give a folder step-N")
-    return resolved(folder or given)
+    return require_utf8(resolved(folder or given))
 
 
 def newest(run: Path) -> Path | None:
@@ -163,6 +157,15 @@ def list_steps(run: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in STATES)
+
+
+def require_utf8(path: Path) -> Path:
+    """``path``; UserError where safetensors could not read a file in it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of {path} is not UTF-8, so that its weights cannot be read: rename it") from None
+    return path
 
 
 def require_link(out: Path) -> None:
@@ -187,7 +190,7 @@ def read_state(folder: Path) -> State:
             other = ", ".join(sorted(values.keys() ^ expected.keys()))
             raise ValueError(f"{file} is of another version, which differs in {other}")
         state = State(**values)
-        kinds = {"step": int, "settings": dict, "baselines": dict, "images": dict, "written": list}
+        kinds = {"step": int, "settings": dict, "baselines": dict, "images": dict, "written": list, "commands": list}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong:
             raise ValueError(f"{file} has a wrong type of {', '.join(wrong)}")
@@ -241,7 +244,7 @@ def _verified(folder: Path, name: str) -> Path:
         raise UserError(f"checkpoint {folder} is damaged: {missing[0]} is missing; take another one")
     sums = (folder / SUMS).read_text(encoding="ascii", errors="replace")
     known = {line[66:]: line[:64] for line in sums.splitlines()}
-    if not re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n)+", sums) or known.get(name) != _sum(folder / name):
+    if not re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n)+", sums) or known.get(name) != sha256_of(folder / name):
         raise UserError(f"checkpoint {folder} is damaged: {name} does not have its hash in {SUMS}; take another one")
     return folder / name
 

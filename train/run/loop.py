@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import world_size
-from kernels import UserError, resolve_kernel
+from kernels import UserError
 from kernels.nvtx import spanned
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import batch_ids, collate, eval_loader, train_loader
@@ -25,6 +25,7 @@ from train.files.progress import counter
 from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, routes, schedule
+from train.run.build import kernel_of
 from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.losses import NotFiniteError
@@ -61,15 +62,17 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
     settings = resolve_settings(flags, state.settings if state else None)
     with processes():
         run = set_up(settings, folder)
-        run.command = shlex.join(["python", "-m", "train", *argv])
         with resumable(run):
+            changed = []
             if folder and state:
-                resume_from(run, folder, state)
+                changed = resume_from(run, folder, state)
                 if results := from_leader(lambda: finished(run)):
                     return results
             else:
                 run.baselines["untrained"], _ = score(run, "untrained")
                 run.baselines["constant"] = constant_baseline(run)
+            command = shlex.join(["python", "-m", "train", *argv])
+            run.commands.append({"from_step": run.step, "command": command, "changed": changed})
             if leads():
                 begin_files(run)
                 routes.begin(run, folder)
@@ -193,7 +196,7 @@ def save(run: Run) -> None:
     if not leads():
         return
     settings = asdict(run.settings) | {"out": ""}
-    state = checkpoint.State(run.step, settings, run.baselines, run.images, run.written)
+    state = checkpoint.State(run.step, settings, run.baselines, run.images, run.written, run.commands)
     checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep)
     run.written = state.written
 
@@ -217,10 +220,12 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
     s, (train_set, val_set) = run.settings, run.data
     height, width = s.image_shape
     total, trainable = count_parameters(run.model)
-    config, gated = s.moe_config or s.decoder_config, s.moe != "none" or s.decoder == "fgmoe"
+    config = s.moe_config or s.decoder_config
     return {
         "format": 1,
-        "command": run.command,
+        "command": run.commands[-1]["command"],
+        "commands": run.commands,
+        "settings": asdict(s),
         "protocol": train_set.protocol.reported,
         "dataset": {
             "name": train_set.name,
@@ -233,7 +238,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "model": describe_model(s),
         "moe": s.moe,
         "gating": config.gating_name if config and s.decoder != "plain" else None,
-        "kernel": resolve_kernel(s.kernel, run.device) if gated else None,
+        "kernel": kernel_of(s, run.device),
         "seed": s.seed,
         "processes": world_size(),
         "steps": run.step,

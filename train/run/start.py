@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +37,8 @@ WRITTEN = (
 
 @dataclass
 class Run:
-    """The state of a run; ``baselines`` are the metrics of the untrained model and of the best constant.
+    """The state of a run; ``images`` is a fingerprint of each split, and ``baselines`` are the metrics of the untrained
+    model and of the best constant.
 
     ``parallel`` is the model for training steps. Of several processes only the first holds the lock.
     """
@@ -47,6 +47,7 @@ class Run:
     out: Path
     device: torch.device
     data: tuple[DataSet, DataSet]
+    images: dict[str, str]
     model: MultiTaskModel
     parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -57,7 +58,7 @@ class Run:
     baselines: dict[str, Metrics] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     stopping: Stopping = field(default_factory=Stopping)
-    command: str = ""
+    commands: list[dict[str, Any]] = field(default_factory=list)  # see checkpoint.State
 
     @property
     def total(self) -> int:
@@ -68,11 +69,6 @@ class Run:
         stream are fp32 in all of them."""
         dtype = build.COMPUTE[self.settings.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    @cached_property
-    def images(self) -> dict[str, str]:
-        """Per split a hash of its images' names and of which of them are labelled for the same tasks."""
-        return {name: fingerprint(dataset) for name, dataset in zip(("train", "val"), self.data, strict=True)}
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -107,6 +103,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     build.require_possible(settings, device)
     from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
     data = build.build_data(settings)
+    images = from_leader(lambda: dict(zip(("train", "val"), map(fingerprint, data), strict=True)))
     model = build.build_model(settings, data[0].classes).to(device)
     if settings.deterministic and device.type == "cuda":
         # Bilinear resizes and cuBLAS have faster versions whose bits change from run to run.
@@ -122,7 +119,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
     losses = LossLog(out / "losses.csv" if leads() else None, model.tasks, earlier_losses(folder, model.tasks))
     optimizer = build.build_optimizer(settings, model)
-    run = Run(settings, out, device, data, model, parallel(model), optimizer, scaler, losses, held)
+    run = Run(settings, out, device, data, images, model, parallel(model), optimizer, scaler, losses, held)
     print(announce(run), flush=True)
     return run
 
@@ -130,6 +127,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
 def require_free(out: Path, folder: Path | None) -> None:
     """UserError where ``out`` is in a data set, holds another run than that of the checkpoint ``folder``, or a file
     that no run wrote where this one will write."""
+    checkpoint.require_utf8(resolved(out))
     checkpoint.require_link(out)
     own = continues(out, folder)
     held = UserError(f"{out} already holds a run: continue it with --resume or choose another --out")
@@ -165,9 +163,9 @@ def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tup
     return read_losses(path, checkpoint.read_state(folder).step, tasks)[1]
 
 
-def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
-    """Take over everything that the checkpoint holds. UserError where the images are others, or it is of a later step
-    than the last of this run."""
+def resume_from(run: Run, folder: Path, state: checkpoint.State) -> list[str]:
+    """Take over everything that the checkpoint holds; returns the settings that change. UserError where the images are
+    others, or it is of a later step than the last of this run."""
     if state.images != run.images:
         raise UserError(
             f"the images or labels are not those that {folder} was trained on: give the --data it was started with"
@@ -175,12 +173,13 @@ def resume_from(run: Run, folder: Path, state: checkpoint.State) -> None:
     if state.step > run.total:
         raise UserError(f"{folder} is at step {state.step} of {run.total} already: raise --steps or --epochs")
     checkpoint.restore(folder, run.model, run.parts)
-    run.step, run.baselines = state.step, state.baselines
+    run.step, run.baselines, run.commands = state.step, state.baselines, state.commands
     run.written = state.written if continues(run.out, folder) else []
-    now = asdict(run.settings)
+    now = asdict(run.settings) | {"out": ""}  # as in the checkpoint, which may be copied
     changed = [f"{name} {old} -> {now[name]}" for name, old in state.settings.items() if old != now[name]]
-    notes = [text for text in changed if text.split()[0] not in ("out", "workers", "device", "kernel")]
+    notes = [text for text in changed if text.split()[0] not in ("workers", "device", "kernel")]
     print(f"resumed   from step {state.step} of {folder}" + (f"; changed: {', '.join(notes)}" if notes else ""))
+    return changed
 
 
 def finished(run: Run) -> Results | None:

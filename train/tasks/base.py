@@ -23,6 +23,7 @@ from train.metrics.base import Metric
 from train.metrics.constant import Constant
 
 VOID = 255  # the value of ignored pixels in an integer label
+STRIP = 2**20  # numbers of a photo's size that are processed at a time
 GREY = np.array([160, 160, 160], dtype=np.uint8)  # the colour of void
 
 Label = NDArray
@@ -144,8 +145,13 @@ class Task(ABC):
     def at_photo(self, output: NDArray[np.float32], shape: Shape) -> Picture:
         """The picture of a raw output (C, h, w) at the photo's ``shape``. The output is resized before it is
         postprocessed, so that borders are smooth."""
-        resized = np.stack([resize_channel(channel, shape) for channel in output])
-        return self.to_picture(self.to_levels(self.postprocess(torch.from_numpy(resized)[None])[0]), rounded=True)
+        resized = np.stack([resize_channel(channel, shape) for channel in output], axis=1)  # rows first
+        return by_rows(self._picture_of_rows, resized)
+
+    def _picture_of_rows(self, output: NDArray[np.float32]) -> Picture:
+        """The picture of some rows of a resized output, (rows, C, W)."""
+        postprocessed = self.postprocess(torch.from_numpy(output).movedim(1, 0)[None])[0]
+        return self.to_picture(self.to_levels(postprocessed), rounded=True)
 
     # Colours: (H, W, 3) uint8
 
@@ -160,6 +166,14 @@ class Task(ABC):
     @abstractmethod
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """A prediction over its photo."""
+
+
+def by_rows(paint: Callable[..., NDArray], *arrays: NDArray) -> NDArray:
+    """``paint(*arrays)``, computed for some rows of the arrays at a time, so that it needs little memory beside its
+    result, whatever the size of a photo."""
+    rows = max(1, STRIP * len(arrays[0]) // arrays[0].size)
+    tops = range(0, len(arrays[0]), rows)
+    return np.concatenate([paint(*(array[top : top + rows] for array in arrays)) for top in tops])
 
 
 def count_valid(valid: Tensor) -> Tensor:

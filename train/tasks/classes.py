@@ -22,6 +22,7 @@ from train.tasks.base import (
     Shape,
     Task,
     at_least_fp32,
+    by_rows,
     count_valid,
     over_valid,
     resize_channel,
@@ -34,6 +35,12 @@ def _outline(ids: Picture) -> NDArray[np.bool_]:
     reach = max(round(max(ids.shape) / 300), 1)
     kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
     return cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
+
+
+def _tint(photo: NDArray[np.uint8], ids: Picture, outline: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    colours = PALETTE[ids]
+    tinted = np.where(outline[..., None], colours, 0.4 * photo + 0.6 * colours)
+    return np.where(ids[..., None] > 0, tinted, photo).astype(np.uint8)
 
 
 def class_totals(label: Tensor) -> Tensor:
@@ -161,7 +168,4 @@ class ClassTask(Task):
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """Every class but the background is tinted and outlined."""
-        outline = _outline(picture)[..., None]
-        tinted = 0.4 * photo + 0.6 * PALETTE[picture]
-        over = np.where(picture[..., None] > 0, np.where(outline, PALETTE[picture], tinted), photo)
-        return over.astype(np.uint8)
+        return by_rows(_tint, photo, picture, _outline(picture))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.metrics.constant import Constant
 from train.metrics.depth import FARTHEST, NEAREST, DepthErrors
-from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, count_valid, over_valid
+from train.tasks.base import GREY, Headline, Label, Picture, Task, at_least_fp32, by_rows, count_valid, over_valid
 
 BINS_PER_UNIT = 1000  # of log depth
 PAINTED = (0.5, 20.0)  # metres, the brightest and the darkest colour
@@ -97,7 +97,7 @@ class DepthTask(Task):
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """Depth alone: it covers the photo."""
-        return _paint(picture.astype(np.float32) / 1000)
+        return by_rows(lambda millimetres: _paint(millimetres.astype(np.float32) / 1000), picture)
 
 
 def _paint(metres: NDArray[np.floating]) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from train.tasks.base import (
     Picture,
     Task,
     at_least_fp32,
+    by_rows,
     count_valid,
     over_valid,
     paint_binary,
@@ -132,6 +133,10 @@ class EdgeTask(Task):
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """Ink on the faded photo."""
-        strength = picture[..., None] / 255
-        over = (1 - strength) * (255 - 0.3 * (255 - photo.astype(np.float32))) + strength * INK
-        return over.astype(np.uint8)
+        return by_rows(_ink, photo, picture)
+
+
+def _ink(photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
+    strength = picture[..., None] / 255
+    over = (1 - strength) * (255 - 0.3 * (255 - photo.astype(np.float32))) + strength * INK
+    return over.astype(np.uint8)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant
-from train.tasks.base import VOID, Headline, Picture, Task, paint_binary, paint_probability
+from train.tasks.base import VOID, Headline, Picture, Task, by_rows, paint_binary, paint_probability
 from train.tasks.classes import class_loss
 
 BETA2 = 0.3
@@ -155,5 +155,9 @@ class SaliencyTask(Task):
 
     def overlay(self, photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
         """The photo, faded to dark grey where it is not salient."""
-        shade = 0.4 * photo.mean(-1, keepdims=True)
-        return (shade + (photo - shade) * (picture[..., None] / 255)).astype(np.uint8)
+        return by_rows(_fade, photo, picture)
+
+
+def _fade(photo: NDArray[np.uint8], picture: Picture) -> NDArray[np.uint8]:
+    shade = 0.4 * photo.mean(-1, keepdims=True)
+    return (shade + (photo - shade) * (picture[..., None] / 255)).astype(np.uint8)

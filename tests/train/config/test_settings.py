@@ -70,7 +70,8 @@ def test_flags_override_a_recipe():
 
 def test_the_length_said_last_wins():
     assert resolve_settings({"epochs": 3}).steps == 0  # over the recipe's steps
-    assert resolve_settings({"recipe": "paper", "steps": 7}).steps == 7  # over the recipe's epochs
+    settings = resolve_settings({"recipe": "paper", "steps": 7})
+    assert (settings.steps, settings.epochs) == (7, 0)  # over the recipe's epochs
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -109,6 +110,10 @@ def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
         ("partial_labels: perhaps", "partial_labels is 'perhaps', which is not true or false"),
         ("model: [", "is not valid yaml"),
         ("just words", "holds no 'key: value' lines"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nlr: [*b, *b]", "or holds a yaml alias"),
+        ("a: &a {lr: 1}\nb: {<<: [*a, *a]}", "or holds a yaml alias"),
+        ("[" * 10_000, "is not valid yaml"),
+        ("# " + "x" * 20_000, "is longer than 20000 characters"),
         ("7", "holds no 'key: value' lines"),
         ("7: 8", "unknown key 7"),
         ("image_size: 64.7", "image_size is 64.7, which is not a whole number"),
@@ -147,6 +152,9 @@ def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
         ({"loss_weights": "flow=1"}, "unknown task 'flow'"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 0, "epochs": 0}, "say how long to train"),
+        ({"steps": 0}, "say how long to train"),
+        ({"recipe": "paper", "steps": 0}, "say how long to train"),
+        ({"epochs": 0}, "say how long to train"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"normalisation": "none"}, "unknown normalisation 'none'"),
         ({"lr": "nan"}, "lr is nan"),

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.io import loadmat, savemat
 
 from kernels import UserError
@@ -83,22 +84,42 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def change(path):
+    """The pixels 0 and 1 swapped, in a PNG that is whole and keeps its texts."""
+    with Image.open(path) as image:
+        texts = PngInfo()
+        for name, text in image.text.items():
+            texts.add_text(name, text)
+        Image.fromarray(1 - np.asarray(image)).save(path, "PNG", pnginfo=texts)
+
+
+def exchange(path):
+    """For an entry of another source."""
+    other = Cache(path.parent / "other")
+    other.folder.mkdir()
+    other.get(path, "any", lambda _: np.zeros((37, 50), np.uint8))
+    (entry,) = other.folder.iterdir()
+    path.write_bytes(entry.read_bytes())
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         cut,
         flip_a_bit,
+        change,
+        exchange,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("no picture"),
         lambda path: Image.new("RGB", (50, 37)).save(path),
         lambda path: Image.new("L", (25, 18)).save(path),
     ],
-    ids=["cut", "a bit flipped", "empty", "text", "colours", "another size"],
+    ids=["cut", "a bit flipped", "changed", "exchanged", "empty", "text", "colours", "another size"],
 )
 def test_a_damaged_entry_is_derived_again_and_replaced(damage, pascal_tree, tmp_path):
     cache = open_cache(str(tmp_path))
     expected = cache.get(pascal_tree / EDGE, "edges 1", read_edges)
-    (entry,) = tmp_path.iterdir()
+    (entry,) = tmp_path.glob("*.png")
     whole = entry.read_bytes()
     damage(entry)
     np.testing.assert_array_equal(cache.get(pascal_tree / EDGE, "edges 1", read_edges), expected)

@@ -1,7 +1,9 @@
 """MATLAB's files: what MATLAB and scipy write is read as scipy reads it, and no damage ends the process or keeps it."""
 
 import random
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +109,27 @@ def test_a_variable_that_is_too_much_is_refused_before_it_is_held(tmp_path, monk
     savemat(tmp_path / "a.mat", {"x": np.zeros((200, 200))}, do_compression=True)
     with pytest.raises(ValueError, match="ends too early, or is too large"):
         load_variable(tmp_path / "a.mat", "x")
+    savemat(tmp_path / "b.mat", {name: np.zeros((25, 25)) for name in "abc"}, do_compression=True)
+    assert not load_variable(tmp_path / "b.mat", "a").any()
+    with pytest.raises(ValueError, match="ends too early, or is too large"):
+        load_variable(tmp_path / "b.mat", "c")  # those before it count
+
+
+def element(kind, content):
+    return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+
+def matrix(kind, count, body, name=b""):
+    head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", 1, count)) + element(1, name)
+    return element(14, head + body)
+
+
+def test_millions_of_matrices_in_a_small_file_are_refused(tmp_path):
+    """Four million took 11 s; also where no cell has many."""
+    inner = matrix(1, 300, element(14, b"") * 300)
+    packed = zlib.compress(matrix(1, 300, inner * 300, b"x"))
+    path = tmp_path / "a.mat"
+    path.write_bytes(bytes(124) + b"\0\1IM" + struct.pack("<II", 15, len(packed)) + packed)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(ValueError, match="it has more than 65536 matrices"):
+        load_variable(path, "x")

@@ -220,10 +220,13 @@ def test_no_flipped_bit_is_accepted(tmp_path, trained):
     [
         (b"\xff\xfe", "codec can't decode"),
         (b"[]", "has no attribute"),
-        (b'{"step": 1}', "of another version, which differs in baselines, images, settings, written"),
-        (b'{"step": "1", "settings": {}, "baselines": {}, "images": {}, "written": []}', "wrong type of step"),
+        (b'{"step": 1}', "of another version, which differs in baselines, commands, images, settings, written"),
         (
-            b'{"step": 1, "settings": {}, "baselines": {}, "images": {}, "written": [], "colour": 0}',
+            b'{"step": "1", "settings": {}, "baselines": {}, "images": {}, "written": [], "commands": []}',
+            "wrong type of step",
+        ),
+        (
+            b'{"step": 1, "settings": {}, "baselines": {}, "images": {}, "written": [], "commands": [], "colour": 0}',
             "of another version, which differs in colour",
         ),
     ],

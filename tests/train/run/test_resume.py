@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from train.compare import main as compare
 from train.datasets.batches import batch_ids
 from train.evaluation.results import finished_results
 from train.run import checkpoint, loop, start
+from train.run.backbone import settings_of
 from train.run.losses import LossLog, NotFiniteError, read_losses
 from train.tasks import TASKS
 
@@ -372,14 +374,22 @@ def test_what_gives_a_run_its_meaning_cannot_change(tmp_path, capsys, pascal_cop
         assert message in error and error.count("\n") == 1
     moved = pascal_copy.rename(tmp_path / "moved")
     assert main(["--resume", "--out", str(out), "--steps", "2", "--data", str(moved)]) == 0, "the same tree elsewhere"
-    lists = moved / "ImageSets" / "Context" / "train.txt"
-    lists.write_text("".join(lists.read_text().splitlines(keepends=True)[1:]))
-    capsys.readouterr()
+    lists = Path("ImageSets/Context/train.txt")
+    fewer = "".join((moved / lists).read_text().splitlines(keepends=True)[1:]).encode()
     losses = (out / "losses.csv").read_text() + "3,0.5\n"  # of a step after the checkpoint
     (out / "losses.csv").write_text(losses)
-    assert main(["--resume", "--out", str(out), "--steps", "3", "--data", str(moved)]) == 2
-    assert "the images or labels are not those that" in capsys.readouterr().err
-    assert (out / "losses.csv").read_text() == losses, "a refused command changes nothing"
+    for file, content in (
+        (lists, fewer),
+        (Path("semseg/VOC12/2009_000001.png"), (moved / "semseg/VOC12/2009_000000.png").read_bytes()),
+        (Path("JPEGImages/2008_000001.jpg"), (moved / "JPEGImages/2008_000000.jpg").read_bytes()),
+    ):
+        before = (moved / file).read_bytes()
+        (moved / file).write_bytes(content)
+        capsys.readouterr()
+        assert main(["--resume", "--out", str(out), "--steps", "3", "--data", str(moved)]) == 2
+        assert "the images or labels are not those that" in capsys.readouterr().err
+        assert (out / "losses.csv").read_text() == losses, "a refused command changes nothing"
+        (moved / file).write_bytes(before)
 
 
 def test_what_changed_is_said(tmp_path, capsys):
@@ -388,6 +398,14 @@ def test_what_changed_is_said(tmp_path, capsys):
     assert main(["--resume", "--out", str(tmp_path), "--steps", "2", "--lr", "0.5"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed   from step 1 of "))
     assert line.endswith("; changed: steps 1 -> 2, lr 0.002 -> 0.5")
+    results = json.loads((tmp_path / "results.json").read_text())
+    first, second = results["commands"]
+    assert first["from_step"] == 0 and first["changed"] == [] and "--steps 1" in first["command"]
+    assert second["from_step"] == 1 and second["changed"] == ["steps 1 -> 2", "lr 0.002 -> 0.5"]
+    assert second["command"] == results["command"] and "--lr 0.5" in second["command"]
+    assert results["settings"] == asdict(settings_of(tmp_path / "last")) | {"out": str(tmp_path)}
+    assert results["settings"]["lr"] == 0.5
+    assert checkpoint.read_state(tmp_path / "last").commands == results["commands"]
 
 
 def test_a_fresh_run_may_say_resume(tmp_path, capsys):

@@ -32,6 +32,8 @@ def test_results_name_everything_a_reader_needs(results):
     assert list(results) == [
         "format",
         "command",
+        "commands",
+        "settings",
         "protocol",
         "dataset",
         "evaluation",

@@ -11,14 +11,12 @@ png     NYUDv2        ATRC, InvPT, MLoRE, MTMamba      images/<id>.png, normals/
 ======  ============  ===============================  ============================================================
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from train.datasets.nyud.labels import NYUD_CLASSES, Reader
-from train.datasets.tree import Tree
-from train.files.reading import reading
+from train.datasets.tree import Tree, files_in
 from train.tasks import Classes
 
 
@@ -40,9 +38,8 @@ class NyudTree(Tree):
 
     @classmethod
     def open(cls, root: Path) -> "NyudTree":
-        with reading(root / "images"):
-            png = any(name.endswith(".png") for name in os.listdir(root / "images"))
-        kind, photos = ("png", "png") if png else ("npy", "jpg")
+        npy, png = (files_in(root, [f"images/{{}}.{photo}"]) for photo in ("jpg", "png"))
+        kind, photos = ("png", "png") if png > npy else ("npy", "jpg")
         files: dict[str, tuple[str, ...]] = {
             "seg": ("segmentation/{}.png",),
             "normals": (f"normals/{{}}.{kind}",),

@@ -18,12 +18,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.voc import PERSON, VOC_CLASSES
-from train.datasets.tree import Tree, read_split
+from train.datasets.tree import Tree, files_in, read_split
 from train.files.reading import reading, require_file
 from train.tasks import PART_NAMES, Classes
 
@@ -61,7 +62,8 @@ class PascalTree(Tree):
 
     @classmethod
     def open(cls, root: Path) -> "PascalTree":
-        if any((root / os.path.dirname(pattern)).is_dir() for patterns in RENAMED.values() for pattern in patterns):
+        renamed, official = (files_in(root, chain(*files.values())) for files in (RENAMED, OFFICIAL))
+        if renamed > official:
             layout = "C"
         elif (root / "json").is_dir():
             layout = "B'"

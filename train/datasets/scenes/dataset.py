@@ -119,12 +119,16 @@ class Scenes:
             raise UserError(f"unknown split {split!r}: choose among {', '.join(SPLITS)}")
         self.size, self.length, self.tasks = size, length, tasks
         self.protocol: Protocol = Rendered(size)
-        self.stream = (seed, SPLITS.index(split))
+        self.split, self.stream = split, (seed, SPLITS.index(split))
         self.groups: tuple[NDArray[np.int64], ...] = (np.arange(length),)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return tuple(f"scene-{self.stream[0]}-{index:05d}" for index in range(self.length))
+        return tuple(f"scene-{self.split}-{self.stream[0]}-{index:05d}" for index in range(self.length))
+
+    @property
+    def digests(self) -> tuple[dict[str, str], ...]:
+        return ({},) * self.length
 
     def with_label(self, task: str) -> list[str]:
         return list(self.ids)

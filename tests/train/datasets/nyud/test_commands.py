@@ -14,6 +14,7 @@ from train.datasets.nyud.labels import NYUD_CLASSES
 from train.datasets.scenes.dataset import Scenes
 from train.evaluate import main as evaluate
 from train.evaluation.baselines import published_rows
+from train.export import main as export
 from train.predict import main as predict
 
 pytestmark = pytest.mark.integration
@@ -52,7 +53,9 @@ def test_a_checkpoint_and_its_saved_predictions_score_alike(run, nyud_trees, tmp
     assert ours["edge"]["odsF"] == theirs["edge"]["odsF"] > 0
     for task, score, tolerance in (("seg", "mIoU", 1e-9), ("normals", "mErr", 0.05), ("depth", "rmse", 1e-3)):
         assert theirs[task][score] == pytest.approx(ours[task][score], abs=tolerance)
-    assert compare([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "compared")]) == 0
+    assert compare([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--out", str(tmp_path / "compared")]) == 2
+    assert "seg of 2 images (ids " in capsys.readouterr().err  # other files, of which nothing tells that they agree
+    assert compare([str(tmp_path / "ours"), "--out", str(tmp_path / "compared")]) == 0
     assert "depth rmse" in capsys.readouterr().out
 
 
@@ -67,6 +70,21 @@ def test_a_run_of_family_b_is_scored_by_family_a(run, tmp_path):
     """Both sides are whole numbers of patches of 8: for 3:4 the next height after 56 is 72."""
     assert evaluate([str(run), "--protocol", "nyud_mtinet", "--workers", "0", "--out", str(tmp_path)]) == 0
     assert results(tmp_path)["protocol"] == "nyud_mtinet@72"
+
+
+def test_a_program_of_a_rectangular_run_takes_its_photos(run, tmp_path):
+    assert export([str(run), "--to", str(tmp_path / "run.pt2")]) == 0
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "photo.png")
+    for name, source in (("run", [str(run)]), ("pt2", ["--exported", str(tmp_path / "run.pt2")])):
+        assert predict([*source, str(tmp_path / "photo.png"), "--out", str(tmp_path / name)]) == 0
+    ours, theirs = (np.load(tmp_path / name / "raw/photo.npz") for name in ("run", "pt2"))
+    for task in ours:
+        np.testing.assert_allclose(theirs[task], ours[task], rtol=0, atol=2e-3)  # float16
+
+
+def test_the_card_of_a_rectangular_run_has_both_sides(run, tmp_path):
+    assert export([str(run), "--to", str(tmp_path / "folder")]) == 0
+    assert "vit_micro at 72 x 56 pixels" in (tmp_path / "folder/README.md").read_text()
 
 
 def test_photos_are_predicted_at_their_size(run, tmp_path):

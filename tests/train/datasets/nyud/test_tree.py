@@ -32,6 +32,12 @@ def test_releases_are_told_apart_by_their_files(nyud_tree, layout):
     assert usual_protocol(str(nyud_tree)) == "nyud_invpt"
 
 
+def test_a_file_that_strays_into_a_tree_does_not_turn_its_layout(nyud_copy, layout):
+    for name in ("sheet.png", "cover.jpg", "._0001.png", "._0001.jpg", ".DS_Store"):
+        (nyud_copy / "images" / name).touch()
+    assert open_tree(nyud_copy).layout == layout
+
+
 def test_a_wrong_folder_names_both_data_sets(tmp_path):
     message = mistake(lambda: open_tree(tmp_path))
     assert message.startswith(

@@ -14,10 +14,11 @@ from scipy.io import loadmat, savemat
 from skimage.morphology import thin
 
 from kernels.errors import UserError
-from train.datasets.base import open_tree
+from train.datasets.base import fingerprint, open_tree
 from train.datasets.files import Access, TreeDataSet, group_by_tasks
 from train.datasets.pascal.labels import valid_classes
 from train.datasets.pascal.tree import PascalTree
+from train.evaluation.results import describe_set
 from train.protocols import build_protocol
 from train.protocols.square import centres, resize_nearest
 from train.tasks import DEFAULT_TASKS
@@ -30,6 +31,19 @@ PIL_NEAREST = Image.Resampling.NEAREST
 
 def read(root, tasks=DEFAULT_TASKS, split="all", protocol="mini", size=SIZE, seed=0, **access):
     return TreeDataSet(open_tree(root), split, tasks, build_protocol(protocol, size), seed, Access(**access))
+
+
+@pytest.mark.parametrize("folder", ["JPEGImages", "semseg/VOC12", "human_parts", "pascal-context/trainval"])
+def test_a_fingerprint_covers_what_files_hold(folder, pascal_copy):
+    """But not what belongs to other tasks, nor where the tree is."""
+    before = read(pascal_copy, ("seg", "normals"))
+    assert fingerprint(before)
+    file = next((pascal_copy / folder).iterdir())
+    file.write_bytes(file.read_bytes() + b" ")
+    after = read(pascal_copy, ("seg", "normals"))
+    assert (fingerprint(after) == fingerprint(before)) == (folder == "human_parts")
+    told = [describe_set(data, ("seg",), "all", "")["labelled"]["seg"] for data in (before, after)]
+    assert (told[0] == told[1]) == (folder in ("human_parts", "pascal-context/trainval"))
 
 
 def item(root, id, *tasks, **options):

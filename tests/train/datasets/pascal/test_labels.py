@@ -9,11 +9,9 @@ from skimage.morphology import thin
 
 from kernels import UserError
 from train.datasets.base import open_tree
-from train.datasets.labels import match_photo, read_photo
+from train.datasets.labels import match_photo
 from train.datasets.pascal.labels import Reader, read_sal, read_seg, valid_classes
 from train.datasets.tree import list_images
-from train.files.images import image_shape
-from train.predict import read_any_photo
 from train.tasks import DEFAULT_TASKS
 from train.tasks.palette import PALETTE
 
@@ -84,16 +82,6 @@ def test_a_label_map_may_have_any_type_of_number(dtype, pascal_copy):
     values = np.random.default_rng(0).integers(0, 2, (37, 50)).astype(dtype)
     savemat(pascal_copy / f"pascal-context/trainval/{CROWD}.mat", {"LabelMap": values})
     np.testing.assert_array_equal(raw(pascal_copy, CROWD, "edge")["edge"], cv_edges(values.astype(np.uint8)))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_photos_may_be_colour_or_grey_jpeg_or_png(mode, format, tmp_path):
-    """Rule of the image: RGB."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)).convert(mode)
-    image.save(tmp_path / "a.jpg", format)
-    expected = np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB"))
-    np.testing.assert_array_equal(read_photo(tmp_path / "a.jpg"), expected)
 
 
 def palette_image(path, label, palette):
@@ -198,15 +186,3 @@ def test_pascal_mini_agrees_with_a_direct_reading_pixel_for_pixel(pascal_mini, s
             np.testing.assert_allclose(label, expected, atol=1e-6 if task == "normals" else 0, err_msg=image.id)
         seen |= set(sample)
     assert seen == set(DEFAULT_TASKS)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_a_photo_has_the_orientation_that_the_camera_noted(format, tmp_path):
-    """As in train.predict; its labels have that orientation too."""
-    upright = Image.fromarray(np.kron(np.eye(4, 6, dtype=np.uint8) * 200, np.ones((16, 16), np.uint8))).convert("RGB")
-    exif, path = Image.Exif(), tmp_path / "photo"
-    exif[0x0112] = 6
-    upright.transpose(Image.Transpose.ROTATE_90).save(path, format, exif=exif, quality=100)
-    assert image_shape(path) == (64, 96)
-    assert np.abs(read_photo(path).astype(int) - np.asarray(upright)).max() <= (8 if format == "JPEG" else 0)
-    np.testing.assert_array_equal(read_photo(path), read_any_photo(path))

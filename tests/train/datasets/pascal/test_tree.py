@@ -55,6 +55,17 @@ def test_every_layout_gives_identical_samples(layout, given, pascal_tree, tmp_pa
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("layout", ["A", "C"])
+def test_what_strays_into_a_tree_does_not_turn_its_layout(layout, pascal_tree, tmp_path):
+    root = lay_out(layout, pascal_tree, tmp_path)
+    for folder in (*RENAMED, *RENAMED.values()):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / "._2008_000000.png").touch()
+    for folder in ("sal_distill", "SaliencyDistill"):
+        (root / folder / "0.png").touch()
+    assert open_tree(root).layout == layout
+
+
 def test_detection_names_what_is_missing(pascal_copy):
     shutil.rmtree(pascal_copy / "sal_distill")
     shutil.rmtree(pascal_copy / "semseg" / "VOC12")
