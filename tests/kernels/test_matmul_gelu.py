@@ -31,7 +31,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], 
 SHAPES = [(300, 72, 280, 64), (38, 24, 40, 16), (130, 136, 64, 192), (1, 8, 16, 8)]
 UNALIGNED = [(5, 9, 7, 8), (150, 17, 133, 1)]  # rows that begin at multiples of no 16 bytes: no descriptor takes them
 EVERY_SHAPE = pytest.mark.parametrize("shape", [*SHAPES, *UNALIGNED], ids=str)
-FP32_ERROR = 2e-6  # of fp32 sums, norm over norm, as in test_ffn.py
+FP32_ERROR = 2e-6  # of fp32 sums, norm over norm, as in test_fused.py
 
 
 class Case:
