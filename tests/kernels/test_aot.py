@@ -16,7 +16,7 @@ from bench.expert_launches import EXPERT_LAUNCHES
 from bench.grouped_launches import GROUPED_LAUNCHES
 from bench.launches import parse_pool
 from kernels import gelu, pack, tiles, weight_grad
-from kernels.experts import gate, route
+from kernels.experts import gates
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -112,10 +112,10 @@ def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeyp
             continue
         kernel, pool = SAME_TILE.get(row["kernel"], row["kernel"]), parse_pool(row["pool"])
         if kernel.startswith("experts_gate"):
-            assert row["tile"] == tile_of(gate.launch_options(1, pool.experts, pool.rank)[1]), row
+            assert row["tile"] == tile_of(gates.gate_options(1, pool.experts, pool.rank)[1]), row
             continue
         if kernel.startswith("experts_route"):
-            assert row["tile"] == tile_of(route.launch_options(pool)), row
+            assert row["tile"] == tile_of(gates.route_options(pool)), row
             continue
         x = torch.empty(0, dtype=aot.DTYPES[row["dtype"]])
         sizes = tiles.tile(kernel, x, pool)

@@ -683,7 +683,7 @@ class TestWholeModel:
         assert launches == 2 * ["route_kernel", "gate_kernel"]
         launches.clear()
         next(run)
-        assert launches == 2 * ["gate_backward_kernel", "route_backward_kernel"]
+        assert launches == 2 * ["gate_kernel", "route_backward_kernel"]
 
     def test_the_reference_launches_none(self, device, launches):
         list(self.run("ase", "reference", device))
