@@ -33,9 +33,10 @@ class MultiTaskViT(MultiTaskModel):
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
 
     def compile_training(self) -> None:
-        """Compile the backbone, into one graph, and the heads, for training steps; their shapes must not change."""
-        self._encode = torch.compile(self.vit.encode, fullgraph=True, dynamic=False)
-        self._heads = {task: torch.compile(head, fullgraph=True, dynamic=False) for task, head in self.heads.items()}
+        """Compile the backbone, into one graph, and the heads, for training steps. Each is compiled for the number of
+        images it gets first and, where another comes, once more for all numbers."""
+        self._encode = torch.compile(self.vit.encode, fullgraph=True)
+        self._heads = {task: torch.compile(head, fullgraph=True) for task, head in self.heads.items()}
 
     def forward(self, images: Tensor, index: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Predictions by task; see :class:`MultiTaskModel`."""

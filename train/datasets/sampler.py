@@ -35,8 +35,7 @@ def compositions(sizes: Sequence[int], batch_size: int, epoch: int) -> tuple[Cou
     ends = np.cumsum([0, *sizes])
     steps = math.ceil(ends[-1] / batch_size)
     taken, then = (n * steps * batch_size * ends // ends[-1] for n in (epoch, epoch + 1))
-    stride = next(n for n in count(max(round(GOLDEN * steps), 1)) if math.gcd(n, steps) == 1)
-    first = np.arange(steps)[:, None] * stride % steps
+    first = np.argsort(np.arange(steps) * GOLDEN % 1)[:, None]  # neighbours in the list come far apart
     return np.diff(taken), np.diff((then - taken - first + steps - 1) // steps)
 
 
