@@ -9,18 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.datasets import sampler
-from train.datasets.base import Source, open_dataset
-from train.datasets.files import Access
 from train.datasets.sampler import BatchSampler, Slices, compositions, one_composition
-from train.tasks import DEFAULT_TASKS
 
-FILES = {
-    "seg": "semseg/VOC12/{}.png",
-    "parts": "human_parts/{}.mat",
-    "sal": "sal_distill/{}.png",
-    "normals": "normals_distill/{}.png",
-    "edge": "pascal-context/trainval/{}.mat",
-}
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=31)
 batch_sizes = st.integers(1, 40)
 
@@ -79,13 +69,13 @@ def test_compositions_by_hand():
 
 
 @settings(deadline=None)
-@given(st.integers(1, 12), st.integers(100, 400))
+@given(st.integers(1, 99), st.integers(200, 500))
 def test_the_places_of_a_small_group_are_spread_over_the_epoch(small, steps):
-    """Each within two of the distances that equal ones would have."""
+    """No two that follow each other are twice as far apart as equal distances would be."""
     _, counts = compositions([8 * steps - small, small], 8, 0)
     places = np.flatnonzero(counts[:, 1])
     assert len(places) == small
-    assert np.diff([*places, places[0] + steps]).max() <= max(2.7 * steps / small, 1)
+    assert np.diff([*places, places[0] + steps]).max() <= 2 * steps / small
 
 
 @settings(deadline=None)
@@ -126,21 +116,3 @@ def test_order_depends_on_seed_epoch_and_group():
         for batch in BatchSampler(groups, 20, range(3), seed):
             orders |= {tuple(index for index, _ in batch[:10]), tuple(index for index, _ in batch[10:])}
     assert len(orders) == 3 * 3 * 2
-
-
-def test_images_that_alone_lack_a_label_are_shown_as_often_as_others(pascal_copy):
-    """3 of 120 images were shown 600 times in 40 epochs."""
-    names = [f"2008_{n:06d}" for n in range(120)]
-    for pattern in ("JPEGImages/{}.jpg", *FILES.values()):
-        source = pascal_copy / pattern.format(names[0])
-        for name in names[1:]:
-            (pascal_copy / pattern.format(name)).unlink(missing_ok=True)
-            (pascal_copy / pattern.format(name)).hardlink_to(source)
-    (pascal_copy / "ImageSets/Context/train.txt").write_text("\n".join(names))
-    for task, n in (("sal", 17), ("normals", 101), ("parts", 50)):
-        (pascal_copy / FILES[task].format(names[n])).unlink()
-    access = Access(partial_labels=True)
-    data = open_dataset(Source(str(pascal_copy), DEFAULT_TASKS, "mini", 32, access=access), "train")
-    assert sorted(map(len, data.groups)) == [1, 1, 1, 117]
-    batches = BatchSampler(data.groups, 8, range(40 * len(data) // 8), 0)
-    assert Counter(index for batch in batches for index, _ in batch) == dict.fromkeys(range(120), 40)

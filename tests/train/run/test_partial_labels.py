@@ -1,0 +1,106 @@
+"""Partially labelled sets: few images that lack a label, and MTPSL's setting, a random subset of labels per image."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kernels import UserError
+from train.cli import main, parse
+from train.config.settings import resolve_settings
+from train.datasets.base import Source, open_dataset
+from train.datasets.batches import train_loader
+from train.datasets.files import Access
+from train.datasets.sampler import BatchSampler
+from train.run.build import build_data
+from train.run.losses import read_losses
+from train.run.start import set_up
+from train.run.step import training_step
+from train.tasks import DEFAULT_TASKS
+
+IMAGES = 120
+LABELS = {
+    "seg": "semseg/VOC12/{}.png",
+    "parts": "human_parts/{}.mat",
+    "sal": "sal_distill/{}.png",
+    "normals": "normals_distill/{}.png",
+    "edge": "pascal-context/trainval/{}.mat",
+}
+QUICK = ["--partial-labels", "--protocol", "mini", "--model", "vit_micro", "--image-size", "32", "--workers", "0"]
+
+
+def name(n):
+    return f"2008_{n:06d}"
+
+
+@pytest.fixture
+def tree(pascal_copy):
+    """A tree of 120 training images, which are one image under many names, with all labels."""
+    for pattern in ("JPEGImages/{}.jpg", *LABELS.values()):
+        for n in range(1, IMAGES):
+            path = pascal_copy / pattern.format(name(n))
+            path.unlink(missing_ok=True)
+            path.hardlink_to(pascal_copy / pattern.format(name(0)))
+    (pascal_copy / "ImageSets/Context/train.txt").write_text("\n".join(map(name, range(IMAGES))))
+    return pascal_copy
+
+
+@pytest.fixture
+def random_labels(tree):
+    """The same, where each image has a random subset of the labels, as in MTPSL."""
+    for n in range(IMAGES):
+        dropped = np.random.default_rng(n).integers(2, size=len(LABELS))
+        for k, pattern in enumerate(LABELS.values()):
+            if k != n % len(LABELS) and dropped[k]:
+                (tree / pattern.format(name(n))).unlink()
+    return tree
+
+
+def settings_of(tree, *flags):
+    return resolve_settings(parse(["--data", str(tree), *QUICK, *flags])[0])
+
+
+def test_images_that_alone_lack_a_label_are_shown_as_often_as_others(tree):
+    """3 of 120 images were shown 600 times in 40 epochs."""
+    for task, n in (("sal", 17), ("normals", 101), ("parts", 50)):
+        (tree / LABELS[task].format(name(n))).unlink()
+    data = open_dataset(Source(str(tree), DEFAULT_TASKS, "mini", 32, access=Access(partial_labels=True)), "train")
+    assert sorted(map(len, data.groups)) == [1, 1, 1, 117]
+    batches = BatchSampler(data.groups, 8, range(40 * IMAGES // 8), 0)
+    assert Counter(index for batch in batches for index, _ in batch) == dict.fromkeys(range(IMAGES), 40)
+
+
+def test_random_labels_train_in_small_batches(random_labels, tmp_path):
+    out = tmp_path / "run"
+    assert main(["--data", str(random_labels), *QUICK, "--batch-size", "8", "--steps", "3", "--out", str(out)]) == 0
+    _, losses = read_losses(out / "losses.csv", 3)
+    assert len(build_data(settings_of(random_labels))[0].groups) > 24
+    assert list(losses) == [1, 2, 3] and all(np.isfinite(row).all() for row in losses.values())
+
+
+def test_cuda_graphs_are_refused_where_compositions_vary(random_labels):
+    with pytest.raises(
+        UserError, match=r"^--cuda-graphs needs batches of one composition, and \d+ groups .*leave it out$"
+    ):
+        build_data(settings_of(random_labels, "--cuda-graphs"))
+
+
+def test_a_compiled_run_takes_batches_of_any_composition(random_labels, tmp_path, monkeypatch):
+    """Each compiled part has at most four graphs: of no image, of one, of the first number and of any other."""
+    compiled, counters = torch.compile, []
+
+    def compile(function, **options):
+        counters.append(CompileCounterWithBackend("eager"))
+        return compiled(function, backend=counters[-1], **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    flags = ["--batch-size", "3", "--compile", "--tasks", "seg,normals", "--out", str(tmp_path / "run")]
+    run = set_up(settings_of(random_labels, *flags), None)
+    seen = set()
+    for batch in train_loader(run.data[0], run.settings.task_names, 3, range(20), 0, 0):
+        seen.add(tuple(batch.counts.values()))
+        assert training_step(run, batch).isfinite().all()
+    assert len(seen) > 4 and all(1 <= counter.frame_count <= 4 for counter in counters) and len(counters) == 3
