@@ -1,5 +1,6 @@
 """Partially labelled sets: few images that lack a label, and MTPSL's setting, a random subset of labels per image."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -11,13 +12,10 @@ from kernels import UserError
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.base import Source, open_dataset
-from train.datasets.batches import train_loader
 from train.datasets.files import Access
 from train.datasets.sampler import BatchSampler
-from train.run.build import build_data
+from train.run.build import build_data, build_model
 from train.run.losses import read_losses
-from train.run.start import set_up
-from train.run.step import training_step
 from train.tasks import DEFAULT_TASKS
 
 IMAGES = 120
@@ -38,6 +36,7 @@ def name(n):
 @pytest.fixture
 def tree(pascal_copy):
     """A tree of 120 training images, which are one image under many names, with all labels."""
+    shutil.rmtree(pascal_copy / "semseg/pascal-context")  # a segmentation that stands in for a missing one
     for pattern in ("JPEGImages/{}.jpg", *LABELS.values()):
         for n in range(1, IMAGES):
             path = pascal_copy / pattern.format(name(n))
@@ -74,10 +73,10 @@ def test_images_that_alone_lack_a_label_are_shown_as_often_as_others(tree):
 
 def test_random_labels_train_in_small_batches(random_labels, tmp_path):
     out = tmp_path / "run"
-    assert main(["--data", str(random_labels), *QUICK, "--batch-size", "8", "--steps", "3", "--out", str(out)]) == 0
-    _, losses = read_losses(out / "losses.csv", 3)
+    assert main(["--data", str(random_labels), *QUICK, "--batch-size", "8", "--steps", "1", "--out", str(out)]) == 0
+    _, losses = read_losses(out / "losses.csv", 1)
     assert len(build_data(settings_of(random_labels))[0].groups) > 24
-    assert list(losses) == [1, 2, 3] and all(np.isfinite(row).all() for row in losses.values())
+    assert list(losses) == [1] and np.isfinite(losses[1]).all()
 
 
 def test_cuda_graphs_are_refused_where_compositions_vary(random_labels):
@@ -87,7 +86,7 @@ def test_cuda_graphs_are_refused_where_compositions_vary(random_labels):
         build_data(settings_of(random_labels, "--cuda-graphs"))
 
 
-def test_a_compiled_run_takes_batches_of_any_composition(random_labels, tmp_path, monkeypatch):
+def test_compiled_steps_take_batches_of_any_composition(monkeypatch):
     """Each compiled part has at most four graphs: of no image, of one, of the first number and of any other."""
     compiled, counters = torch.compile, []
 
@@ -97,10 +96,11 @@ def test_a_compiled_run_takes_batches_of_any_composition(random_labels, tmp_path
 
     monkeypatch.setattr(torch, "compile", compile)
     torch._dynamo.reset()
-    flags = ["--batch-size", "3", "--compile", "--tasks", "seg,normals", "--out", str(tmp_path / "run")]
-    run = set_up(settings_of(random_labels, *flags), None)
-    seen = set()
-    for batch in train_loader(run.data[0], run.settings.task_names, 3, range(20), 0, 0):
-        seen.add(tuple(batch.counts.values()))
-        assert training_step(run, batch).isfinite().all()
-    assert len(seen) > 4 and all(1 <= counter.frame_count <= 4 for counter in counters) and len(counters) == 3
+    settings = resolve_settings(parse(["--tasks", "seg,sal", "--model", "vit_micro", "--head", "light"])[0])
+    model = build_model(settings, settings.source.classes).train()
+    model.compile_training()
+    images = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
+    for seg, sal in [(4, 2), (3, 3), (2, 5), (1, 7), (0, 8), (9, 0), (8, 1), (7, 6), (6, 4), (5, 9)]:
+        predictions = model(images, {"seg": torch.arange(seg), "sal": torch.arange(sal)})
+        assert [len(prediction) for prediction in predictions.values()] == [seg, sal]
+    assert len(counters) == 3 and all(1 < counter.frame_count <= 4 for counter in counters)
