@@ -86,8 +86,10 @@ def test_cuda_graphs_are_refused_where_compositions_vary(random_labels):
         build_data(settings_of(random_labels, "--cuda-graphs"))
 
 
+@pytest.mark.slow
 def test_compiled_steps_take_batches_of_any_composition(monkeypatch):
-    """Each compiled part has at most four graphs: of no image, of one, of the first number and of any other."""
+    """Heads have at most four graphs: of no image, of one, of the first number, of any other. More compositions come
+    than the eight graphs that torch allows a function."""
     compiled, counters = torch.compile, []
 
     def compile(function, **options):
@@ -95,12 +97,14 @@ def test_compiled_steps_take_batches_of_any_composition(monkeypatch):
         return compiled(function, backend=counters[-1], **options)
 
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     settings = resolve_settings(parse(["--tasks", "seg,sal", "--model", "vit_micro", "--head", "light"])[0])
     model = build_model(settings, settings.source.classes).train()
     model.compile_training()
     images = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
-    for seg, sal in [(4, 2), (3, 3), (2, 5), (1, 7), (0, 8), (9, 0), (8, 1), (7, 6), (6, 4), (5, 9)]:
+    for seg, sal in [(4, 2), (2, 5), (1, 7), (0, 8), (9, 0), (6, 4), (5, 6), (4, 8), (7, 6), (5, 9), (6, 9)]:
         predictions = model(images, {"seg": torch.arange(seg), "sal": torch.arange(sal)})
         assert [len(prediction) for prediction in predictions.values()] == [seg, sal]
-    assert len(counters) == 3 and all(1 < counter.frame_count <= 4 for counter in counters)
+    _, *heads = (counter.frame_count for counter in counters)
+    assert len(heads) == 2 and max(heads) <= 4
