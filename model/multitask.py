@@ -33,9 +33,11 @@ class MultiTaskViT(MultiTaskModel):
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
 
     def compile_training(self) -> None:
-        """Compile the backbone, into one graph, and the heads, for training steps; their shapes must not change."""
-        self._encode = torch.compile(self.vit.encode, fullgraph=True, dynamic=False)
-        self._heads = {task: torch.compile(head, fullgraph=True, dynamic=False) for task, head in self.heads.items()}
+        """Compile the backbone, into one graph, and the heads, for training steps, anew for other numbers of images.
+        Batches of partially labelled images have some dozen numbers of pairs, more than torch allows by default."""
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+        self._encode = torch.compile(self.vit.encode, fullgraph=True)
+        self._heads = {task: torch.compile(head, fullgraph=True) for task, head in self.heads.items()}
 
     def forward(self, images: Tensor, index: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Predictions by task; see :class:`MultiTaskModel`."""

@@ -199,10 +199,10 @@ class MLoRE(Decoder):
         return predictions
 
     def regularisers(self) -> dict[str, Tensor]:
-        """``balance``: sum over blocks of (std / mean)^2 of the experts' mean probabilities over tasks and images, also
-        over those of other processes of a data-parallel run."""
+        """``balance``: sum over blocks of (std / mean)^2 of the experts' mean probabilities over the images of the
+        tasks that have any, also over those of other processes of a data-parallel run."""
         sums = torch.stack([torch.stack([p.sum(0) for p in block]) for block in self._probabilities])
-        images = sums.new_tensor([len(p) for p in self._probabilities[0]])
+        images = over_ranks(sums.new_tensor([len(p) for p in self._probabilities[0]]))
         self._probabilities = []
-        each = (over_ranks(sums) / over_ranks(images)[:, None]).mean(1)
+        each = (over_ranks(sums) / images.clamp(min=1)[:, None]).sum(1) / images.count_nonzero()
         return {"balance": (each.std(-1) / each.mean(-1)).square().sum()}

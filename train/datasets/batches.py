@@ -1,9 +1,4 @@
-"""Batches of fixed composition.
-
-In a partially labelled data set a random batch often has no label of some task. Here every batch takes a fixed number
-of images from each group of images that are labelled for the same tasks. So each task has the same share of every
-step, and the shapes of the tensors never change.
-"""
+"""Batches: what they hold, and the processes that load them."""
 
 import io
 import os
@@ -21,66 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastmoe_lora.ranks import rank, world_size
 from kernels.errors import UserError
 from train.datasets.base import DataSet, Key
+from train.datasets.sampler import BatchSampler, Slices
 from train.files.processes import end_with_parent, stop_for_parent_alone
 from train.protocols import Sample
 from train.tasks import TASKS
-
-
-def compose(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    """Images per group in every batch: in proportion to the groups' sizes by largest remainder, at least 1 each."""
-    if batch_size < len(sizes):
-        raise UserError(
-            f"batch size {batch_size} cannot hold an image of each of the {len(sizes)} groups of equally labelled "
-            f"images: use --batch-size {len(sizes)} or larger"
-        )
-    counts = [1] * len(sizes)
-    for _ in range(batch_size - len(sizes)):
-        # how far each group is below its share, times sum(sizes); in integers ties are exact, and the first group wins
-        lacks = [batch_size * size - count * sum(sizes) for size, count in zip(sizes, counts, strict=True)]
-        counts[lacks.index(max(lacks))] += 1
-    return tuple(counts)
-
-
-class BatchSampler(Sampler[list[Key]]):
-    """The (index, epoch) keys of each batch, a function of (seed, step) alone: a resumed run sees the same batches.
-
-    Each group has an endless stream of permutations of its images. Every batch takes the next ``counts[g]`` images of
-    group g's stream. The epoch of a key is the number of its permutation.
-    """
-
-    def __init__(self, groups: Sequence[NDArray[np.int64]], counts: Sequence[int], steps: range, seed: int) -> None:
-        self.groups, self.counts, self.steps, self.seed = groups, counts, steps, seed
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        streams = [self._stream(group) for group in range(len(self.groups))]
-        for step in self.steps:
-            yield [
-                entry(position)
-                for entry, count in zip(streams, self.counts, strict=True)
-                for position in range(step * count, (step + 1) * count)
-            ]
-
-    def _stream(self, group: int) -> Callable[[int], Key]:
-        """The group's stream as a function of position; it caches the current permutation."""
-        members = self.groups[group]
-        current, order = -1, members
-
-        def entry(position: int) -> Key:
-            nonlocal current, order
-            epoch, place = divmod(position, len(members))
-            if epoch != current:
-                current, order = epoch, np.random.default_rng([self.seed, group, epoch]).permutation(members)
-            return int(order[place]), epoch
-
-        return entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,21 +79,14 @@ class Batch:
 
 def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
     """Stacks the images of ``samples`` and, per task, the labels that the samples have."""
-    present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
-    return _stack(samples, {task: positions for task, positions in present.items() if positions})
+    return collate_all(samples, [task for task in tasks if any(task in sample for sample in samples)])
 
 
-def collate_slice(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
-    """The same of one process's slice of a batch. It has every task, where need be with no label: the losses of all
-    processes are summed, so that each has to compute all of them."""
-    return _stack(
-        samples, {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
-    )
-
-
-def _stack(samples: Sequence[Sample], present: dict[str, list[int]]) -> Batch:
-    """A batch whose labels of a task are those of the samples at these positions."""
+def collate_all(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
+    """The same with every task, where need be with no label: training adds up the losses of all tasks, and those of
+    all processes."""
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+    present = {task: [i for i, sample in enumerate(samples) if task in sample] for task in TASKS if task in tasks}
     return Batch(
         images.permute(0, 3, 1, 2).contiguous(),
         {task: _labels(task, [samples[i][task] for i in at], images.shape[1:3]) for task, at in present.items()},
@@ -274,38 +211,17 @@ def _gather_or_report(samples: list[Sample | UserError], gather: Callable[[list[
     return batch
 
 
-class Slices:
-    """Of each batch the keys of this process: every ``world_size()``-th, from ``rank()`` on."""
-
-    def __init__(self, batches: Iterable[list[Key]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for keys in self.batches:
-            yield keys[rank() :: world_size()]
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-
 def train_loader(
     dataset: DataSet, tasks: Sequence[str], batch_size: int, steps: range, seed: int, workers: int
 ) -> Loader:
-    """The batches of ``steps``, or in a data-parallel run this process's slices of them.
-
-    UserError when ``batch_size`` is smaller than the number of groups.
-    """
-    counts = compose([len(group) for group in dataset.groups], batch_size)
-    sampler = BatchSampler(dataset.groups, counts, steps, seed)
-    if world_size() == 1:
-        return Loader(dataset, sampler, workers, partial(collate, tasks=tasks))
-    return Loader(dataset, Slices(sampler), workers, partial(collate_slice, tasks=tasks))
+    """The batches of ``steps``, or in a data-parallel run this process's slices of them, with every task."""
+    batches = Slices(BatchSampler(dataset.groups, batch_size, steps, seed))
+    return Loader(dataset, batches, workers, partial(collate_all, tasks=tasks))
 
 
 def batch_ids(dataset: DataSet, batch_size: int, step: int, seed: int) -> list[str]:
     """The ids of the images in the training batch of ``step``."""
-    counts = compose([len(group) for group in dataset.groups], batch_size)
-    (keys,) = BatchSampler(dataset.groups, counts, range(step, step + 1), seed)
+    (keys,) = BatchSampler(dataset.groups, batch_size, range(step, step + 1), seed)
     return [dataset.ids[index] for index, _ in keys]
 
 

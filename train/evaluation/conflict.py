@@ -30,13 +30,8 @@ def _cosines(model: MultiTaskModel, batch: Batch) -> Tensor:
     layers = model.routing.layers
     weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
     predictions = model(batch.images, batch.index)
-    gradients = []
-    for task in model.tasks:
-        if task in predictions:
-            loss = TASKS[task].loss(predictions[task], batch.labels[task])
-            gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
-        else:
-            gradients.append(tuple(map(torch.zeros_like, weights)))
+    losses = [TASKS[task].loss(predictions[task], batch.labels[task]) for task in model.tasks]
+    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
     each = [_of_layer(layer, [own[2 * i : 2 * i + 2] for own in gradients]) for i, layer in enumerate(layers)]
     return torch.stack(each, dim=1)
 

@@ -36,6 +36,7 @@ from model import (
 from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
+from train.datasets.sampler import one_composition
 from train.run import checkpoint
 from train.run.backbone import is_adapter, is_plain, is_run, weights_of_run
 from train.tasks import Classes, output_channels
@@ -80,8 +81,13 @@ def require_possible(settings: Settings, device: torch.device) -> None:
 
 
 def build_data(settings: Settings) -> tuple[DataSet, DataSet]:
-    """(train, val)."""
+    """(train, val). UserError for --cuda-graphs where training batches differ in composition."""
     train, val = (open_dataset(settings.source, split) for split in ("train", "val"))
+    if settings.cuda_graphs and not one_composition([len(group) for group in train.groups], settings.batch_size):
+        raise UserError(
+            f"--cuda-graphs needs batches of one composition, and {len(train.groups)} groups of equally labelled "
+            f"images do not share {settings.batch_size} places alike in every batch: leave it out"
+        )
     if train.origin:
         print(f"tree      {train.origin}")
     return train, val

@@ -1,6 +1,6 @@
 """The whole training step as one CUDA graph: forward, losses, backward, clipping and update are launched at once.
 
-A graph repeats the launches of one recorded step on the same memory. Batches of a fixed composition have fixed shapes,
+A graph repeats the launches of one recorded step on the same memory. Batches of one composition have the same shapes,
 so one step is recorded, and every batch is copied to where the recorded one was. The learning rate, which changes from
 step to step, is a tensor that is filled before each.
 """
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels import UserError
 from train.datasets.batches import Batch
 from train.run.start import Run
 from train.run.step import set_learning_rate, update
@@ -19,7 +18,7 @@ WARM_UP = 3  # steps before the recording, in which libraries choose their kerne
 
 
 class GraphedStep:
-    """Called like :func:`train.run.step.training_step`, by a run that build.require_possible() accepts."""
+    """Called like :func:`train.run.step.training_step`, by a run that :mod:`train.run.build` accepts."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -52,8 +51,6 @@ class GraphedStep:
 
     def _fill(self, batch: Batch) -> None:
         for target, source in zip(self.batch.tensors, batch.tensors, strict=True):
-            if target.shape != source.shape:
-                raise UserError("--cuda-graphs needs batches of one composition: leave it out")
             target.copy_(source)
 
     def _state(self) -> Callable[[], None]:

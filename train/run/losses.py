@@ -55,10 +55,12 @@ class LossLog:
         return sum(not all(map(math.isfinite, row)) for row in self.rows.values())
 
     def mean(self, steps: int) -> dict[str, float]:
-        """Each task's loss, averaged over those of the last ``steps`` steps that are finite; NaN if none is."""
+        """Each task's loss, averaged over those of the last ``steps`` steps that are finite; NaN if none is. A step
+        without a label of the task, where its loss is 0, does not count."""
         finite = [row for row in list(self.rows.values())[-steps:] if all(map(math.isfinite, row))]
         rows = torch.tensor(finite, dtype=torch.float64).reshape(-1, len(self.tasks))
-        return dict(zip(self.tasks, rows.mean(0).tolist(), strict=True))
+        means = rows.sum(0) / rows.count_nonzero(0).clamp(min=min(len(rows), 1))
+        return dict(zip(self.tasks, means.tolist(), strict=True))
 
 
 class NotFiniteError(Exception):

@@ -23,13 +23,24 @@ def test_a_task_reads_its_rows_alone(make, features, name):
 
 @every_decoder
 def test_a_task_without_rows_gets_none(make, features, name):
-    """A process of a data-parallel run may have no image of a task."""
+    """A batch may have no image of a task."""
     decoder = make(name).eval()
     none = torch.tensor([], dtype=torch.int64)
     some = decoder(Features(features.maps, {"seg": SOME["seg"], "sal": none, "edge": SOME["edge"]}))
     whole = decoder(Features(features.maps, SOME))
     assert some["sal"].shape[:2] == (0, 2) and some["sal"].shape[2:] == some["seg"].shape[2:]
     assert all(torch.equal(some[task], whole[task]) for task in SOME)
+
+
+@every_decoder
+def test_regularisers_are_over_the_tasks_that_have_rows(make, features, name):
+    decoder = make(name).eval()  # batch norm has moved between two passes in training
+    none = torch.tensor([], dtype=torch.int64)
+    values = []
+    for rows in (SOME, {"seg": SOME["seg"], "sal": none, "edge": SOME["edge"]}):
+        decoder(Features(features.maps, rows))
+        values.append(decoder.regularisers())
+    torch.testing.assert_close(values[1], values[0], rtol=1e-11, atol=1e-11)
 
 
 @every_decoder

@@ -1,20 +1,18 @@
-"""Batches: their fixed composition, the sampler's streams, what a batch holds, and the loaders."""
+"""Batches: what one holds, and the loaders."""
 
 import os
 import sys
 import time
-from collections import Counter
 from itertools import islice
 from multiprocessing import get_start_method
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels.errors import UserError
-from train.datasets.batches import BatchSampler, _end_with_parent, collate, compose, eval_loader, train_loader
+from train.datasets.batches import _end_with_parent, collate, eval_loader, train_loader
+from train.datasets.sampler import BatchSampler
 from train.tasks import TASKS
 
 GROUPED_TASKS = [("seg", "sal"), ("normals",), ("sal", "edge")]
@@ -50,85 +48,6 @@ def label(task, index):
 
 def keys_of(batch):
     return [(int(image[0, 0, 0]), int(image[1, 0, 0])) for image in batch.images]
-
-
-# Composition
-
-sizes_and_batch = st.lists(st.integers(1, 1000), min_size=1, max_size=12).flatmap(
-    lambda sizes: st.tuples(st.just(sizes), st.integers(len(sizes), 200))
-)
-
-
-@settings(deadline=None)
-@given(sizes_and_batch)
-def test_every_group_has_its_share_of_a_batch_and_at_least_one_image(case):
-    sizes, batch_size = case
-    counts = compose(sizes, batch_size)
-    shares = [batch_size * size / sum(sizes) for size in sizes]
-    assert sum(counts) == batch_size and min(counts) >= 1
-    assert all(count < share + 1 or count == 1 for count, share in zip(counts, shares, strict=True))
-    assert all(a >= b for a, s in zip(counts, sizes, strict=True) for b, t in zip(counts, sizes, strict=True) if s > t)
-
-
-@settings(deadline=None)
-@given(sizes_and_batch)
-def test_composition_is_that_of_the_largest_remainder_where_every_share_is_at_least_one(case):
-    sizes, batch_size = case
-    quotients, remainders = zip(*(divmod(batch_size * size, sum(sizes)) for size in sizes), strict=True)
-    if min(quotients) >= 1:
-        best = sorted(range(len(sizes)), key=lambda g: -remainders[g])[: batch_size - sum(quotients)]
-        assert compose(sizes, batch_size) == tuple(q + (g in best) for g, q in enumerate(quotients))
-
-
-def test_composition_by_hand():
-    assert compose([750, 300, 75, 300], 16) == (9, 3, 1, 3)
-    assert compose([750, 300, 75, 300], 4) == (1, 1, 1, 1)
-    assert compose([1000, 1, 1], 5) == (3, 1, 1)
-    assert compose([5, 5], 3) == (2, 1)
-
-
-def test_a_batch_too_small_for_the_groups():
-    with pytest.raises(UserError, match="^batch size 3 cannot hold an image of each of the 4 groups.*--batch-size 4"):
-        compose([10, 10, 10, 10], 3)
-    with pytest.raises(UserError, match="--batch-size 3"):
-        train_loader(Toy(), TASKS, batch_size=2, steps=range(1), seed=0, workers=0)
-
-
-# Sampler
-
-
-def sampler(steps, seed=0, counts=(3, 1, 2)):
-    return BatchSampler(Toy.groups, counts, steps, seed)
-
-
-def test_every_batch_has_the_same_composition_and_the_sampler_knows_its_length():
-    batches = list(sampler(range(50)))
-    assert len(batches) == len(sampler(range(50))) == 50
-    for batch in batches:
-        assert [sum(index in group for index, _ in batch) for group in Toy.groups] == [3, 1, 2]
-
-
-@settings(deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.lists(st.integers(1, 9), min_size=3, max_size=3))
-def test_a_run_resumed_anywhere_sees_the_same_keys(start, length, counts):
-    whole = list(sampler(range(80), counts=counts))
-    assert list(sampler(range(start, start + length), counts=counts)) == whole[start : start + length]
-
-
-def test_an_epoch_of_a_group_holds_each_of_its_images_once():
-    keys = Counter(key for batch in sampler(range(56)) for key in batch)  # 56 steps: 24, 28 and 28 whole epochs
-    epochs = [56 * count // len(group) for group, count in zip(Toy.groups, (3, 1, 2), strict=True)]
-    expected = [(i, epoch) for group, n in zip(Toy.groups, epochs, strict=True) for epoch in range(n) for i in group]
-    assert keys == Counter(expected)
-
-
-def test_order_depends_on_seed_epoch_and_group():
-    groups = [np.arange(10), np.arange(10)]  # alike, to compare their orders
-    orders = set()
-    for seed in range(3):
-        for batch in BatchSampler(groups, counts=(10, 10), steps=range(3), seed=seed):
-            orders |= {tuple(index for index, _ in batch[:10]), tuple(index for index, _ in batch[10:])}
-    assert len(orders) == 3 * 3 * 2
 
 
 # Batch
@@ -172,11 +91,19 @@ def test_train_loader_yields_the_batches_of_the_sampler(workers):
     loader = train_loader(Toy(), TASKS, batch_size=6, steps=range(3, 9), seed=5, workers=workers)
     batches = list(loader)
     assert len(loader) == 6
-    assert [keys_of(batch) for batch in batches] == list(sampler(range(3, 9), seed=5, counts=compose([7, 2, 4], 6)))
+    assert [keys_of(batch) for batch in batches] == list(BatchSampler(Toy.groups, 6, range(3, 9), seed=5))
     for batch in batches:
         for task, index in batch.index.items():
-            expected = [label(task, keys_of(batch)[i][0]) for i in index]
-            np.testing.assert_array_equal(batch.labels[task].numpy(), np.stack(expected))
+            for i, own in zip(index.tolist(), batch.labels[task].numpy(), strict=True):
+                np.testing.assert_array_equal(own, label(task, keys_of(batch)[i][0]))
+
+
+def test_a_training_batch_has_every_task_where_need_be_without_a_label():
+    batches = list(train_loader(Toy(), TASKS, batch_size=2, steps=range(7), seed=0, workers=0))
+    assert {tuple(batch.labels) for batch in batches} == {tuple(TASKS)}
+    assert {batch.counts["normals"] for batch in batches} == {0, 1}
+    without = next(batch for batch in batches if not batch.counts["normals"])
+    assert without.labels["normals"].shape == (0, 3, SIDE, SIDE) and without.index["normals"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("workers", [0, 2])

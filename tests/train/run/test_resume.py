@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -423,6 +424,12 @@ def test_a_data_set_is_not_written_to(below, tmp_path, capsys, pascal_copy, monk
     monkeypatch.chdir(pascal_copy)
     assert main([*QUICK, "--steps", "1"]) == 2
     assert sorted(pascal_copy.rglob("*")) == before
+
+
+def test_a_mean_is_over_the_steps_that_have_a_label_of_the_task():
+    log = LossLog(None, ("seg", "edge", "sal"), {1: (3.0, 0.0, 0.0), 2: (5.0, 4.0, 0.0), 3: (7.0, 2.0, 0.0)})
+    assert log.mean(3) == {"seg": 5.0, "edge": 3.0, "sal": 0.0}
+    assert all(map(math.isnan, LossLog(None, ("seg",), {}).mean(3).values()))
 
 
 def test_the_log_keeps_every_number(tmp_path):
