@@ -10,13 +10,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.pool import make_pool  # noqa: E402
-
-from kernels import GATINGS, Gating, TaskSegments, UserError  # noqa: E402
-from kernels.experts import Experts, ops  # noqa: E402
+from kernels import GATINGS, Experts, Gating, TaskSegments, UserError  # noqa: E402
+from kernels.experts import custom_ops  # noqa: E402
 from kernels.experts.algorithms import ALGORITHMS, choose  # noqa: E402
-from kernels.experts.gate import gate, gate_backward, gate_backward_reference, gate_reference  # noqa: E402
-from kernels.experts.route import route, route_backward, route_backward_reference, route_reference  # noqa: E402
+from kernels.experts.gates import gate, gate_reference, route, route_backward  # noqa: E402
+from kernels.experts.reference import route as route_reference  # noqa: E402
+from kernels.gating import make_pool  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the problems are on the CPU, for the interpreter")
 
@@ -141,25 +140,27 @@ def test_few_active_experts_of_a_large_pool_are_computed_by_the_grouped_algorith
 def test_by_default_the_algorithm_is_the_chosen_one(make_mixture, monkeypatch):
     mixture = make_mixture().to(torch.float32)
     for algorithm in ALGORITHMS:
-        monkeypatch.setattr("kernels.experts.algorithms.choose", lambda *given, name=algorithm: name)
+        monkeypatch.setattr("kernels.experts.custom_ops.choose", lambda *given, name=algorithm: name)
         assert torch.equal(mixture.run("triton")[0], mixture.run("triton", algorithm)[0])
 
 
 def test_the_kernels_equal_their_references(make_mixture):
     mixture = make_mixture("topk", readers=2, rank=5).to(torch.float32)
     z, experts = mixture.leaves["z"].detach(), 6
-    segments, pool = TaskSegments.of(mixture.counts, z.device), make_pool(30, experts, "topk", 2, 0)
+    segments, pool = TaskSegments.of(mixture.counts, z.device), make_pool(30, experts, str(mixture.gating))
     g, p = route(z, segments, pool)
     for actual, right in zip((g, p), route_reference(z, segments, mixture.gating), strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-6, atol=1e-6)
     rng = torch.Generator().manual_seed(3)
     u, dgated, dp = (torch.randn(*shape, generator=rng) for shape in ((9, 30), (2, 9, 36), (2, 3, experts)))
-    torch.testing.assert_close(gate(u, g, "gelu", True), gate_reference(u, g, "gelu", True), rtol=1e-6, atol=1e-6)
-    actual = gate_backward(u, g, dgated, "gelu", True)
-    for left, right in zip(actual, gate_backward_reference(u, g, dgated, "gelu", True), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    dz = route_backward(z, g, actual[1], dp, segments, pool)
-    expected = route_backward_reference(z, g, actual[1], dp, segments, mixture.gating)
+    torch.testing.assert_close(gate(u, g, "gelu", True)[0], gate_reference(u, g, "gelu", True), rtol=1e-6, atol=1e-6)
+    actual, leaves = gate(u, g, "gelu", True, dgated), (u.requires_grad_(), g.clone().requires_grad_())
+    gated = gate_reference(*leaves, "gelu", True)
+    for left, right in zip(actual, (gated, *torch.autograd.grad(gated, leaves, dgated)), strict=True):
+        torch.testing.assert_close(left, right.detach(), rtol=1e-5, atol=1e-5)
+    dz = route_backward(z, g, actual[2], dp, segments, pool)
+    outputs = route_reference(z.requires_grad_(), segments, mixture.gating)
+    (expected,) = torch.autograd.grad(outputs, z, (actual[2], dp))
     torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,16 +175,13 @@ def test_torch_accepts_the_operators(case, algorithm, make_mixture):
     if t["z"].ndim == 2:
         t["z"], t["base"], dy = t["z"][None], t["base"][None], tuple(each[None] for each in dy)
     weights, offsets = [t.get(name) for name in "ABbc"], TaskSegments.of(mixture.counts, t["x"].device).offsets
-    static = mixture.counts, mixture.activation, *vars(mixture.gating).values(), algorithm
+    static = mixture.counts, 1, f"{mixture.gating}/{mixture.activation}/{algorithm}"
     forward = t["x"], t["base"], t["z"], *weights, offsets, *static
-    _, g, _, u = ops.expert_mixture_op(*forward)
-    leaves = [
-        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in forward
-    ]
+    _, g, _, u = custom_ops.forward_op(*forward)
     checks = {} if algorithm == "dense" else {"test_utils": ALL_BUT_EQUAL_OUTPUTS}
-    torch.library.opcheck(ops.expert_mixture_op, leaves, **checks)
-    backward = *dy, t["x"], u, t["z"], g, *weights, offsets, *static
-    torch.library.opcheck(ops.expert_mixture_backward_op, backward, **checks)
+    torch.library.opcheck(custom_ops.forward_op, forward, **checks)
+    backward = *dy, t["x"], u, t["z"], g, *weights, offsets, *static, True
+    torch.library.opcheck(custom_ops.backward_op, backward, **checks)
 
 
 @EVERY_ALGORITHM
@@ -201,4 +199,4 @@ def test_an_unknown_algorithm_is_refused(make_mixture):
     mixture = make_mixture().to(torch.float32)
     t, segments = mixture.leaves, TaskSegments.of(mixture.counts, torch.device("cpu"))
     with pytest.raises(UserError, match="unknown algorithm 'sparse': choose among dense, grouped"):
-        ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")
+        custom_ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")
