@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.errors import UserError
 from kernels.experts import reference as experts_reference
-from kernels.experts.reference import Experts
+from kernels.experts.reference import ACTIVATIONS, Experts
 from kernels.gating import Gating, fits_one_tile
 from kernels.reference import Linear
 from kernels.segments import TaskSegments, total
@@ -166,6 +166,8 @@ def check_experts(
         "base": (base, (*readers, tokens, width)),
     }
     _check(x, expected, "z", number, segments, gating)
+    if experts.activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {experts.activation!r}: choose among {', '.join(ACTIVATIONS)}")
     if sets > 1 and segments.counts is None:
         raise ValueError(f"A has a set for each of {sets} tasks, but the segments have no counts")
 
@@ -183,5 +185,5 @@ def _check(x: Tensor, expected: Expected, logits: str, experts: int, segments: T
         raise ValueError(f"k = {gating.k}, but {logits} of shape {shapes[logits]} have {sparse} sparse experts")
     if shapes["A"][-2] % experts:
         raise ValueError(f"A of shape {shapes['A']} has no equally many rows for each of {experts} experts")
-    if segments.counts is not None and sum(segments.counts) != len(x):
+    if segments.counts is not None and total(segments.counts) != len(x):
         raise ValueError(f"segments of {segments.counts} rows for x of shape {shapes['x']}: they must add up")

@@ -73,7 +73,7 @@ def route_options(pool: Pool) -> dict[str, int]:
 
 
 def route(z: Tensor, segments: TaskSegments, pool: Pool) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.experts.reference.route`: (g (G, T, N), P (G, tasks, C)) of z (G, T, C), fp32 and contiguous."""
+    """As :func:`kernels.experts.reference.route`: (g (G, T, N), P (G, tasks, C)) of z (G, T, C), contiguous fp32."""
     (readers, tokens, columns), options = z.shape, route_options(pool)
     blocks = segments.blocks(tokens, options["BM"])
     g, means = z.new_empty(readers, tokens, pool.experts), z.new_empty(readers, segments.tasks, blocks, columns)

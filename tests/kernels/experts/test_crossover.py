@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import Experts, Gating  # noqa: E402
-from kernels.experts.algorithms import choose, crossover  # noqa: E402
+from kernels.experts.custom_ops import choose, crossover  # noqa: E402
 
 
 def is_grouped(ranks, d, width, slots, rank, gates=1):

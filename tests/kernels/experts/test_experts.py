@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import GATINGS, Experts, Gating, TaskSegments, UserError  # noqa: E402
 from kernels.experts import custom_ops  # noqa: E402
-from kernels.experts.algorithms import ALGORITHMS, choose  # noqa: E402
+from kernels.experts.custom_ops import ALGORITHMS, choose  # noqa: E402
 from kernels.experts.gates import gate, gate_reference, route, route_backward  # noqa: E402
 from kernels.experts.reference import route as route_reference  # noqa: E402
 from kernels.gating import make_pool  # noqa: E402

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import Experts, Gating, TaskSegments  # noqa: E402
 from kernels.experts import products, sort  # noqa: E402
-from kernels.experts.algorithms import grouped_backward, grouped_forward  # noqa: E402
+from kernels.experts.custom_ops import grouped_backward, grouped_forward  # noqa: E402
 from kernels.experts.products import Layer, layers  # noqa: E402
 from kernels.experts.reference import expert_mixture, mixture  # noqa: E402
 

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from bench.traffic import Traffic, counting  # noqa: E402
 from kernels import Experts, TaskSegments  # noqa: E402
-from kernels.experts.algorithms import grouped_backward, grouped_forward  # noqa: E402
+from kernels.experts.custom_ops import grouped_backward, grouped_forward  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts in the interpreter")
 
