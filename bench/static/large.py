@@ -15,11 +15,12 @@ from bench.launches import parse_pool
 from bench.static.ffn import Passes, microseconds, trace
 from bench.static.model import TARGET
 from kernels import Experts
-from kernels.experts.custom_ops import choose, dense_backward, dense_forward, grouped_backward, grouped_forward
+from kernels.experts import custom_ops
 from kernels.experts.gates import route, route_backward
 from kernels.experts.sort import sort
 from kernels.segments import TaskSegments
 
+ALGORITHMS = custom_ops.ALGORITHMS
 # By name: the pool as bench.grouped_launches reads it, and the width. The last is FGMoE's decoder: 4 experts with a
 # hidden width of 4 x 256, cut into 4 slices each, in a set for each task.
 POOLS = {
@@ -42,9 +43,9 @@ def passes(name: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> Pa
     def forward() -> None:
         route(z, segments, pool)
         if algorithm == "dense":
-            dense_forward(call.x, call.rows[None], call.experts, g, segments)
+            custom_ops.dense_forward(call.x, call.rows[None], call.experts, g, segments)
         else:
-            grouped_forward(call.x, call.rows[None], call.experts, g, segments, call.slots)
+            custom_ops.grouped_forward(call.x, call.rows[None], call.experts, g, segments, call.slots)
 
     def backward() -> None:
         dg = _dense_dg(call) if algorithm == "dense" else _grouped_dg(call)
@@ -55,12 +56,14 @@ def passes(name: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> Pa
 
 def _dense_dg(call: Call) -> Tensor:
     u = call.x.new_empty(len(call.x), call.experts.down.shape[1])
-    return dense_backward(call.rows[None], (call.x, u, call.g[None]), call.experts, call.segments)[1]
+    return custom_ops.dense_backward(call.rows[None], (call.x, u, call.g[None]), call.experts, call.segments)[1]
 
 
 def _grouped_dg(call: Call) -> Tensor:
     sort(call.g[None], call.segments, call.slots, call.experts.sets)  # it is not kept, and here has no values
-    return grouped_backward(call.rows[None], (call.x, call.hidden, call.g[None]), call.experts, call.order)[1]
+    return custom_ops.grouped_backward(call.rows[None], (call.x, call.hidden, call.g[None]), call.experts, call.order)[
+        1
+    ]
 
 
 def row(setting: dict[str, Any], gpu: str, both: dict[str, Passes]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def row(setting: dict[str, Any], gpu: str, both: dict[str, Passes]) -> dict[str,
     numbers, width = POOLS[setting["pool"]]
     pool = parse_pool(numbers.partition(" ")[0])
     down, up = torch.empty(1, pool.ranks, width, device="meta"), torch.empty(1, width, pool.ranks, device="meta")
-    chosen = choose(Experts(down, up), pool.experts, pool.gating, 1)
+    chosen = custom_ops.choose(Experts(down, up), pool.experts, pool.gating, 1)
     times = {
         name: {way: round(microseconds(getattr(own, way), gpu), 2) for way in ("forward", "backward")}
         for name, own in both.items()

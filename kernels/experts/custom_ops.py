@@ -8,7 +8,7 @@
 Dense computes every expert for every token, an inactive one with gate 0: the work grows with R = N r. Its GEMMs are
 cuBLAS's, one for each set of weights. Grouped computes each expert for its tokens, sorted: the work grows with K r.
 Saved beside parameters: x, z, g and U, (T, R) if dense, (places, r) if grouped, which sorts again in backward. Backward
-does not write to its inputs, so it may run twice. A compiled pass calls custom operators, see :mod:`kernels.custom_ops`.
+does not write to its inputs, so it may run twice. A compiled pass calls custom operators, as in kernels/custom_ops.py.
 """
 
 from collections.abc import Sequence
@@ -143,11 +143,12 @@ def _parse(
     x: Tensor, z: Tensor, weights: tuple, segments: tuple[Tensor, Sequence[int] | None, int], setting: str
 ) -> tuple[Experts, TaskSegments, Pool, str]:
     """(experts in x's type, segments, pool, algorithm) from the arguments of an operator."""
-    (down, up, *biases), (offsets, counts, length) = weights, segments
     gating, activation, algorithm = setting.rsplit("/", 2)
-    experts = Experts(down.to(x.dtype), up.to(x.dtype), biases[0], biases[1], activation)
-    pool = make_pool(down.shape[1], z.shape[2], gating)
-    return experts, TaskSegments(offsets, tuple(counts) if counts else None, length), pool, algorithm
+    down, up = (weight.to(x.dtype).contiguous() for weight in weights[:2])
+    hidden_bias, output_bias = (None if bias is None else bias.contiguous() for bias in weights[2:])
+    experts, (offsets, counts, length) = Experts(down, up, hidden_bias, output_bias, activation), segments
+    known = TaskSegments(offsets, tuple(counts) if counts else None, length)
+    return experts, known, make_pool(down.shape[1], z.shape[2], gating), algorithm
 
 
 def forward(
