@@ -6,7 +6,7 @@
     grouped     sort, shrink, expand, combine; backward: shrink, weight_grad twice, expand, combine
 
 Dense computes every expert for every token, an inactive one with gate 0: the work grows with R = N r. Its GEMMs are
-cuBLAS's, one for each set of weights. Grouped computes each expert for its tokens, sorted: the work grows with K r.
+cuBLAS's: one for all sets of equally many rows, else one for each. Grouped sorts: the work grows with K r.
 Saved beside parameters: x, z, g and U, (T, R) if dense, (places, r) if grouped, which sorts again in backward. Backward
 does not write to its inputs, so it may run twice. A compiled pass calls custom operators, as in kernels/custom_ops.py.
 """
@@ -62,8 +62,13 @@ def _runs(experts: Experts, segments: TaskSegments, shape: torch.Size) -> tuple[
 
 def product(x: Tensor, weights: Tensor, runs: Runs, bias: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """x W (rows, n) of x (rows, k), W from ``weights`` (sets, k, n); plus ``bias`` (sets, n) or ``base`` (rows, n)."""
-    sets, y = len(weights), x.new_empty(len(x), weights.shape[2])
-    starts = bias if base is None else base.split(runs)
+    sets = len(weights)
+    if sets > 1 and runs == runs[:1] * sets:
+        tokens, start = x.unflatten(0, (sets, runs[0])), None if bias is None else bias[:, None]
+        if base is not None:
+            start = base.unflatten(0, (sets, runs[0]))
+        return (torch.bmm(tokens, weights) if start is None else torch.baddbmm(start, tokens, weights)).flatten(0, 1)
+    y, starts = x.new_empty(len(x), weights.shape[2]), bias if base is None else base.split(runs)
     for i, (rows, out) in enumerate(zip(x.split(runs), y.split(runs), strict=True)):
         if starts is None:
             torch.mm(rows, weights[i % sets], out=out)
@@ -74,13 +79,14 @@ def product(x: Tensor, weights: Tensor, runs: Runs, bias: Tensor | None = None, 
 
 def product_backward(left: Tensor, right: Tensor, runs: Runs, sets: int) -> Tensor:
     """(sets, m, n): left^T right over the rows of each set, of left (rows, m) and right (rows, n)."""
-    products: list[Tensor] = []
+    if sets == 1:
+        return torch.mm(left.t(), right)[None]
+    if runs == runs[:1] * sets:
+        return torch.bmm(left.unflatten(0, (sets, runs[0])).mT, right.unflatten(0, (sets, runs[0])))
+    total = left.new_zeros(sets, left.shape[1], right.shape[1])
     for i, (rows, columns) in enumerate(zip(left.split(runs), right.split(runs), strict=True)):
-        if i < sets:
-            products.append(torch.mm(rows.t(), columns))
-        else:
-            products[i % sets].addmm_(rows.t(), columns)
-    return products[0][None] if sets == 1 else torch.stack(products)
+        total[i % sets].addmm_(rows.t(), columns)
+    return total
 
 
 def _up(experts: Experts) -> Tensor:

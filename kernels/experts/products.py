@@ -120,12 +120,14 @@ def shrink_kernel(
             hidden = total.to(u.dtype.element_ty)
             tl.store(u + at, hidden, here)
             hidden = hidden.to(tl.float32)
-        value, slope = hidden, gate
+        value = hidden
         if ACTIVATION == "gelu":
             value = gelu_value(hidden, exact)
-            slope = gelu_derivative(hidden, exact) * gate
         tl.store(gated + at, (value * gate).to(gated.dtype.element_ty), here)
         if du is not None:
+            slope = gate
+            if ACTIVATION == "gelu":
+                slope = gelu_derivative(hidden, exact) * gate
             tl.store(du + at, (slope * total).to(du.dtype.element_ty), here)
             dgate += tl.sum(value * total, 1)
     if du is not None:
@@ -280,9 +282,9 @@ def weight_grad(
     sizes = tile("weight_grad", narrow.element_size(), rank)
     tiles, ids = ceil_div(width, sizes["BW"]) * ceil_div(rank, sizes["BR"]), len(order.ends)
     parts = max(1, min(MOST_PARTS, 4 * multiprocessors(wide.device) // (tiles * ids)))
-    strides, full = (weight.numel(), *weight.stride()), torch.float32
-    product = weight.new_empty_strided((parts, *weight.shape), strides, dtype=full)
-    dbias = None if bias is None else bias.new_empty(parts, *bias.shape, dtype=full)
+    strides, like = (weight.numel(), *weight.stride()), {"dtype": torch.float32, "device": weight.device}
+    product = torch.empty_strided((parts, *weight.shape), strides, **like)
+    dbias = None if bias is None else torch.empty(parts, *bias.shape, **like)
     weight_grad_kernel[(tiles, ids, parts)](
         wide, narrow, g, order.rows, order.ends, product, dbias, len(wide), wide.stride(0), width,
         strides[0], 0 if bias is None else bias.numel(), *strides[1:],
