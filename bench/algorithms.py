@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.peers.base import Forward, Peer, rows_of
 from fastmoe_lora import LoRAMoE
-from kernels.experts import Experts, expert_mixture
+from kernels import Experts, expert_mixture
 from kernels.reference import router_logits
 
 

@@ -1,14 +1,13 @@
-"""Every launch of kernels/experts on random tensors, for programs that compile them one by one."""
+"""Every launch of kernels/experts/gates.py on random tensors, for programs that compile them one by one."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernels.pool import Pool
 from torch import Tensor
 
-from kernels.experts.gate import gate, gate_backward
-from kernels.experts.route import route, route_backward
+from kernels.experts.gates import gate, route, route_backward
+from kernels.gating import Pool
 from kernels.segments import TaskSegments
 
 Tensors = dict[str, Any]
@@ -18,7 +17,7 @@ EXPERT_LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "experts_route": lambda t, segments, pool: route(t["z"], segments, pool),
     "experts_route_backward": lambda t, segments, pool: route_backward(t["z"], t["g"], t["g"], t["dp"], segments, pool),
     "experts_gate": lambda t, segments, pool: gate(t["u"], t["g"], "gelu", True),
-    "experts_gate_backward": lambda t, segments, pool: gate_backward(t["u"], t["g"], t["gated"], "gelu", True),
+    "experts_gate_backward": lambda t, segments, pool: gate(t["u"], t["g"], "gelu", True, t["gated"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every launch of kernels/grouped on random tensors, for programs that compile them one by one."""
+"""Every launch of kernels/experts over sorted blocks on random tensors, for programs that compile them one by one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from bench.launches import parse_pool
-from kernels.experts import Experts
-from kernels.grouped.expand import combine, expand, expand_backward
-from kernels.grouped.shrink import shrink, shrink_backward
-from kernels.grouped.sort import BLOCK, Sorted, sort
-from kernels.grouped.weight_grad import weight_grad_a, weight_grad_b
+from kernels import Experts
+from kernels.experts.products import Layer, combine, expand, layers, shrink, weight_grad
+from kernels.experts.sort import BLOCK, Sorted, sort
 from kernels.segments import TaskSegments, ceil_div
 
 # LoRA pools of N/k/S/r, and slices of a hidden layer: experts with GELU, biases and a set for each task.
@@ -38,8 +36,8 @@ def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Ca
     every expert has equally many pairs."""
     numbers, _, activation = pool.partition(" ")
     shape, wide = parse_pool(numbers), bool(activation)
-    counts = segments.counts
-    tokens, sets, slots = sum(counts), len(counts) if wide else 1, shape.gating.k + shape.gating.shared
+    assert segments.counts is not None
+    tokens, sets, slots = sum(segments.counts), segments.tasks if wide else 1, shape.gating.slots
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, device=like.device).to(like.dtype)
@@ -53,7 +51,7 @@ def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Ca
     )
     scores = torch.rand(tokens, shape.experts, device=like.device)
     g = scores * (scores >= scores.topk(slots).values[:, -1:])
-    order = sort(g, segments, slots, sets)
+    order = sort(g[None], segments, slots, sets)
     if like.is_meta:
         ids = len(order.ends)
         blocks = ceil_div(ceil_div(tokens * slots, ids), BLOCK)
@@ -64,7 +62,15 @@ def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Ca
 
 
 def _sort(c: Call) -> object:
-    return sort(c.g, c.segments, c.slots, c.experts.sets)
+    return sort(c.g[None], c.segments, c.slots, c.experts.sets)
+
+
+def _down(c: Call) -> Layer:
+    return layers(c.experts, c.order.experts)[0]
+
+
+def _up(c: Call) -> Layer:
+    return layers(c.experts, c.order.experts)[1]
 
 
 # By name: a launcher, and which of its launches is meant.
@@ -72,18 +78,12 @@ GROUPED_LAUNCHES: dict[str, tuple[Callable[[Call], object], int]] = {
     "grouped_count": (_sort, 0),
     "grouped_prefix": (_sort, 1),
     "grouped_scatter": (_sort, 2),
-    "grouped_shrink": (lambda c: shrink(c.x, c.experts, c.g, c.order), 0),
-    "grouped_expand": (lambda c: expand(c.hidden, c.experts, c.g, c.order), 0),
+    "grouped_shrink": (lambda c: shrink(c.x, _down(c), c.g, c.order, c.experts.activation), 0),
+    "grouped_expand": (lambda c: expand(c.hidden, _up(c), c.g, c.order), 0),
     "grouped_combine": (lambda c: combine(c.out, c.rows, len(c.rows), c.order), 0),
-    "grouped_shrink_backward": (lambda c: shrink_backward(c.rows, c.experts, c.g, c.hidden, c.order), 0),
-    "grouped_weight_grad_b": (
-        lambda c: weight_grad_b(c.rows, c.hidden, c.g, c.order, c.experts.sets, c.experts.output_bias is not None),
-        0,
-    ),
-    "grouped_weight_grad_a": (
-        lambda c: weight_grad_a(c.x, c.hidden, c.order, c.experts.sets, c.experts.hidden_bias is not None),
-        0,
-    ),
-    "grouped_expand_backward": (lambda c: expand_backward(c.hidden, c.experts, c.order), 0),
+    "grouped_shrink_backward": (lambda c: shrink(c.rows, _up(c), c.g, c.order, c.experts.activation, c.hidden), 0),
+    "grouped_weight_grad_b": (lambda c: weight_grad(c.rows, c.hidden, c.order, *_up(c), c.g), 0),
+    "grouped_weight_grad_a": (lambda c: weight_grad(c.x, c.hidden, c.order, *_down(c)), 0),
+    "grouped_expand_backward": (lambda c: expand(c.hidden, Layer(_down(c).weight, None), c.g, c.order), 0),
     "grouped_combine_backward": (lambda c: combine(c.out, None, len(c.x), c.order), 0),
 }

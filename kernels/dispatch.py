@@ -8,11 +8,14 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.errors import UserError
+from kernels.experts import reference as experts_reference
+from kernels.experts.reference import ACTIVATIONS, Experts
 from kernels.gating import Gating, fits_one_tile
 from kernels.reference import Linear
 from kernels.segments import TaskSegments, total
 
 KERNELS = ("auto", "triton", "reference")
+Expected = dict[str, tuple[Tensor | None, tuple[int, ...]]]  # tensors by name, with the shapes they must have
 
 
 def resolve_kernel(kernel: str, device: torch.device) -> str:
@@ -84,12 +87,39 @@ def lora_moe(
     experts = gating.experts(routers.shape[1])
     if fits_one_tile(experts, len(lora[0]) // experts):
         return custom_ops.lora_moe(x, base, lora, routers, segments, gating, deterministic)
-    from kernels.experts import Experts, ops  # its entry point imports this file
+    from kernels.experts import custom_ops as experts_ops
 
     z = reference.router_logits(x, routers, segments)
-    down, up = (weight.unsqueeze(0) for weight in lora)
     output = base if isinstance(base, Tensor) else reference.frozen(x, base)
-    return ops.expert_mixture(x, output, Experts(down, up), z, segments, gating)
+    return experts_ops.expert_mixture(x, output, Experts(lora[0][None], lora[1][None]), z, segments, gating)
+
+
+def expert_mixture(
+    x: Tensor,
+    base: Tensor | None,
+    experts: Experts,
+    z: Tensor,
+    segments: TaskSegments,
+    gating: Gating,
+    kernel: str = "auto",
+    algorithm: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, g, P) of :func:`kernels.experts.reference.expert_mixture`; differentiable in x, base, z and the weights.
+
+    x (T, d) and ``base`` (T, D) or None share a floating type, the weights may be fp32 masters, z (T, C) is fp32. With
+    z (G, T, C) there are G gates per token, and base, y, g and P have G as their first dimension too. The gates g are
+    for statistics and have no gradient. Sets of weights per task need segments with counts.
+
+    ``algorithm`` is that of the Triton kernels, ``dense`` or ``grouped`` (:mod:`kernels.experts.custom_ops`); by
+    default it is chosen by pool and widths. Errors as in :func:`lora_moe`.
+    """
+    check_experts(x, base, experts, z, segments, gating)
+    if resolve_kernel(kernel, x.device) == "reference":
+        y, g, p = experts_reference.expert_mixture(x, base, experts, z, segments, gating)
+        return y, g.detach(), p
+    from kernels.experts import custom_ops as experts_ops  # imports Triton
+
+    return experts_ops.expert_mixture(x, base, experts, z, segments, gating, algorithm)
 
 
 def check(
@@ -102,11 +132,11 @@ def check(
 ) -> None:
     """ValueError unless the arguments of :func:`lora_moe` fit each other; the device is not asked."""
     (a, b), (tokens, d), columns = lora, x.shape, routers.shape[1]
-    experts, sparse = gating.experts(columns), gating.experts(columns) - gating.shared
-    expected = {
+    expected: Expected = {
+        "x": (x, (tokens, d)),
         "A": (a, (a.shape[0], d)),
         "B": (b, (b.shape[0], a.shape[0])),
-        "routers": (routers, (segments.offsets.shape[0] - 1, columns, d)),
+        "routers": (routers, (segments.tasks, columns, d)),
     }
     if isinstance(base, Tensor):
         expected["base"] = base, (tokens, b.shape[0])
@@ -114,18 +144,46 @@ def check(
         inner = d
         for number, (weight, bias) in enumerate(base, start=1):
             outer = b.shape[0] if number == len(base) else weight.shape[0]
-            expected[f"W{number}"] = weight, (outer, inner)
-            if bias is not None:
-                expected[f"b{number}"] = bias, (outer,)
+            expected |= {f"W{number}": (weight, (outer, inner)), f"b{number}": (bias, (outer,))}
             inner = outer
+    _check(x, expected, "routers", gating.experts(columns), segments, gating)
+
+
+def check_experts(
+    x: Tensor, base: Tensor | None, experts: Experts, z: Tensor, segments: TaskSegments, gating: Gating
+) -> None:
+    """The same for :func:`expert_mixture`."""
+    (tokens, d), (*readers, _, columns), (sets, ranks, _) = x.shape, z.shape, experts.down.shape
+    number, width = gating.experts(columns), experts.up.shape[1]
+    sets = sets if sets == 1 else segments.tasks
+    expected: Expected = {
+        "x": (x, (tokens, d)),
+        "A": (experts.down, (sets, ranks, d)),
+        "B": (experts.up, (sets, width, ranks)),
+        "b": (experts.hidden_bias, (sets, ranks)),
+        "c": (experts.output_bias, (sets, number, width)),
+        "z": (z, (*readers, tokens, columns)),
+        "base": (base, (*readers, tokens, width)),
+    }
+    _check(x, expected, "z", number, segments, gating)
+    if experts.activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {experts.activation!r}: choose among {', '.join(ACTIVATIONS)}")
+    if sets > 1 and segments.counts is None:
+        raise ValueError(f"A has a set for each of {sets} tasks, but the segments have no counts")
+
+
+def _check(x: Tensor, expected: Expected, logits: str, experts: int, segments: TaskSegments, gating: Gating) -> None:
+    """Compare shapes, and N = ``experts`` with A, k and the tensor called ``logits``; the device is not asked."""
     for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, beside x of shape {tuple(x.shape)} it is {shape}"
             )
-    if a.shape[0] % experts:
-        raise ValueError(f"A of shape {tuple(a.shape)} has no equally many rows for each of {experts} experts")
-    if not 0 < gating.k <= sparse:
-        raise ValueError(f"k = {gating.k}, but routers of shape {tuple(routers.shape)} have {sparse} sparse experts")
-    if segments.counts is not None and total(segments.counts) != tokens:
-        raise ValueError(f"segments of {segments.counts} rows for x of shape {tuple(x.shape)}: they must add up")
+    shapes = {name: tuple(tensor.shape) for name, (tensor, _) in expected.items() if tensor is not None}
+    if not 0 < gating.k <= experts - gating.shared:
+        sparse = experts - gating.shared
+        raise ValueError(f"k = {gating.k}, but {logits} of shape {shapes[logits]} have {sparse} sparse experts")
+    if shapes["A"][-2] % experts:
+        raise ValueError(f"A of shape {shapes['A']} has no equally many rows for each of {experts} experts")
+    if segments.counts is not None and total(segments.counts) != len(x):
+        raise ValueError(f"segments of {segments.counts} rows for x of shape {shapes['x']}: they must add up")

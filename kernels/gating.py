@@ -40,6 +40,11 @@ class Gating:
         name, k, shared = text.split("/")
         return cls(name, int(k), int(shared))
 
+    @property
+    def slots(self) -> int:
+        """Experts that are active for a token."""
+        return self.k + self.shared
+
     def router_columns(self, experts: int) -> int:
         """Logits per token for a pool of ``experts``: a shared expert whose gate is fixed has none."""
         return experts - self.shared if self.name == "naive-shared" else experts

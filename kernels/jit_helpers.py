@@ -152,19 +152,3 @@ def rows_of_block(first, end, BM: tl.constexpr):
     """(rows (BM, 1) int64, mask (BM, 1)) of the rows from ``first`` on."""
     rows = first + tl.arange(0, BM)
     return rows.to(tl.int64)[:, None], (rows < end)[:, None]
-
-
-@triton.jit
-def task_rows(offsets, block, BM: tl.constexpr):
-    """(rows (BM, 1) int64, mask (BM, 1)) of a block of task program_id(1); a block never spans two tasks."""
-    task = tl.program_id(1)
-    rows = tl.load(offsets + task) + block * BM + tl.arange(0, BM)
-    inside = rows < tl.load(offsets + task + 1)
-    return rows.to(tl.int64)[:, None], inside[:, None]
-
-
-@triton.jit
-def task_length(offsets):
-    """Tokens of this program's task, at least 1."""
-    task = tl.program_id(1)
-    return tl.maximum(tl.load(offsets + task + 1) - tl.load(offsets + task), 1)

@@ -36,11 +36,6 @@ class TaskSegments:
         """At least as many blocks of ``block`` rows as ``rows`` rows in segments need; no block spans two tasks."""
         return (rows + self.tasks * (block - 1)) // block
 
-    def grid(self, block: int) -> tuple[int, int]:
-        """(blocks of the longest task, tasks)."""
-        assert self.counts is not None
-        return ceil_div(max(self.counts), block), self.tasks
-
     def task_of_rows(self, rows: int) -> Tensor:
         """The task of each of ``rows`` rows, int64, on the device; a pass of any composition computes the same."""
         number = torch.arange(rows, device=self.offsets.device)

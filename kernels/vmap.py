@@ -21,7 +21,7 @@ def looped(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple]:
 
     def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         each = [
-            op(*(value if dim is None else value.select(dim, i) for value, dim in pairs))
+            op(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs))
             for i in range(info.batch_size)
             for pairs in [zip(inputs, in_dims, strict=True)]
         ]

@@ -12,7 +12,7 @@ SHARED = TESTS.parents[1] / "shared"
 # costs more than its file says is marked where it stands.
 COSTS = {
     "kernels/*test_aot.py": "aot",
-    "kernels/grouped/test_crossover.py": "",
+    "kernels/experts/test_crossover.py": "",
     "kernels/test_gpu.py": "gpu",
     "kernels/test_dispatch.py": "",
     "kernels/test_nvtx.py": "",

@@ -14,14 +14,13 @@ from bench.grouped_launches import Call, make_call
 from bench.launches import parse_pool
 from bench.static.ffn import Passes, microseconds, trace
 from bench.static.model import TARGET
-from kernels.experts.dense import dense_backward, dense_forward
-from kernels.experts.route import route, route_backward
-from kernels.grouped.crossover import is_grouped
-from kernels.grouped.operation import grouped_backward, grouped_forward
-from kernels.grouped.sort import sort
+from kernels import Experts
+from kernels.experts import custom_ops
+from kernels.experts.gates import route, route_backward
+from kernels.experts.sort import sort
 from kernels.segments import TaskSegments
 
-ALGORITHMS = ("dense", "grouped")
+ALGORITHMS = custom_ops.ALGORITHMS
 # By name: the pool as bench.grouped_launches reads it, and the width. The last is FGMoE's decoder: 4 experts with a
 # hidden width of 4 x 256, cut into 4 slices each, in a set for each task.
 POOLS = {
@@ -44,9 +43,9 @@ def passes(name: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> Pa
     def forward() -> None:
         route(z, segments, pool)
         if algorithm == "dense":
-            dense_forward(call.x, call.rows[None], call.experts, g, segments)
+            custom_ops.dense_forward(call.x, call.rows[None], call.experts, g, segments)
         else:
-            grouped_forward(call.x, call.rows[None], call.experts, g, segments, call.slots)
+            custom_ops.grouped_forward(call.x, call.rows[None], call.experts, g, segments, call.slots)
 
     def backward() -> None:
         dg = _dense_dg(call) if algorithm == "dense" else _grouped_dg(call)
@@ -57,20 +56,22 @@ def passes(name: str, dtype: str, tokens: int, tasks: int, algorithm: str) -> Pa
 
 def _dense_dg(call: Call) -> Tensor:
     u = call.x.new_empty(len(call.x), call.experts.down.shape[1])
-    return dense_backward(call.rows[None], call.x, u, call.experts, call.g[None], call.segments)[1]
+    return custom_ops.dense_backward(call.rows[None], (call.x, u, call.g[None]), call.experts, call.segments)[1]
 
 
 def _grouped_dg(call: Call) -> Tensor:
-    sort(call.g, call.segments, call.slots, call.experts.sets)  # it is not kept, and here has no values
-    return grouped_backward(call.rows[None], call.x, call.hidden, call.experts, call.g[None], call.order).g
+    sort(call.g[None], call.segments, call.slots, call.experts.sets)  # it is not kept, and here has no values
+    return custom_ops.grouped_backward(call.rows[None], (call.x, call.hidden, call.g[None]), call.experts, call.order)[
+        1
+    ]
 
 
 def row(setting: dict[str, Any], gpu: str, both: dict[str, Passes]) -> dict[str, Any]:
     """Modelled microseconds forward and backward by algorithm, and which one the rule chooses."""
     numbers, width = POOLS[setting["pool"]]
     pool = parse_pool(numbers.partition(" ")[0])
-    slots = pool.gating.k + pool.gating.shared
-    chosen = "grouped" if is_grouped(pool.ranks, width, width, slots, pool.rank) else "dense"
+    down, up = torch.empty(1, pool.ranks, width, device="meta"), torch.empty(1, width, pool.ranks, device="meta")
+    chosen = custom_ops.choose(Experts(down, up), pool.experts, pool.gating, 1)
     times = {
         name: {way: round(microseconds(getattr(own, way), gpu), 2) for way in ("forward", "backward")}
         for name, own in both.items()

@@ -1,6 +1,1 @@
-"""Experts of any width, with an activation, biases and a set per task: pools beyond those of one register tile."""
-
-from kernels.experts.dispatch import expert_mixture
-from kernels.experts.reference import ACTIVATIONS, Experts
-
-__all__ = ["ACTIVATIONS", "Experts", "expert_mixture"]
+"""Pools beyond one register tile: experts of any number and width, with activation, biases and a set per task."""

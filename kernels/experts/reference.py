@@ -6,12 +6,9 @@ An expert is two products with a gate between them, and may have an activation a
     H' = act(U) * per_rank(g)      (T, R)
     y  = base + H' B^T + g c       (T, D)
 
-A, b, B and c come in sets. One set serves all tasks, or each task has its own. The r rows of an expert in A may be a
-slice of a wide MLP's hidden layer: cut into slices that all have gate 1, the MLP is unchanged, but for its output bias,
-which one slice keeps.
-
-A token may have several gates, one for each of G readers of the same experts: z (G, T, C), g (G, T, N), y (G, T, D).
-U is computed once. The symbols are those of :mod:`kernels.reference`.
+One set of A, b, B and c serves all tasks, or each task has its own. An expert may be a slice of a wide MLP's hidden
+layer: cut into slices that all have gate 1, the MLP is unchanged, if one slice keeps its output bias. A token may have
+several gates, one for each of G readers of the same experts: z (G, T, C), g (G, T, N), y (G, T, D); U is computed once.
 """
 
 from dataclasses import dataclass
@@ -43,6 +40,33 @@ class Experts:
         return len(self.down)
 
 
+def activate(u: Tensor, activation: str) -> Tensor:
+    return F.gelu(u) if activation == "gelu" else u
+
+
+def route(z: Tensor, segments: TaskSegments, gating: Gating) -> tuple[Tensor, Tensor]:
+    """(g, P) of z (T, C), or (G, T, C)."""
+    if z.ndim == 2:
+        return gates(z, gating), mean_probs(z, segments)
+    g, p = zip(*(route(each, segments, gating) for each in z), strict=True)
+    return torch.stack(g), torch.stack(p)
+
+
+def mixture(x: Tensor, base: Tensor | None, experts: Experts, g: Tensor, segments: TaskSegments) -> Tensor:
+    """y (T, D) from the gates g (T, N), or (G, T, D) from (G, T, N)."""
+    runs, outputs = (len(x),) if experts.sets == 1 else segments.counts, []
+    for i, (tokens, gate) in enumerate(zip(x.split(runs), g.split(runs, dim=-2), strict=True)):
+        bias = None if experts.hidden_bias is None else experts.hidden_bias[i].to(x.dtype)
+        hidden = activate(F.linear(tokens, experts.down[i].to(x.dtype), bias), experts.activation)
+        gated = (hidden * gate.repeat_interleave(hidden.shape[-1] // g.shape[-1], dim=-1)).to(x.dtype)
+        y = F.linear(gated, experts.up[i].to(x.dtype))
+        if experts.output_bias is not None:
+            y = y + (gate @ experts.output_bias[i].to(g.dtype)).to(x.dtype)
+        outputs.append(y)
+    y = torch.cat(outputs, dim=-2)
+    return y if base is None else base + y
+
+
 def expert_mixture(
     x: Tensor, base: Tensor | None, experts: Experts, z: Tensor, segments: TaskSegments, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,28 +75,5 @@ def expert_mixture(
     ``base`` is added to y and has its shape; None is 0. Logits, softmax and gates are at least fp32. The weights are
     cast to the type of x. P is (tasks, C), or (G, tasks, C).
     """
-    if z.ndim == 3:
-        each = [
-            expert_mixture(x, None if base is None else base[i], experts, z[i], segments, gating) for i in range(len(z))
-        ]
-        y, g, p = (torch.stack(parts) for parts in zip(*each, strict=True))
-        return y, g, p
-    g = gates(z, gating)
-    runs = (len(x),) if experts.sets == 1 else segments.counts
-    outputs = [
-        _one_set(tokens, gate, experts, i)
-        for i, (tokens, gate) in enumerate(zip(x.split(runs), g.split(runs), strict=True))
-    ]
-    y = torch.cat(outputs)
-    return (y if base is None else base + y), g, mean_probs(z, segments)
-
-
-def _one_set(x: Tensor, g: Tensor, experts: Experts, i: int) -> Tensor:
-    """H' B^T + g c of the tokens x (T, d) with the weights of set ``i``."""
-    bias = None if experts.hidden_bias is None else experts.hidden_bias[i].to(x.dtype)
-    hidden = F.linear(x, experts.down[i].to(x.dtype), bias)
-    if experts.activation == "gelu":
-        hidden = F.gelu(hidden)
-    rank = hidden.shape[1] // g.shape[1]
-    y = F.linear((hidden * g.repeat_interleave(rank, dim=-1)).to(x.dtype), experts.up[i].to(x.dtype))
-    return y if experts.output_bias is None else y + (g @ experts.output_bias[i].to(g.dtype)).to(x.dtype)
+    g, p = route(z, segments, gating)
+    return mixture(x, base, experts, g, segments), g, p

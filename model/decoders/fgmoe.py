@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels import Gating, TaskSegments
-from kernels.experts import expert_mixture
+from kernels import Gating, TaskSegments, expert_mixture
 from kernels.nvtx import span
 from kernels.reference import router_logits
 from model.decoders.base import Decoder, Features, Frame, in_compute_type, maps_of, tokens_of
@@ -73,7 +72,7 @@ class Trunk(Decoder):
 
 
 class FGMoE(Trunk):
-    """All tasks' own experts are one call of :func:`kernels.experts.expert_mixture`, the global ones another."""
+    """All tasks' own experts are one call of :func:`kernels.expert_mixture`, the global ones another."""
 
     def __init__(
         self, frame: Frame, config: FGConfig, mixer: bool = True, common: bool = True, kernel: str = "auto"

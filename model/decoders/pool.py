@@ -1,4 +1,4 @@
-"""Expert MLPs cut into slices, for :func:`kernels.experts.expert_mixture`."""
+"""Expert MLPs cut into slices, for :func:`kernels.expert_mixture`."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.experts import Experts
+from kernels import Experts
 
 
 class ExpertPool(nn.Module):

@@ -1,6 +1,7 @@
 """The Triton kernels of the mixture of experts, by both algorithms: against fp64, and what they save and choose."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.pool import make_pool  # noqa: E402
-
-from kernels import GATINGS, Gating, TaskSegments, UserError  # noqa: E402
-from kernels.experts import Experts, ops  # noqa: E402
-from kernels.experts.algorithms import ALGORITHMS, choose  # noqa: E402
-from kernels.experts.gate import gate, gate_backward, gate_backward_reference, gate_reference  # noqa: E402
-from kernels.experts.route import route, route_backward, route_backward_reference, route_reference  # noqa: E402
+from bench.traffic import counting  # noqa: E402
+from kernels import GATINGS, Experts, Gating, TaskSegments, UserError, expert_mixture  # noqa: E402
+from kernels.experts import custom_ops  # noqa: E402
+from kernels.experts.custom_ops import ALGORITHMS, choose  # noqa: E402
+from kernels.experts.gates import gate, gate_reference, route, route_backward  # noqa: E402
+from kernels.experts.reference import route as route_reference  # noqa: E402
+from kernels.gating import make_pool  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the problems are on the CPU, for the interpreter")
 
@@ -141,25 +142,27 @@ def test_few_active_experts_of_a_large_pool_are_computed_by_the_grouped_algorith
 def test_by_default_the_algorithm_is_the_chosen_one(make_mixture, monkeypatch):
     mixture = make_mixture().to(torch.float32)
     for algorithm in ALGORITHMS:
-        monkeypatch.setattr("kernels.experts.algorithms.choose", lambda *given, name=algorithm: name)
+        monkeypatch.setattr("kernels.experts.custom_ops.choose", lambda *given, name=algorithm: name)
         assert torch.equal(mixture.run("triton")[0], mixture.run("triton", algorithm)[0])
 
 
 def test_the_kernels_equal_their_references(make_mixture):
     mixture = make_mixture("topk", readers=2, rank=5).to(torch.float32)
     z, experts = mixture.leaves["z"].detach(), 6
-    segments, pool = TaskSegments.of(mixture.counts, z.device), make_pool(30, experts, "topk", 2, 0)
+    segments, pool = TaskSegments.of(mixture.counts, z.device), make_pool(30, experts, "topk/2/0")
     g, p = route(z, segments, pool)
     for actual, right in zip((g, p), route_reference(z, segments, mixture.gating), strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-6, atol=1e-6)
     rng = torch.Generator().manual_seed(3)
     u, dgated, dp = (torch.randn(*shape, generator=rng) for shape in ((9, 30), (2, 9, 36), (2, 3, experts)))
-    torch.testing.assert_close(gate(u, g, "gelu", True), gate_reference(u, g, "gelu", True), rtol=1e-6, atol=1e-6)
-    actual = gate_backward(u, g, dgated, "gelu", True)
-    for left, right in zip(actual, gate_backward_reference(u, g, dgated, "gelu", True), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    dz = route_backward(z, g, actual[1], dp, segments, pool)
-    expected = route_backward_reference(z, g, actual[1], dp, segments, mixture.gating)
+    torch.testing.assert_close(gate(u, g, "gelu", True)[0], gate_reference(u, g, "gelu", True), rtol=1e-6, atol=1e-6)
+    actual, leaves = gate(u, g, "gelu", True, dgated), (u.requires_grad_(), g.clone().requires_grad_())
+    gated = gate_reference(*leaves, "gelu", True)
+    for left, right in zip(actual, (gated, *torch.autograd.grad(gated, leaves, dgated)), strict=True):
+        torch.testing.assert_close(left, right.detach(), rtol=1e-5, atol=1e-5)
+    dz = route_backward(z, g, actual[2], dp, segments, pool)
+    outputs = route_reference(z.requires_grad_(), segments, mixture.gating)
+    (expected,) = torch.autograd.grad(outputs, z, (actual[2], dp))
     torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,16 +177,13 @@ def test_torch_accepts_the_operators(case, algorithm, make_mixture):
     if t["z"].ndim == 2:
         t["z"], t["base"], dy = t["z"][None], t["base"][None], tuple(each[None] for each in dy)
     weights, offsets = [t.get(name) for name in "ABbc"], TaskSegments.of(mixture.counts, t["x"].device).offsets
-    static = mixture.counts, mixture.activation, *vars(mixture.gating).values(), algorithm
+    static = mixture.counts, 1, "/".join(map(str, (*vars(mixture.gating).values(), mixture.activation, algorithm)))
     forward = t["x"], t["base"], t["z"], *weights, offsets, *static
-    _, g, _, u = ops.expert_mixture_op(*forward)
-    leaves = [
-        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in forward
-    ]
+    _, g, _, u = custom_ops.forward_op(*forward)
     checks = {} if algorithm == "dense" else {"test_utils": ALL_BUT_EQUAL_OUTPUTS}
-    torch.library.opcheck(ops.expert_mixture_op, leaves, **checks)
-    backward = *dy, t["x"], u, t["z"], g, *weights, offsets, *static
-    torch.library.opcheck(ops.expert_mixture_backward_op, backward, **checks)
+    torch.library.opcheck(custom_ops.forward_op, forward, **checks)
+    backward = *dy, t["x"], u, t["z"], g, *weights, offsets, *static, True
+    torch.library.opcheck(custom_ops.backward_op, backward, **checks)
 
 
 @EVERY_ALGORITHM
@@ -201,4 +201,88 @@ def test_an_unknown_algorithm_is_refused(make_mixture):
     mixture = make_mixture().to(torch.float32)
     t, segments = mixture.leaves, TaskSegments.of(mixture.counts, torch.device("cpu"))
     with pytest.raises(UserError, match="unknown algorithm 'sparse': choose among dense, grouped"):
-        ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")
+        custom_ops.expert_mixture(t["x"], None, mixture.experts, t["z"], segments, mixture.gating, "sparse")
+
+
+@pytest.mark.parametrize(("kernel", "algorithm"), [("triton", "dense"), ("triton", "grouped"), ("reference", "")])
+def test_one_set_of_weights_needs_no_counts_on_the_host(kernel, algorithm, make_mixture):
+    """As in a compiled pass: rows 0..4 and 4..10 are segments of images of two rows, the one between them is empty."""
+    mixture = make_mixture(counts=(4, 0, 6), readers=2).to(torch.float32)
+    t, images = mixture.leaves, torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    rest = mixture.gating, kernel, algorithm
+    results = []
+    for segments in (TaskSegments.of(mixture.counts, t["x"].device), TaskSegments(images, None, 2)):
+        y, g, p = expert_mixture(t["x"], t["base"], mixture.experts, t["z"], segments, *rest)
+        results.append((y, g, p, *torch.autograd.grad((y, p), list(t.values()), mixture.cotangents())))
+    for known, unknown in zip(*results, strict=True):
+        torch.testing.assert_close(known, unknown, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+def test_gradients_in_a_batch_are_those_one_after_the_other(sets, make_mixture):
+    mixture = make_mixture(sets=sets).to(torch.float32)
+    y, _, p = mixture.run("triton", "dense")
+    leaves, (dy, dp) = list(mixture.leaves.values()), mixture.cotangents()
+    cotangents = torch.stack([dy, -2 * dy]), torch.stack([dp, dp])
+    batched = torch.autograd.grad((y, p), leaves, cotangents, retain_graph=True, is_grads_batched=True)
+    for i in range(2):
+        one = torch.autograd.grad((y, p), leaves, (cotangents[0][i], cotangents[1][i]), retain_graph=True)
+        assert all(torch.equal(many[i], single) for many, single in zip(batched, one, strict=True))
+
+
+@EVERY_ALGORITHM
+def test_tokens_without_a_gradient_cost_no_product(algorithm, make_mixture):
+    mixture, costs, results = make_mixture().to(torch.float16), [], []
+    for needed in (True, False):
+        mixture.leaves["x"].requires_grad_(needed)
+        y, _, p = mixture.run("triton", algorithm)
+        wanted = [leaf for name, leaf in mixture.leaves.items() if name != "x"]
+        with counting(9) as traffic:
+            results.append(torch.autograd.grad((y, p), wanted, mixture.cotangents()))
+        costs.append(sum(traffic.launches.values()) + sum(n for op, n in traffic.operators.items() if ".mm." in op))
+    assert costs[0] - costs[1] == {"dense": 1, "grouped": 2}[algorithm]
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+
+
+WRONG = {
+    "x": (lambda t: t[:-1], r"z has shape \(9, 6\), beside x of shape \(8, 10\) it is \(8, 6\)"),
+    "base": (lambda t: t[:, 1:], r"base has shape \(9, 6\), beside x of shape \(9, 10\) it is \(9, 7\)"),
+    "z": (lambda t: t[1:], r"z has shape \(8, 6\), beside x of shape \(9, 10\) it is \(9, 6\)"),
+    "A": (lambda t: t[..., 1:], r"A has shape \(3, 18, 9\), beside x of shape \(9, 10\) it is \(3, 18, 10\)"),
+    "B": (lambda t: t[:2], r"B has shape \(2, 7, 18\), beside x of shape \(9, 10\) it is \(3, 7, 18\)"),
+    "b": (lambda t: t[:, 1:], r"b has shape \(3, 17\), beside x of shape \(9, 10\) it is \(3, 18\)"),
+    "c": (lambda t: t[:, 1:], r"c has shape \(3, 5, 7\), beside x of shape \(9, 10\) it is \(3, 6, 7\)"),
+}
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tensor_that_does_not_fit_is_named_with_both_shapes(name, kernel, make_mixture):
+    mixture, (cut, message) = make_mixture(sets=3).to(torch.float32), WRONG[name]
+    mixture.leaves[name] = cut(mixture.leaves[name].detach())
+    with pytest.raises(ValueError, match=message):
+        mixture.run(kernel)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gating": Gating("ase", 30, 2)}, r"k = 30, but z of shape \(9, 6\) have 4 sparse experts"),
+        ({"gating": Gating("naive-shared", 2, 1)}, r"A of shape \(3, 18, 10\) has no equally many rows .* 7 experts"),
+        ({"counts": (4, 0, 4)}, r"segments of \(4, 0, 4\) rows for x of shape \(9, 10\): they must add up"),
+        ({"activation": "relu"}, "unknown activation 'relu': choose among none, gelu"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(change, message, kernel, make_mixture):
+    mixture = replace(make_mixture(sets=3, biases="").to(torch.float32), **change)
+    with pytest.raises(ValueError, match=message):
+        mixture.run(kernel)
+
+
+def test_a_set_per_task_needs_counts(make_mixture):
+    mixture = make_mixture(sets=3).to(torch.float32)
+    t, segments = mixture.leaves, TaskSegments(torch.tensor([0, 4, 4, 9], dtype=torch.int32))
+    with pytest.raises(ValueError, match="A has a set for each of 3 tasks, but the segments have no counts"):
+        expert_mixture(t["x"], t["base"], mixture.experts, t["z"], segments, mixture.gating)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import GATINGS, Gating, TaskSegments, reference
-from kernels.experts import Experts, expert_mixture
+from kernels import GATINGS, Experts, Gating, TaskSegments, expert_mixture, reference
 
 CASES = [
     {},

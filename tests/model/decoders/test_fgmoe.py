@@ -25,8 +25,8 @@ def pools(width, hidden, experts, slices, sets=1):
 def test_slices_whose_gates_are_all_1_are_the_uncut_mlps(slices):
     _, cut = pools(6, 16, 3, slices, sets=2)
     x, counts = torch.randn(7, 6, dtype=torch.float64), (3, 4)
-    # k = 0 and every slice shared: all gates are 1
-    z, gating = torch.zeros(7, 0, dtype=torch.float64), Gating("naive-shared", 0, 3 * slices)
+    # One slice is selected with probability 1 and every other one shared: all gates are 1
+    z, gating = torch.zeros(7, 1, dtype=torch.float64), Gating("naive-shared", 1, 3 * slices - 1)
     y, g, _ = expert_mixture(x, None, cut.experts, z, TaskSegments.of(counts, x.device), gating)
     assert g.shape == (7, 3 * slices) and (g == 1).all()
     for t, (run, sums) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):

@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import triton
 
 from bench import aot
 from bench.grouped_launches import GROUPED_LAUNCHES
 from bench.launches import parse_pool
-from kernels.grouped import expand, shrink, sort, weight_grad
+from kernels.experts import sort
 
 ROOT = Path(__file__).resolve().parents[3]
+TILES = {
+    "shrink": "shrink", "shrink_backward": "shrink_backward", "expand": "expand", "expand_backward": "expand",
+    "weight_grad_a": "weight_grad", "weight_grad_b": "weight_grad",
+}  # fmt: skip
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
@@ -59,16 +61,11 @@ def committed(request):
 
 
 def test_committed_results_are_of_the_tiles_that_ship(committed):
-    tiles = {
-        "shrink": shrink.tile, "shrink_backward": partial(shrink.tile, backward=True),
-        "expand": expand.tile, "expand_backward": expand.tile,
-        "weight_grad_a": weight_grad.tile, "weight_grad_b": weight_grad.tile,
-    }  # fmt: skip
     for row in committed:
         kernel = row["kernel"].removeprefix("grouped_")
-        if kernel in tiles:
+        if kernel in TILES:
             rank = parse_pool(row["pool"].split()[0]).rank
-            sizes = tiles[kernel](torch.empty(0, dtype=aot.DTYPES[row["dtype"]]), rank)
+            sizes = sort.tile(TILES[kernel], aot.DTYPES[row["dtype"]].itemsize, rank)
             sides = [sort.BLOCK, *(n for name, n in sizes.items() if name.startswith("B"))]
             assert sorted(row["tile"].split("x")) == sorted(map(str, sides)), row
             assert (row["num_warps"], row["num_stages"]) == (sizes["num_warps"], sizes["num_stages"]), row

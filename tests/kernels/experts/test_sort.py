@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from kernels import TaskSegments  # noqa: E402
-from kernels.grouped import sort  # noqa: E402
-from kernels.grouped.weights import of_places  # noqa: E402
+from kernels.experts import sort  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="tensors are on the CPU")
 KINDS = ("k", "ragged", "too many", "one expert", "first experts")
@@ -30,7 +29,7 @@ def test_the_order_is_that_of_a_stable_sort(select, data):
     slots, sets = data.draw(st.integers(1, experts), "slots"), data.draw(st.sampled_from([1, len(counts)]), "sets")
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
     selected = select(data.draw(st.sampled_from(KINDS), "kind"), gates * sum(counts), experts, slots, rng)
-    assert_sorted(selected.float(), TaskSegments.of(counts, torch.device("cpu")), slots, sets)
+    assert_sorted(selected.float().unflatten(0, (gates, -1)), TaskSegments.of(counts, torch.device("cpu")), slots, sets)
 
 
 def test_chunks_beyond_one_step_of_the_prefix_keep_their_order(select, monkeypatch):
@@ -38,14 +37,13 @@ def test_chunks_beyond_one_step_of_the_prefix_keep_their_order(select, monkeypat
     segments = TaskSegments.of((150, 90), torch.device("cpu"))
     selected = select("ragged", 480, 5, 3, torch.Generator().manual_seed(0))
     for sets in (1, 2):
-        assert_sorted(selected.float(), segments, 3, sets)
+        assert_sorted(selected.float().unflatten(0, (2, 240)), segments, 3, sets)
 
 
 def test_a_block_holds_rows_of_one_expert_in_ascending_order(make_problem):
     p = make_problem(kind="ragged", sets=2, gates=2)
-    g = p.g.flatten(0, 1)
-    order = sort.sort(g, p.segments, p.slots, 2)
-    rows, ids, used = of_places(order)
+    g, order = p.g.flatten(0, 1), sort.sort(p.g, p.segments, p.slots, 2)
+    rows, ids, used = order.pairs()
     used = used[:, 0]
     task = (rows % 51 >= 30).long()
     assert g[rows[used], ids[used] % 4].all() and torch.equal(ids[used] // 4, task[used])
@@ -57,8 +55,7 @@ def test_a_block_holds_rows_of_one_expert_in_ascending_order(make_problem):
 
 def test_every_pair_knows_its_place(make_problem):
     p = make_problem(kind="ragged", gates=3)
-    g = p.g.flatten(0, 1)
-    order = sort.sort(g, p.segments, p.slots, 1)
+    g, order = p.g.flatten(0, 1), sort.sort(p.g, p.segments, p.slots, 1)
     row, slot = (order.places >= 0).nonzero(as_tuple=True)
     place = order.places[row, slot]
     assert torch.equal(order.rows[place.long()], row.int())
@@ -66,12 +63,12 @@ def test_every_pair_knows_its_place(make_problem):
 
 
 def test_of_too_many_experts_those_of_the_lowest_index_stay():
-    gates = torch.tensor([[0, 0.5, torch.nan, -1]])
+    gates = torch.tensor([[[0, 0.5, torch.nan, -1]]])
     order = assert_sorted(gates, TaskSegments.of((1,), torch.device("cpu")), 2, 1)
     assert order.ends.tolist() == [0, 1, 2, 2]
     assert order.places.tolist() == [[0, sort.BLOCK]]
 
 
 def test_without_a_token_no_block_is_in_use():
-    order = sort.sort(torch.zeros(0, 4), TaskSegments.of((0, 0), torch.device("cpu")), 2, 2)
+    order = sort.sort(torch.zeros(1, 0, 4), TaskSegments.of((0, 0), torch.device("cpu")), 2, 2)
     assert order.ends.tolist() == [0] * 8 and order.blocks == 0

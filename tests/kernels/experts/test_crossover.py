@@ -1,8 +1,18 @@
 """Dense or grouped, by the model of the crossover."""
 
 import pytest
+import torch
 
-from kernels.grouped.crossover import crossover, is_grouped
+pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from kernels import Experts, Gating  # noqa: E402
+from kernels.experts.custom_ops import choose, crossover  # noqa: E402
+
+
+def is_grouped(ranks, d, width, slots, rank, gates=1):
+    """Whether a pool of R = ``ranks`` is computed by the grouped algorithm."""
+    down, up = torch.empty(1, ranks, d, device="meta"), torch.empty(1, width, ranks, device="meta")
+    return choose(Experts(down, up), ranks // rank, Gating("topk", slots, 0), gates) == "grouped"
 
 
 def times(ranks, d, width, slots, rank, gates):
@@ -19,8 +29,9 @@ def test_both_take_the_same_time_at_the_crossover(d, width, slots, rank, gates):
     at = crossover(d, width, slots, rank, gates)
     dense, grouped = times(at, d, width, slots, rank, gates)
     assert dense == pytest.approx(grouped, rel=1e-12)
-    assert is_grouped(int(at) + 1, d, width, slots, rank, gates)
-    assert not is_grouped(int(at), d, width, slots, rank, gates)
+    experts = int(at) // rank
+    assert is_grouped((experts + 1) * rank, d, width, slots, rank, gates)
+    assert not is_grouped(experts * rank, d, width, slots, rank, gates)
 
 
 def test_a_pool_whose_experts_are_all_selected_is_dense():

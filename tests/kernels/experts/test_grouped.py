@@ -8,12 +8,11 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels import Gating, TaskSegments  # noqa: E402
-from kernels.experts import Experts  # noqa: E402
-from kernels.experts.reference import expert_mixture  # noqa: E402
-from kernels.grouped import expand, shrink, sort, weight_grad  # noqa: E402
-from kernels.grouped.operation import Gradients, grouped_backward, grouped_forward, grouped_reference  # noqa: E402
-from kernels.grouped.weights import of_places  # noqa: E402
+from kernels import Experts, Gating, TaskSegments  # noqa: E402
+from kernels.experts import products, sort  # noqa: E402
+from kernels.experts.custom_ops import grouped_backward, grouped_forward  # noqa: E402
+from kernels.experts.products import Layer, layers  # noqa: E402
+from kernels.experts.reference import expert_mixture, mixture  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="tensors are on the CPU")
 
@@ -34,25 +33,28 @@ PROBLEMS = {
     "one expert": {"kind": "one expert", "counts": (0, 140, 1), **BIASED},
     "empty experts": {"kind": "first experts", "sets": 2, "counts": (70, 0), **BIASED},
 }
+WEIGHTS = ("down", "up", "hidden_bias", "output_bias")
+GRADIENTS = ("x", "g", *WEIGHTS)
 DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=str)
 
 
 def run(p):
     """y and every gradient of the kernels."""
     y, u, order = grouped_forward(p.x, p.base, p.experts, p.g, p.segments, p.slots)
-    return {"y": y, **grouped_backward(p.dy, p.x, u, p.experts, p.g, order)._asdict()}
+    gradients = grouped_backward(p.dy, (p.x, u, p.g), p.experts, order)
+    return {"y": y, **dict(zip(GRADIENTS, gradients, strict=True))}
 
 
 def exact(p):
-    """The same by autograd in fp64, from the same values."""
+    """The same by autograd in fp64, from the same values, dense over the experts; g has no gradient where it is 0."""
     p = p.to(torch.float64)
-    weights = [getattr(p.experts, name) for name in Gradients._fields[2:]]
+    weights = [getattr(p.experts, name) for name in WEIGHTS]
     leaves = [None if t is None else t.detach().requires_grad_() for t in (p.x, p.g, *weights)]
-    experts, base, g = Experts(*leaves[2:], p.experts.activation), p.base.flatten(0, 1), leaves[1].flatten(0, 1)
-    y = grouped_reference(leaves[0], base, experts, g, p.segments).view(p.dy.shape)
+    experts, g = Experts(*leaves[2:], p.experts.activation), leaves[1] * (leaves[1] != 0)
+    y = mixture(leaves[0], p.base, experts, g, p.segments)
     given = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], p.dy))
     gradients = (None if t is None else next(given) for t in leaves)
-    return {"y": y.detach(), **dict(zip(Gradients._fields, gradients, strict=True))}
+    return {"y": y.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
 
 def assert_close(actual, right, limit):
@@ -140,10 +142,12 @@ def flat(p):
 
 @pytest.mark.parametrize("setting", [{}, BIASED | {"sets": 2, "gates": 2, "kind": "ragged"}], ids=["lora", "experts"])
 def test_every_kernel_agrees_with_its_reference(make_problem, setting):
-    p = flat(make_problem(**setting).to(torch.float32))
-    q, limit = p.to(torch.float64), LIMITS[torch.float32]
-    order = sort.sort(p.g, p.segments, p.slots, p.experts.sets)
-    used = of_places(order)[2]
+    whole = make_problem(**setting).to(torch.float32)
+    p = flat(whole)
+    q, limit, activation = p.to(torch.float64), LIMITS[torch.float32], p.experts.activation
+    order = sort.sort(whole.g, p.segments, p.slots, p.experts.sets)
+    used = order.pairs()[2]
+    (down, up), (exact_down, exact_up) = layers(p.experts, 4), layers(q.experts, 4)
 
     def check(actual, right, mask=None):
         for a, b in zip(actual, right, strict=True):
@@ -152,39 +156,46 @@ def test_every_kernel_agrees_with_its_reference(make_problem, setting):
                 a, b = a.where(mask, 0), b
             assert_close(a, b, limit)
 
-    u, gated = right = shrink.shrink_reference(q.x, q.experts, q.g, order)
-    check(shrink.shrink(p.x, p.experts, p.g, order), right, used)
-    out = expand.expand_reference(gated, q.experts, q.g, order)
-    check([expand.expand(gated.float(), p.experts, p.g, order)], [out], used)
-    combined = expand.combine_reference(out, q.base, len(q.g), order)
-    check([expand.combine(out.float(), p.base, len(p.g), order)], [combined])
-    right = grouped_reference(q.x, q.base, q.experts, q.g, q.segments)
-    assert_close(combined, right, 1e-12)
+    u = products.shrink_reference(q.x, exact_down, order)
+    gated = products.gated_reference(u, q.g, order, activation)
+    check(products.shrink(p.x, down, p.g, order, activation), (u, gated), used)
+    out = products.expand_reference(gated, exact_up, q.g, order)
+    check([products.expand(gated.float(), up, p.g, order)], [out], used)
+    combined = products.combine_reference(out, q.base, len(q.g), order)
+    check([products.combine(out.float(), p.base, len(p.g), order)], [combined])
+    right = mixture(q.x, whole.to(torch.float64).base, q.experts, whole.to(torch.float64).g, q.segments)
+    assert_close(combined, right.flatten(0, 1), 1e-12)
 
-    du, gated, dg = right = shrink.shrink_backward_reference(q.dy, q.experts, q.g, u, order)
-    actual = shrink.shrink_backward(p.dy, p.experts, p.g, u.float(), order)
+    leaves = u.requires_grad_(), q.g.detach().requires_grad_()
+    again = products.gated_reference(*leaves, order, activation)
+    out = products.expand_reference(again, exact_up, leaves[1], order)
+    du, dg = torch.autograd.grad(out, leaves, q.dy[order.pairs()[0]])
+    right = du, gated, dg
+    actual = products.shrink(p.dy, up, p.g, order, activation, u.detach().float())
     check(actual[:2], right[:2], used)
     check(actual[2:], right[2:])
-    out = expand.expand_backward_reference(du, q.experts, order)
-    check([expand.expand_backward(du.float(), p.experts, order)], [out], used)
-    check([expand.combine(out.float(), None, len(p.x), order)], [expand.combine_reference(out, None, len(q.x), order)])
+    out = products.expand_reference(du, Layer(exact_down.weight, None), q.g, order)
+    check([products.expand(du.float(), Layer(down.weight, None), p.g, order)], [out], used)
+    right = products.combine_reference(out, None, len(q.x), order)
+    check([products.combine(out.float(), None, len(p.x), order)], [right])
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_weight_gradients_agree_with_their_reference(make_problem, parts, monkeypatch):
     """Experts with one to three blocks in up to three parts, of which some are empty."""
-    monkeypatch.setattr(weight_grad, "MOST_PARTS", parts)
+    monkeypatch.setattr(products, "MOST_PARTS", parts)
     p = make_problem(counts=(150, 130), experts=4, kind="ragged", slots=4, **BIASED).to(torch.float32)
-    p = flat(p)
     order = sort.sort(p.g, p.segments, p.slots, 1)
-    _, gated = (t.where(of_places(order)[2], 0) for t in shrink.shrink(p.x, p.experts, p.g, order))
+    p, (down, up) = flat(p), layers(p.experts, 4)
+    shrunk = products.shrink(p.x, down, p.g, order, p.experts.activation)
+    _, gated = (t.where(order.pairs()[2], 0) for t in shrunk)
     limit = LIMITS[torch.float32]
     wide, narrow, gates = p.dy.double(), gated.double(), p.g.double()
-    product, _, weighted = weight_grad.weight_grad_reference(wide, narrow, gates, order)
-    db, dc = weight_grad.weight_grad_b(p.dy, gated, p.g, order, 1, bias=True)
-    assert_close(db[0], product.permute(1, 0, 2).flatten(1), limit)
+    product, _, weighted = products.weight_grad_reference(wide, narrow, gates, order)
+    db, dc = products.weight_grad(p.dy, gated, order, *up, p.g)
+    assert_close(db[0], product, limit)
     assert_close(dc[0], weighted, limit)
-    product, sums, _ = weight_grad.weight_grad_reference(p.x.double(), narrow, gates, order)
-    da, dhidden = weight_grad.weight_grad_a(p.x, gated, order, 1, bias=True)
-    assert_close(da[0], product.transpose(1, 2).flatten(0, 1), limit)
+    product, sums, _ = products.weight_grad_reference(p.x.double(), narrow, gates, order)
+    da, dhidden = products.weight_grad(p.x, gated, order, *down)
+    assert_close(da[0], product, limit)
     assert_close(dhidden[0], sums.flatten(), limit)

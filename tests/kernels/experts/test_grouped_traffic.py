@@ -12,9 +12,8 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from bench.traffic import Traffic, counting  # noqa: E402
-from kernels import TaskSegments  # noqa: E402
-from kernels.experts import Experts  # noqa: E402
-from kernels.grouped.operation import grouped_backward, grouped_forward  # noqa: E402
+from kernels import Experts, TaskSegments  # noqa: E402
+from kernels.experts.custom_ops import grouped_backward, grouped_forward  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts in the interpreter")
 
@@ -37,7 +36,7 @@ def measure(tokens: int, rank: int, width: int, gates: int = 1) -> tuple[Traffic
     with counting(rows) as forward:
         _, u, order = grouped_forward(x, dy, experts, g, segments, SLOTS)
     with counting(rows) as backward:
-        grouped_backward(dy, x, u, experts, g, order)
+        grouped_backward(dy, (x, u, g), experts, order)
     return forward, backward
 
 
