@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernels.pool import Pool
 from torch import Tensor
 
 from kernels.experts.gate import gate, gate_backward
 from kernels.experts.route import route, route_backward
+from kernels.gating import Pool
 from kernels.segments import TaskSegments
 
 Tensors = dict[str, Any]
