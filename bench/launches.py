@@ -32,9 +32,7 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "weight_grad_a": lambda t, segments, pool: weight_grad_a(
         t["x"], t["h"], t["dz"], _parts(t, segments, pool), segments, pool
     ),
-    "weight_grad_b": lambda t, segments, pool: weight_grad_b(
-        t["x"], t["h"], _parts(t, segments, pool), segments, pool
-    ),
+    "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], _parts(t, segments, pool), segments, pool),
     "reduce": lambda t, segments, pool: reduce(_parts(t, segments, pool), segments),
     "matmul_gelu": lambda t, segments, pool: matmul_gelu(
         t["x"], t["w1"], t["b1"], t["buffer"][:, : t["wide"].shape[1]], pool
