@@ -58,7 +58,7 @@ def parse_pool(text: str) -> Pool:
     """The pool of ``"N/k/S/r"`` under ase gating."""
     experts, k, shared, rank = map(int, text.split("/"))
     gating = Gating("ase", k, shared)
-    return make_pool(experts * rank, gating.router_columns(experts), str(gating))
+    return make_pool(experts * rank, gating.router_columns(experts), gating.text)
 
 
 def make_tensors(pool: Pool, counts: tuple[int, ...], width: int, like: Tensor) -> Tensors:
@@ -94,7 +94,7 @@ class AdaptedFFN:
     def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
         assert segments.counts is not None
         self.t = make_tensors(pool, segments.counts, width, like)
-        self.adapters = *_masters(self.t), segments.offsets, segments.length, f"{pool.gating}/{algorithm}"
+        self.adapters = *_masters(self.t), segments.offsets, segments.length, f"{pool.gating.text}/{algorithm}"
 
     def forward(self) -> None:
         t = self.t

@@ -91,7 +91,7 @@ class Layer:
         """Those of the operator."""
         x, *adapters = (leaf.detach() for leaf in self.leaves)
         frozen = *((None, None) if len(self.linears) == 1 else self.linears[0]), *self.linears[-1]
-        setting = f"{self.gating}/{self.algorithm}"
+        setting = f"{self.gating.text}/{self.algorithm}"
         return x, None, *frozen, *adapters, self.segments.offsets, self.segments.length, setting
 
     def results(self, outputs, leaves):

@@ -82,7 +82,7 @@ def operands(problem):
     """The arguments of the operator."""
     x, base, *adapters = (leaf.detach() for leaf in problem.leaves)
     segments = task_rows(problem)
-    return x, base, *[None] * 4, *adapters, segments.offsets, segments.length, f"{gating_of(problem)}/columns"
+    return x, base, *[None] * 4, *adapters, segments.offsets, segments.length, f"{gating_of(problem).text}/columns"
 
 
 def forward(problem, kernel="triton", segments=None):

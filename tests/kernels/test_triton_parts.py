@@ -57,6 +57,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
 # As in test_triton.py: the rounding of fp32 sums relative to the norm, and in half precision the error of PyTorch.
 FP32_ERROR, TIMES_PYTORCH = 2e-6, 1.1
+SPLIT_ERROR = 2**-17  # beside bf16 tokens, fp32 routers and dz are sums of two bf16 numbers
 
 
 @pytest.fixture(scope="session")
@@ -75,12 +76,14 @@ def listed(outputs):
 def assert_as_good_as(reference_function, inputs, outputs):
     """The errors of ``outputs`` to fp64 are those of fp32 sums or, where a number is half precision, of PyTorch."""
     exact = listed(reference_function(*fp64(inputs)))
+    in_bf16 = any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in inputs)
+    fp32_error = SPLIT_ERROR if in_bf16 else FP32_ERROR
     for place, (actual, right, plain) in enumerate(
         zip(listed(outputs), exact, listed(reference_function(*inputs)), strict=True)
     ):
         assert actual.shape == right.shape and actual.is_contiguous(), place
         error, allowed = ((value.double() - right).norm().item() for value in (actual, plain))
-        assert error <= max(FP32_ERROR * right.norm().item(), TIMES_PYTORCH * allowed), place
+        assert error <= max(fp32_error * right.norm().item(), TIMES_PYTORCH * allowed), place
 
 
 def split(dz, dtype):
@@ -111,7 +114,7 @@ class Inputs:
         self.z = marked_reference(self.full(self.tokens, columns), self.gating)
         self.dz = self.full(self.tokens, columns)
         self.dp = self.full(tasks, columns, scale=self.tokens)
-        self.pool = make_pool(len(self.a), columns, str(self.gating))
+        self.pool = make_pool(len(self.a), columns, self.gating.text)
         self.split = pack_forward(None, (self.a, self.b, self.routers), dtype)[2:]
 
     def full(self, *shape, scale=1.0):
