@@ -120,9 +120,9 @@ def power_of_two(value):
 
 @triton.jit
 def dot_exact(a, b, acc, scale):
-    """(acc, scale) of ``scale * acc + a b`` for an fp32 b. Beside an fp16 ``a``, b is divided by ``scale`` and split into
-    two fp16 parts, exact to 2^-17. The scale is a power of two that grows with the largest b, so small values are kept.
-    """
+    """The new (acc, scale) of ``acc * scale + a b``, for an fp32 b. Beside an fp16 ``a``, b is divided by the scale and
+    split into two fp16 parts, exact to 2^-17. The scale is a power of two that grows with the largest b, so that small
+    values are kept."""
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     else:

@@ -39,8 +39,8 @@ RESULTS = ("y", "g", "P", "dx", "dA", "dB", "drouters")
 FP32_ERROR = 2e-6
 TIMES_PYTORCH, TIMES_PYTORCH_ONCE = 1.1, 2.0
 
-# ((N, k, S, r), tokens of each task, (d, F, D)), of which a linear layer has (d, F); S is 0 and k one more where a gating
-# knows no shared experts.
+# ((N, k, S, r), tokens of each task, (d, F, D)), of which a linear layer has (d, F); S is 0 and k one more where a
+# gating knows no shared experts.
 SHAPES = (
     ((16, 3, 1, 4), (5, 0, 33), (24, 40, 24)),
     ((5, 2, 2, 1), (9, 4, 2), (24, 72, 40)),  # R = 5 and tasks C = 15 or 9: neither a multiple of 8
@@ -179,6 +179,18 @@ class TestAccuracy:
             for many in zip(*pairs, strict=True)
         )
         assert too_large(ours, {n: max(FP32_ERROR, TIMES_PYTORCH * error) for n, error in plain.items()}) == {}
+
+    @EVERY_HALF
+    @EVERY_ALGORITHM
+    def test_of_one_layer_in_half_precision(self, algorithm, dtype):
+        """As above, quickly enough to be interpreted from machine code (test_ptx.py)."""
+        layer = make(algorithm, "ase", SHAPES[0], dtype)
+        exact = layer.reference(torch.float64)
+        allowed = {
+            name: max(torch.finfo(dtype).eps / 4, TIMES_PYTORCH_ONCE * error)
+            for name, error in errors(layer.reference(dtype), exact).items()
+        }
+        assert too_large(errors(layer(), exact), allowed) == {}
 
     @EVERY_GATING
     @pytest.mark.parametrize("algorithm", ["", LINEAR])
