@@ -235,15 +235,7 @@ def lora_moe(
         frozen: tuple[Any, ...] = base, None, None, None, None
     else:
         frozen = None, *((None, None) if len(base) == 1 else base[0]), *base[-1]
-    arguments = (
-        x,
-        *frozen,
-        *lora,
-        routers,
-        segments.offsets,
-        segments.length,
-        f"{gating.name}/{gating.k}/{gating.shared}/{algorithm}",
-    )
+    arguments = (x, *frozen, *lora, routers, segments.offsets, segments.length, f"{gating.text}/{algorithm}")
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return _LoRAMoE.apply(*arguments)
     return forward(*arguments)[:3]

@@ -131,6 +131,9 @@ def check(
     gating: Gating,
 ) -> None:
     """ValueError unless the arguments of :func:`lora_moe` fit each other; the device is not asked."""
+    if x.ndim != 2 or routers.ndim != 3:
+        shapes = f"x has shape {tuple(x.shape)}, routers {tuple(routers.shape)}"
+        raise ValueError(f"{shapes}: they are (tokens, width) and (tasks, logits, width)")
     (a, b), (tokens, d), columns = lora, x.shape, routers.shape[1]
     expected: Expected = {
         "x": (x, (tokens, d)),

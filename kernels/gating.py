@@ -34,9 +34,14 @@ class Gating:
         if self.k < 1 or self.shared < 0:
             raise UserError(f"gating {self.name!r}: k = {self.k} sparse and S = {self.shared} shared experts")
 
+    @property
+    def text(self) -> str:
+        """``"name/k/S"``, which operators take."""
+        return f"{self.name}/{self.k}/{self.shared}"
+
     @classmethod
     def parse(cls, text: str) -> "Gating":
-        """Of ``"name/k/S"``: operators take text."""
+        """The inverse of :attr:`text`."""
         name, k, shared = text.split("/")
         return cls(name, int(k), int(shared))
 

@@ -119,17 +119,20 @@ def power_of_two(value):
 
 
 @triton.jit
-def dot_exact(a, b, acc):
-    """acc + a b for an fp32 b. Beside an fp16 ``a``, b is divided by a power of two, so that its largest is in 1..2 and
-    small values are kept, and split into two fp16 parts, exact to 2^-17."""
+def dot_exact(a, b, acc, scale):
+    """The new (acc, scale) of ``acc * scale + a b``, for an fp32 b. Beside an fp16 ``a``, b is divided by the scale and
+    split into two fp16 parts, exact to 2^-17. The scale is a power of two that grows with the largest b, so that small
+    values are kept."""
     if a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     else:
-        scale = power_of_two(tl.max(tl.abs(b)))
-        b = b * (1.0 / scale)
+        larger = tl.maximum(scale, power_of_two(tl.max(tl.abs(b))))
+        b = b * (1.0 / larger)
         high = b.to(a.dtype)
-        acc += tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), tl.dot(a, high)) * scale
-    return acc
+        acc = tl.dot(a, high, acc * (scale / larger))  # one accumulator: a second one would be spilled
+        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc)
+        scale = larger
+    return acc, scale
 
 
 @triton.jit

@@ -120,7 +120,7 @@ def pack_forward(
         typed, parts = down[:ranks], down[ranks:].view(*((2,) * (copies > 1)), *routers.shape)
         scales = router_scales(routers, dtype) if dtype == torch.float16 else None
     if down is None and w2 is None and b.dtype == dtype:
-        return b, typed, parts, scales
+        return b.contiguous(), typed, parts, scales
     up = _empty_up(w2, b, dtype)
     _launch((w2, b, up), (None, a, routers, scales), down, ranks, split=dtype != torch.float32)
     return up, typed, parts, scales

@@ -63,7 +63,7 @@ def route_shrink_kernel(
     hidden = tl.zeros((BM, NP * RANK), tl.float32)
     logits = tl.zeros((BM, NP), tl.float32)
     low_logits = tl.zeros((BM, NP), tl.float32)
-    for start in range(0, d, BK):
+    for start in range(0, tl.where(first < end, d, 0), BK):  # blocks past the last multiply nothing
         inner = start + tl.arange(0, BK)
         across, down = inner[None, :], inner[:, None]
         tokens = tl.load(x + rows * x_stride + across, inside & (across < d), 0.0)

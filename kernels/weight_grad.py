@@ -55,6 +55,7 @@ def weight_grad_kernel(
     end = tl.minimum(first + chunk, end)
     total = tl.zeros((BW, NP * RANK), tl.float32)
     router_total = tl.zeros((BW, NP), tl.float32)
+    scale = 2.0**-100 if wide.dtype.element_ty == tl.float16 else 1.0
     for start in range(first, end, BT):
         row = start + tl.arange(0, BT)[:, None]
         inside = row < end
@@ -69,7 +70,7 @@ def weight_grad_kernel(
                 router_total = tl.dot(tl.trans(across), low, router_total)
             else:
                 exact = tl.load(dz + rows * C + offs_e, inside & (offs_e < C), 0.0)
-                router_total = dot_exact(tl.trans(across), exact, router_total)
+                router_total, scale = dot_exact(tl.trans(across), exact, router_total, scale)
         total = tl.dot(tl.trans(across), ranks, total, input_precision="ieee")
     part = tl.program_id(1).to(tl.int64) * part_stride
     inside = outer[:, None] < W
@@ -82,7 +83,7 @@ def weight_grad_kernel(
     tl.store(place + half * stride_r, right, inside & (half + rank < N * RANK))
     if ROUTERS:
         place = router_product + part + offs_e * W + outer[:, None]
-        tl.store(place, router_total, inside & (offs_e < C))
+        tl.store(place, router_total * scale, inside & (offs_e < C))
 
 
 @triton.jit

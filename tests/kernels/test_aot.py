@@ -15,24 +15,30 @@ from bench import aot
 from bench.expert_launches import EXPERT_LAUNCHES
 from bench.grouped_launches import GROUPED_LAUNCHES
 from bench.launches import parse_pool
-from kernels import gelu, reduce, tiles
+from kernels import gelu, pack, tiles, weight_grad
 from kernels.experts import gate, route
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
-# More than 272 columns of ranks and gates leave gate_backward 32 rows: with the 64 that wgmma needs it would spill.
-NARROW = {("gate_backward", "64/12/4/4"), ("gate_backward", "128/8/4/2")}
 NO_PRODUCT = (
+    "pack_forward",
+    "pack_backward",
     "reduce",
-    "gate_backward_inplace",
+    "gate_backward",
     "gelu",
     "gelu_backward",
     *EXPERT_LAUNCHES,
     *(f"grouped_{name}" for name in ("count", "prefix", "scatter", "combine", "combine_backward")),
 )  # nothing there for tensor cores
 SPILLS = {"sm_100": 24}  # bytes, in seven rows: it has no tiles of its own
-SAME_TILE = {"expand_backward": "expand", "matmul_routed": "matmul", "matmul_gelu_backward": "matmul_gelu"}
+SAME_TILE = {"matmul_gelu_backward": "matmul_gelu"}
+# Tiles that depend on neither the pool nor the architecture.
+FIXED_TILES = {
+    **dict.fromkeys(("gelu", "gelu_backward"), (gelu.BM, gelu.BN)),
+    **dict.fromkeys(("pack_forward", "pack_backward"), (pack.BM, pack.BN)),
+    "reduce": (weight_grad.BP, weight_grad.BN),
+}
 
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas, the assembler of NVIDIA code")
 
@@ -42,7 +48,7 @@ def assert_promises(row):
     assert row["shared"] <= row["shared_limit"], row
     if row["dtype"] == "fp32":  # TF32 keeps 10 bits of 23
         assert row["tf32"] == 0, row
-    elif row["target"] == "sm_90" and (row["kernel"], row["pool"]) not in NARROW:
+    elif row["target"] == "sm_90":
         assert (row["wgmma"] > 0) == (row["kernel"] not in NO_PRODUCT), row
 
 
@@ -101,11 +107,8 @@ def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeyp
     monkeypatch.setattr(tiles, "architecture", lambda device: target)
     measured = set()
     for row in (row for row in committed if row["target"] == target and row["kernel"] not in GROUPED_LAUNCHES):
-        if row["kernel"] in ("gelu", "gelu_backward"):
-            assert row["tile"] == f"{gelu.BM}x{gelu.BN}", row
-            continue
-        if row["kernel"] == "reduce":
-            assert row["tile"] == f"{reduce.BP}x{reduce.BN}", row
+        if row["kernel"] in FIXED_TILES:
+            assert row["tile"] == "x".join(map(str, FIXED_TILES[row["kernel"]])), row
             continue
         kernel, pool = SAME_TILE.get(row["kernel"], row["kernel"]), parse_pool(row["pool"])
         if kernel.startswith("experts_gate"):

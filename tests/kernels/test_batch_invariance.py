@@ -5,6 +5,7 @@ number of tokens, are made by loops that treat every row alike.
 """
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,15 +15,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.packed import Packed  # noqa: E402
-
-from kernels import Gating, TaskSegments, custom_ops, ffn, linear, tiles  # noqa: E402
+from kernels import Gating, TaskSegments, custom_ops, tiles  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU's frozen products are cuBLAS's")
 
 TASKS, D, F, POOL = 3, 24, 48, (8, 3, 1, 4)
 CPU = torch.device("cpu")
-SITES = ["ffn columns", "ffn matmul", "ffn expand", "linear", "beside"]
+SITES = ["ffn columns", "ffn fused", "linear", "beside"]
 # Tokens of each task that stand before the judged ones and behind them: other sizes, blocks and shares of the tasks.
 SURROUNDINGS = [((0, 0, 0), (0, 0, 0)), ((1, 0, 130), (0, 7, 0)), ((40, 64, 3), (90, 1, 1)), ((0, 200, 0), (0, 0, 31))]
 
@@ -40,8 +39,7 @@ def fixed_linear(x, weight, bias=None):
 @pytest.fixture
 def rows_alike(monkeypatch):
     monkeypatch.setattr(np, "matmul", product)
-    for module in (ffn, linear):
-        monkeypatch.setattr(module.F, "linear", fixed_linear)
+    monkeypatch.setattr(custom_ops.F, "linear", fixed_linear)
 
 
 def normal(*size, seed, dtype):
@@ -57,14 +55,9 @@ def forward(site, x, counts, dtype):
     if site == "beside":
         return custom_ops.lora_moe(x, x, (a, b), routers, segments, gating)[:2]
     widths = (D, D) if site == "linear" else (D, F, D)
-    packed = Packed.empty(widths, (a, b, routers), dtype)
-    shapes = [(n, m) for m, n in zip(widths, widths[1:], strict=False)]
-    packed.fill_frozen(
-        *((normal(*shape, seed=4, dtype=dtype), normal(shape[0], seed=5, dtype=dtype)) for shape in shapes)
-    )
-    packed.fill(a, b, routers)
+    linears = tuple((normal(n, m, seed=4, dtype=dtype), normal(n, seed=5, dtype=dtype)) for m, n in pairwise(widths))
     algorithm = site.removeprefix("ffn ") if site != "linear" else ""
-    return custom_ops.lora_moe_packed(x, packed, (a, b), routers, segments, gating, algorithm, deterministic=True)[:2]
+    return custom_ops.lora_moe(x, linears, (a, b), routers, segments, gating, True, algorithm)[:2]
 
 
 @pytest.mark.usefixtures("rows_alike")
@@ -90,7 +83,7 @@ def test_a_token_has_the_same_bits_in_every_batch(site, dtype):
 
 
 def test_the_algorithm_and_the_tiles_do_not_depend_on_the_number_of_tokens(monkeypatch):
-    monkeypatch.setitem(tiles.TABLES["default"], "ffn", {"small": "expand", "large": "columns"})
+    monkeypatch.setitem(tiles.TABLES["default"], "ffn", {"small": "fused", "large": "columns"})
     few, many = torch.empty(1, 8), torch.empty(tiles.LARGE, 8)
-    assert tiles.ffn_algorithm(few) == "expand" and tiles.ffn_algorithm(many) == "columns"
+    assert tiles.ffn_algorithm(few) == "fused" and tiles.ffn_algorithm(many) == "columns"
     assert tiles.ffn_algorithm(few, deterministic=True) == tiles.ffn_algorithm(many, deterministic=True) == "columns"

@@ -14,13 +14,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.pool import Pool  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 from kernels import Gating, TaskSegments  # noqa: E402
 from kernels.gate_backward import gate_backward, gate_backward_reference  # noqa: E402
+from kernels.gating import Pool  # noqa: E402
+from kernels.pack import aligned  # noqa: E402
 from kernels.route_shrink import marked_reference  # noqa: E402
-from kernels.weight_grad import partial_sums, weight_grad_a, weight_grad_a_reference  # noqa: E402
+from kernels.weight_grad import weight_grad_a_reference, weight_grads  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -75,19 +76,20 @@ def test_router_gradients_are_those_of_an_unrounded_dz(name, shape, scale):
     def normal(*size):
         return torch.randn(size, generator=rng).to(DEVICE)
 
-    x, h, b = normal(sum(counts), d).to(BF16), normal(sum(counts), experts * rank).to(BF16), normal(24, experts * rank)
-    dy, z = (scale * normal(sum(counts), 24)).to(BF16), marked_reference(normal(sum(counts), columns), gating)
-    dp = scale * sum(counts) * normal(3, columns)
-    segments, pool = TaskSegments.of(counts, DEVICE), Pool(experts, columns, rank, gating)
-    dh, dz, _, peak = gate_backward(dy, b.to(BF16), h, z, dp, segments, pool)
-    right = gate_backward_reference(
-        *(t.double() for t in (dy, b.to(BF16), h)), z.double(), dp.double(), segments, gating
-    )
-    assert dz.dtype == BF16 and dz.shape == (sum(counts), 2 * columns) and peak is None
+    tokens, ranks = sum(counts), experts * rank
+    x, h, dgated = normal(tokens, d).to(BF16), normal(tokens, ranks).to(BF16), (scale * normal(tokens, ranks)).to(BF16)
+    z, dp = marked_reference(normal(tokens, columns), gating), scale * tokens * normal(3, columns)
+    segments, pool, padded = TaskSegments.of(counts, DEVICE), Pool(experts, columns, rank, gating), aligned(ranks)
+    buffer = torch.empty(tokens, padded + aligned(3 * columns), dtype=BF16, device=DEVICE)
+    buffer[:, :ranks] = dgated
+    dz, gated = gate_backward(buffer, padded, (h, z), dp, segments, pool)
+    dh = buffer[:, :ranks]
+    # dH' I is dH', exactly.
+    given = dgated.double(), torch.eye(ranks, dtype=torch.float64, device=DEVICE), h.double(), z.double(), dp.double()
+    right = gate_backward_reference(*given, segments, gating)
+    assert dz.dtype == BF16 and dz.shape == (tokens, 2 * columns)
     assert (dz.double().unflatten(1, (2, -1)).sum(1) - right[1]).norm() <= SPLIT_ERROR * right[1].norm()
-    da, drouters = partial_sums(dy, x, dh, segments, pool)[1:]
-    weight_grad_a(x, dh, (dz, peak), (da, drouters), segments, pool)
-    da, drouters = da.sum((0, 1)), drouters.sum(1)
+    da, _, drouters = weight_grads((x, x), (gated, dh), dz, segments, pool)
     exact_a, _ = weight_grad_a_reference(x.double(), dh.double(), right[1], segments)
     _, exact_routers = weight_grad_a_reference(x.double(), right[0], right[1], segments)
     assert (da.double() - exact_a).norm() <= 2e-6 * exact_a.norm()

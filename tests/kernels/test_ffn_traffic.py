@@ -6,12 +6,10 @@ from functools import cache
 import pytest
 import torch
 import triton
-from kernels.ffn import ALGORITHMS
-from kernels.packed import Packed
 
 from bench.traffic import Traffic, counting
 from kernels import Gating, TaskSegments
-from kernels.custom_ops import lora_moe_packed
+from kernels.custom_ops import ALGORITHMS, lora_moe
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts loads and stores in Triton's interpreter: TRITON_INTERPRET=1"
@@ -26,14 +24,12 @@ pools = pytest.mark.parametrize(
     "shape", [*POOLS, pytest.param(LARGEST, marks=pytest.mark.long)], ids=lambda shape: "/".join(map(str, shape))
 )
 
-SHRINK, GELU, GATE, WEIGHT_GRAD = "route_shrink_kernel", "gelu_kernel", "gate_backward_kernel", "weight_grad_kernel"
-REDUCE = "reduce_kernel"
-MATMUL, EXPAND, EXPAND_BACKWARD = "matmul_kernel", "expand_kernel", "expand_backward_kernel"
-MATMUL_GELU = "matmul_gelu_kernel"
+PACK, SHRINK, GELU, MATMUL_GELU = "pack_kernel", "route_shrink_kernel", "gelu_kernel", "matmul_gelu_kernel"
+GATE, WEIGHT_GRAD, REDUCE = "gate_backward_kernel", "weight_grad_kernel", "reduce_kernel"
 
 
 @cache
-def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS, stacked=False) -> tuple[Traffic, Traffic]:
+def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS) -> tuple[Traffic, Traffic]:
     """(forward, backward) in fp16 with fp32 adapters, D wide on both sides."""
     experts, k, shared, rank = shape
     rng, tokens, gate = torch.Generator().manual_seed(0), sum(counts), Gating(gating, k, shared)
@@ -43,14 +39,13 @@ def measure(shape, algorithm="columns", gating="ase", counts=(32,) * TASKS, stac
 
     x, a, b = normal(tokens, D, dtype=torch.float16), normal(experts * rank, D), normal(D, experts * rank)
     routers = normal(TASKS, gate.router_columns(experts), D)
-    packed = Packed.empty((D, F, D), (a, b, routers), torch.float16, stacked)
-    packed.fill_frozen((normal(F, D), normal(F)), (normal(D, F), normal(D)))
-    packed.fill(a, b, routers)
+    half = {"dtype": torch.float16}
+    linears = (normal(F, D, **half), normal(F, **half)), (normal(D, F, **half), normal(D, **half))
     leaves = [leaf.requires_grad_() for leaf in (x, a, b, routers)]
     dy, dp = torch.ones(tokens, D, dtype=torch.float16), torch.ones(routers.shape[:2])
     segments = TaskSegments.of(tuple(counts), x.device)
     with counting(tokens) as forward:
-        y, _, mean_probs = lora_moe_packed(x, packed, (a, b), routers, segments, gate, algorithm)
+        y, _, mean_probs = lora_moe(x, linears, (a, b), routers, segments, gate, algorithm=algorithm)
     with counting(tokens) as backward:
         torch.autograd.grad((y, mean_probs), leaves, (dy, dp))
     return forward, backward
@@ -74,27 +69,18 @@ def of_kernels(traffic: Traffic, *names: str) -> float:
     [*[("ase", shape) for shape in POOLS], pytest.param("ase", LARGEST, marks=pytest.mark.long),
      ("topk", (16, 4, 0, 4)), ("topk-renorm", (16, 4, 0, 4)), ("naive-shared", (16, 3, 1, 4))],
 )  # fmt: skip
-def test_two_launches_forward_and_five_backward_where_pytorch_makes_the_products(gating, shape):
-    """Of these GELU's, one each, replace PyTorch's own."""
+def test_three_launches_forward_and_six_backward_where_pytorch_makes_the_products(gating, shape):
+    """One each way packs the parameters, and GELU's, one each, replace PyTorch's own."""
     forward, backward = measure(shape, gating=gating)
-    assert forward.launches == Counter([SHRINK, GELU])
-    assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
+    assert forward.launches == Counter([PACK, SHRINK, GELU])
+    assert backward.launches == Counter([PACK, GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
     assert forward.atomics == backward.atomics == 0
-
-
-def test_matmul_and_expand_launch_one_more_each_way():
-    """In algorithm ``matmul`` it replaces a product of PyTorch's."""
-    for algorithm, up, down in (("matmul", MATMUL, MATMUL), ("expand", EXPAND, EXPAND_BACKWARD)):
-        forward, backward = measure(POOLS[0], algorithm)
-        assert forward.launches == Counter([SHRINK, GELU, up])
-        assert backward.launches == Counter([GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE, down])
-        assert forward.atomics == backward.atomics == 0
 
 
 def test_fused_launches_a_product_in_the_place_of_gelu():
     forward, backward = measure(POOLS[0], "fused")
-    assert forward.launches == Counter([SHRINK, MATMUL_GELU])
-    assert backward.launches == Counter([MATMUL_GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
+    assert forward.launches == Counter([PACK, SHRINK, MATMUL_GELU])
+    assert backward.launches == Counter([PACK, MATMUL_GELU, GATE, WEIGHT_GRAD, WEIGHT_GRAD, REDUCE])
     assert forward.atomics == backward.atomics == 0
 
 
@@ -103,10 +89,8 @@ def test_fused_launches_a_product_in_the_place_of_gelu():
 def test_pytorch_makes_the_products_and_touches_no_token_besides(algorithm, shape):
     """Two forward and two backward, as the frozen FFN alone, but with LoRA's columns; no copy, cast, cat or add."""
     ranks, columns = shape[0] * shape[3], TASKS * shape[0]
-    products = {  # columns of the operand and of the result; the others of matmul and fused are ours
+    products = {  # columns of the operand and of the result; the others of fused are ours
         "columns": ((D, F), (F + ranks, D), (D, F + ranks), (F + ranks + columns, D)),
-        "matmul": ((D, F), None, (D, F + ranks), None),
-        "expand": ((D, F), (F, D), (D, F), (F, D)),
         "fused": (None, (F + ranks, D), None, (F + ranks + columns, D)),
     }[algorithm]
     expected = [Counter(), Counter()]  # bytes per token
@@ -136,11 +120,16 @@ def test_fused_moves_operands_and_results_once_and_saves_one_pass_over_f_forward
 
 
 @pools
-def test_stacked_weights_save_the_logits_columns_of_the_other_tasks(shape):
-    forward, backward = measure(shape)
-    stacked_forward, stacked_backward = measure(shape, stacked=True)
-    assert of_kernels(backward) - of_kernels(stacked_backward) == (TASKS - 1) * shape[0] * HALF
-    assert forward.issued == stacked_forward.issued
+def test_packing_reads_and_writes_every_parameter_once(shape):
+    """In fp16 the forward pass packs W2, B, A and two parts of the routers, the backward pass all weights once."""
+    ranks, columns = shape[0] * shape[3], TASKS * shape[0]
+    frozen, adapters = D * F, 2 * D * ranks
+    halves = [{key[1:]: n for key, n in half.others.items() if key[0] == PACK} for half in measure(shape)]
+    for half, weights, parts in zip(halves, (1, 2), (2, 1), strict=True):
+        moved = {what: sum(n for (name, way), n in half.items() if way == what and name != "scales")
+                 for what in ("read", "written")}  # fmt: skip
+        assert moved["read"] == weights * frozen * HALF + (adapters + columns * D) * FULL
+        assert moved["written"] == (weights * frozen + adapters + parts * columns * D) * HALF
 
 
 @pools

@@ -15,13 +15,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.ffn import ALGORITHMS, ffn_reference  # noqa: E402
-from kernels.linear import linear_reference  # noqa: E402
-from kernels.packed import Packed  # noqa: E402
 
-from fastmoe_lora import Packing  # noqa: E402
-from kernels import Gating, TaskSegments, lora_moe  # noqa: E402
-from kernels.custom_ops import lora_moe_packed  # noqa: E402
+from kernels import Gating, TaskSegments, custom_ops, lora_moe  # noqa: E402
+from kernels.custom_ops import ALGORITHMS  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -106,16 +102,13 @@ class FusedCall(Call):
     ``algorithm``."""
 
     linears: tuple[tuple[Tensor, Tensor], ...]
-    packed: Packed
     algorithm: str
 
     def forward(self, kernel: str = "triton") -> tuple[Tensor, Tensor, Tensor]:
         rest = (self.a, self.b), self.routers, self.segments, self.gating
-        if kernel == "reference" and len(self.linears) == 1:
-            return linear_reference(self.x, *self.linears, *rest)
         if kernel == "reference":
-            return ffn_reference(self.x, self.linears, *rest)
-        return lora_moe_packed(self.x, self.packed, *rest, self.algorithm)
+            return lora_moe(self.x, self.linears, *rest, kernel=kernel)
+        return custom_ops.lora_moe(self.x, self.linears, *rest, algorithm=self.algorithm)
 
     def exact_base(self, x: Tensor) -> Tensor:
         *down, up = ([t.double() for t in linear] for linear in self.linears)
@@ -126,18 +119,14 @@ class FusedCall(Call):
 
 def make_fused(kind=KINDS[0], counts=COUNTS["T=1576"], algorithm: str = "") -> FusedCall:
     """An FFN, or a linear layer where ``algorithm`` is "linear"."""
-    call, rng = make_call(kind, counts), torch.Generator().manual_seed(1)
-    adapters, dtype = (call.a, call.b, call.routers), kind[2]
+    call, rng, dtype = make_call(kind, counts), torch.Generator().manual_seed(1), kind[2]
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (std * torch.randn(*size, generator=rng)).to(dtype).to(DEVICE)
 
     widths = (WIDTH, WIDTH) if algorithm == "linear" else (WIDTH, 4 * WIDTH, WIDTH)
     linears = tuple((normal(n, m, std=m**-0.5), normal(n)) for m, n in pairwise(widths))
-    packed = Packed.empty(widths, adapters, dtype)
-    packed.fill_frozen(*linears)
-    packed.fill(*adapters)
-    return FusedCall(**vars(call), linears=linears, packed=packed, algorithm=algorithm)
+    return FusedCall(**vars(call), linears=linears, algorithm="" if algorithm == "linear" else algorithm)
 
 
 def make_call(kind=KINDS[0], counts=COUNTS["T=1576"]) -> Call:
@@ -198,13 +187,13 @@ def test_errors_are_those_of_the_type(kind, counts):
 @pytest.mark.parametrize("counts", ["T=7880", "uneven"])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], *KINDS[4:]], ids=name)
 @algorithms
-def test_errors_beside_packed_weights_are_those_of_the_type(algorithm, kind, counts):
+def test_errors_of_fused_layers_are_those_of_the_type(algorithm, kind, counts):
     assert_errors_are_those_of_the_type(make_fused(kind, COUNTS[counts], algorithm))
 
 
 @base_kinds
 @algorithms
-def test_ten_runs_beside_packed_weights_have_the_same_bits_and_never_wait(algorithm, kind):
+def test_ten_runs_of_fused_layers_have_the_same_bits_and_never_wait(algorithm, kind):
     call = make_fused(kind, COUNTS["uneven"], algorithm)
     first = call()
     torch.cuda.synchronize()
@@ -358,18 +347,17 @@ def test_a_small_model_trains_as_with_the_reference(dtype, bound):
 
 
 def make_block():
-    """A block with a fused FFN that is 192 wide, its routing with two images for each task, and tokens."""
+    """A block with a fused FFN that is 192 wide, its routing, and tokens of two images for each task."""
     model = make_model()
     block = model.vit.blocks[0]
     torch.nn.init.normal_(block.mlp.routers, std=192**-0.5)  # or the loss would be left of a cancellation
-    model.routing.assign((2,) * TASKS)
     return block, model.routing, torch.randn(2 * TASKS, 17, 192, device=DEVICE)
 
 
 def block_results(block, routing, x: Tensor) -> dict[str, Tensor]:
     """y, the mutual-information loss and every adapter's gradient."""
-    y = block(x)
-    loss = routing.mi_loss()
+    with routing.batch((2,) * TASKS) as batch:
+        y, loss = block(x), batch.mi_loss()
     wanted = {key: p for key, p in block.named_parameters() if p.requires_grad}
     dy = torch.arange(y.numel(), device=y.device, dtype=y.dtype).sin().view_as(y)
     gradients = torch.autograd.grad((y, loss), list(wanted.values()), (dy, torch.full_like(loss, 10)))
@@ -383,9 +371,11 @@ def change_adapters(block) -> None:
                 p.mul_(1.5)
 
 
-def test_a_captured_layer_replays_with_the_weights_that_were_packed():
+def test_a_captured_layer_replays_with_the_weights_as_they_are():
+    from fastmoe_lora.layers import active, fused_weights
+
     block, routing, x = make_block()
-    assert block.mlp.fused
+    assert fused_weights(block.mlp, active(block.mlp), DEVICE)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -396,9 +386,7 @@ def test_a_captured_layer_replays_with_the_weights_that_were_packed():
     with torch.cuda.graph(graph):
         captured = block_results(block, routing, x)
     before = None
-    packing = Packing(block)
     for _ in range(2):
-        packing.pack()
         graph.replay()
         replayed = {key: t.clone() for key, t in captured.items()}
         assert_same_bits(replayed, block_results(block, routing, x))
@@ -407,16 +395,16 @@ def test_a_captured_layer_replays_with_the_weights_that_were_packed():
         change_adapters(block)
 
 
-def test_a_compiled_block_is_one_graph_and_uses_the_weights_that_were_packed():
+def test_a_compiled_block_is_one_graph_and_uses_the_weights_as_they_are():
+    from fastmoe_lora import routing_of
+
     block, routing, x = make_block()
     torch._dynamo.reset()
     plain = copy.deepcopy(block)
     block.compile(fullgraph=True)
-    packing = Packing(block)
     for _ in range(2):
-        packing.pack()
         actual = block_results(block, routing, x)
-        for key, expected in block_results(plain, plain.mlp.routing, x).items():
+        for key, expected in block_results(plain, routing_of(plain), x).items():
             # fp32 sums of up to 768 products in another order.
             assert (actual[key] - expected).norm() <= 1e-5 * expected.norm(), key
         change_adapters(block)

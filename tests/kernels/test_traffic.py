@@ -3,6 +3,7 @@
 Only token-sized tensors (first dimension T) are bounded; bench/traffic.py says how they are counted.
 """
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_counter_counts_products():
 
 # ---- the operation ----
 
-TASKS = 3
+TASKS, TOKENS = 3, 192
 # (N, k, S, r): the paper's, with R = N r = 64, and two of R = 128 and 256
 POOLS = [(16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (16, 3, 1, 8), (16, 3, 1, 16)]
 LARGEST = (64, 12, 4, 4)  # R = 256 of many experts
@@ -85,7 +86,7 @@ widths = pytest.mark.parametrize("d", [pytest.param(WIDE, marks=pytest.mark.long
 
 
 @cache
-def measure(shape, d=384, counts=(64,) * TASKS, gating="ase") -> tuple[Traffic, Traffic]:
+def measure(shape, d=384, counts=(TOKENS // TASKS,) * TASKS, gating="ase") -> tuple[Traffic, Traffic]:
     """(forward, backward) of the operation in fp16 with fp32 parameters, d wide on both sides.
 
     Rows that a tile has beyond its task are masked and cost no bytes: 64 tokens per task measure as well as a million.
@@ -114,14 +115,15 @@ def compulsory(shape, d: int) -> int:
     the mutual-information loss, but only one of the two is counted here.
     """
     experts, ranks = shape[0], shape[0] * shape[3]
-    wide, rank, gates = d * HALF, ranks * HALF, experts * 4
+    wide, rank, gates, spread = d * HALF, ranks * HALF, experts * 4, TASKS * experts * HALF
     shrink = wide + 2 * rank + gates  # x -> H, H', g (or z)
     expand = wide + rank + wide  # base, H' -> y
-    gate_backward = wide + rank + gates + rank + gates  # dY, H, g -> dH, dz
+    up = wide + rank  # dY -> dH'
+    gate_backward = 2 * rank + gates + rank + gates + spread  # dH', H, g -> dH, dz, dz in columns
     weight_grad_b = wide + rank  # dY, H'
     weight_grad_a = wide + rank + gates  # x, dH, dz
-    expand_backward = rank + gates + wide  # dH, dz -> dx
-    return shrink + expand + gate_backward + weight_grad_b + weight_grad_a + expand_backward
+    down = rank + spread + wide  # dH, dz in columns -> dx
+    return shrink + expand + up + gate_backward + weight_grad_b + weight_grad_a + down
 
 
 def ratio(shape, d: int, which: str) -> float:
@@ -138,37 +140,51 @@ def ratio(shape, d: int, which: str) -> float:
         ("naive-shared", (16, 3, 1, 4)),
     ],
 )
-def test_two_launches_forward_at_most_five_backward_and_no_atomics(gating, shape):
+def test_three_launches_forward_five_backward_and_no_atomics(gating, shape):
+    """One each way packs the parameters."""
     forward, backward = measure(shape, gating=gating)
-    assert sum(forward.launches.values()) <= 2
-    assert sum(backward.launches.values()) <= 5
+    assert forward.launches == Counter(["pack_kernel", "route_shrink_kernel", "expand_kernel"])
+    assert backward.launches == Counter(
+        ["pack_kernel", "gate_backward_kernel", "weight_grad_kernel", "weight_grad_kernel", "reduce_kernel"]
+    )
     assert forward.atomics == backward.atomics == 0
 
 
 @pools
-def test_pytorch_itself_touches_no_token(shape):
-    for half in measure(shape):
-        assert not [key for key in half.issued if key[0].startswith("aten.")], half
+def test_pytorch_makes_two_products_backward_and_touches_no_token_besides(shape, d=384):
+    ranks, columns = shape[0] * shape[3], shape[0] * shape[3] + TASKS * shape[0]
+    forward, backward = (
+        {key: n / half.tokens for key, n in half.issued.items() if key[0].startswith("aten.")}
+        for half in measure(shape, d)
+    )
+    assert forward == {}
+    assert backward == {
+        ("aten.mm.out", f"{TOKENS}x{d}", "read"): d * HALF,
+        ("aten.mm.out", f"{TOKENS}x{ranks}", "written"): ranks * HALF,
+        ("aten.mm.default", f"{TOKENS}x{columns}", "read"): columns * HALF,
+        ("aten.mm.default", f"{TOKENS}x{d}", "written"): d * HALF,
+    }
 
 
 @widths
 @pools
 def test_memory_sees_at_most_5_percent_more_than_the_compulsory_bytes(shape, d):
     # Two writes exceed them: z beside g, 4N bytes, and H' a second time for the weight_grad of dB, R es, since only H
-    # is kept between the passes. At R = 256 and width 384 they are 576 of 9,792 bytes, 5.9 %; with 64 experts 768 of
-    # 10,752, 7.1 %.
-    limit = {(384, (16, 3, 1, 16)): 1.06, (384, (64, 12, 4, 4)): 1.08}.get((d, shape), 1.05)
+    # is kept between the passes. At R = 256 and width 384 they are 576 of 10,944 bytes, 5.3 %; with 64 experts 768 of
+    # 12,288, 6.3 %.
+    limit = {(384, (16, 3, 1, 16)): 1.06, (384, (64, 12, 4, 4)): 1.07}.get((d, shape), 1.05)
     assert ratio(shape, d, "distinct") <= limit, "\n".join(map(str, measure(shape, d)))
 
 
-# What programs issue, of which memory sees the distinct part. A program of gram holds a (columns, R) tile of the
+# What programs issue, of which memory sees the distinct part. A program of weight_grad holds a (columns, R) tile of the
 # result in half of a multiprocessor's 64 K registers: 512 columns at R = 64, 256 at R = 128, 128 at R = 256; for the
 # routers of 64 experts, as wide as their ranks, 256 at R = 64. Width 768 then takes 2, 3 or 6 tiles, each of which
-# reads its tokens' rank space (R es, and 4N of dz) anew; for N = 32 and 64 that is more than 5 % already at R = 64.
-# Programs of one chunk run side by side, so the repeats come from the L2. H' written twice is in all of them, 1 to 2 %.
+# reads its tokens' rank space (R es, and 4N of dz) anew. Programs of one chunk run side by side, so the repeats come
+# from the L2. With H' written twice, 4N of z beside g and T (tiles - 1) of these bytes that is, of compulsory(),
+# 4.1 %, 5.0 %, 9.3 %, 10.7 %, 36.9 % and 40.6 % at width 768, and less at 384.
 ISSUED = {
-    (16, 3, 1, 4): 1.05, (32, 6, 2, 2): 1.06, (64, 12, 4, 1): 1.12,
-    (16, 3, 1, 8): 1.12, (16, 3, 1, 16): 1.40, (64, 12, 4, 4): 1.45,
+    (16, 3, 1, 4): 1.05, (32, 6, 2, 2): 1.05, (64, 12, 4, 1): 1.10,
+    (16, 3, 1, 8): 1.11, (16, 3, 1, 16): 1.37, (64, 12, 4, 4): 1.41,
 }  # fmt: skip
 
 
@@ -198,14 +214,21 @@ def test_bytes_per_token_do_not_depend_on_how_tokens_divide_among_tasks(counts):
 
 
 def test_64_experts_of_rank_1_move_the_bytes_of_16_of_rank_4_and_their_own_router_columns():
+    buffer = "gate_backward_kernel", "buffer", "written"  # dz in columns, for every task
+    more = TASKS * (64 - 16) * HALF * TOKENS
     for few, many in zip(measure((16, 3, 1, 4), 512), measure((64, 12, 4, 1), 512), strict=True):
+        ours, others = (
+            {key: n for key, n in half.distinct.items() if not key[0].startswith("aten.")} for half in (few, many)
+        )
         grown = {key for key, width in few.widths.items() if width == 16}  # z, g and dz
-        assert {key: n * (4 if key in grown else 1) for key, n in few.distinct.items()} == many.distinct
+        assert {key: n * (4 if key in grown else 1) + (key == buffer) * more for key, n in ours.items()} == others
+        products = [sum(half.distinct.values()) - sum(own.values()) for half, own in ((few, ours), (many, others))]
+        assert products[1] - products[0] == (more if few.operators["aten.mm.default"] else 0)  # read by dx
 
 
 def test_64_experts_of_rank_1_make_the_products_of_16_of_rank_4_and_their_own_router_columns():
     counts = (128,) * TASKS  # a multiple of every tile's rows
     few, many = (sum(half.flops for half in measure(shape, 512, counts)) for shape in ((16, 3, 1, 4), (64, 12, 4, 1)))
-    tokens, passes, halves = sum(counts), 3, 2  # x W^T, dz W and dz^T x; each operand in fp32 goes in two halves
+    tokens, passes, halves = sum(counts), 2, 2  # x W^T and dz^T x; each operand in fp32 goes in two halves
     assert many - few <= passes * halves * 2 * tokens * 512 * (64 - 16)
-    assert few <= 6 * 2 * tokens * 512 * 64 + passes * halves * 2 * tokens * 512 * 16
+    assert few <= 4 * 2 * tokens * 512 * 64 + passes * halves * 2 * tokens * 512 * 16

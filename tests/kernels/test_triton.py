@@ -78,9 +78,16 @@ def gating_of(problem):
     return Gating(problem.gating, k, shared)
 
 
-def forward(problem, kernel="triton"):
-    lora = problem.a, problem.b
-    return lora_moe(problem.x, problem.base, lora, problem.routers, task_rows(problem), gating_of(problem), kernel)
+def operands(problem):
+    """The arguments of the operator."""
+    x, base, *adapters = (leaf.detach() for leaf in problem.leaves)
+    segments = task_rows(problem)
+    return x, base, *[None] * 4, *adapters, segments.offsets, segments.length, f"{gating_of(problem).text}/columns"
+
+
+def forward(problem, kernel="triton", segments=None):
+    lora, segments = (problem.a, problem.b), segments or task_rows(problem)
+    return lora_moe(problem.x, problem.base, lora, problem.routers, segments, gating_of(problem), kernel)
 
 
 def cotangents(problem):
@@ -286,18 +293,7 @@ class TestAccuracy:
         problem.routers.data.mul_(1e-3 / problem.routers.std())
         z = router_logits(problem.x, problem.routers, task_rows(problem))
         exact = router_logits(problem.x.double(), problem.routers.double(), task_rows(problem))
-        actual = custom_ops.lora_moe_op(
-            problem.x,
-            problem.base,
-            problem.a,
-            problem.b,
-            problem.routers,
-            task_rows(problem).offsets,
-            problem.counts,
-            "ase",
-            3,
-            1,
-        )[-1]
+        actual = custom_ops.forward(*operands(problem))[4]
         assert relative_error(actual, exact) <= max(FP32_ERROR, TIMES_PYTORCH * relative_error(z, exact))
 
 
@@ -527,7 +523,8 @@ class TestMemory:
         experts, k, shared, rank = shape
         shared = shared if name in WITH_SHARED else 0
         problem = problem_of(name, (experts, k, shared, rank), (7, 0, 12), dtype)
-        known = {t.untyped_storage().data_ptr() for t in (*problem.leaves, task_rows(problem).offsets)}
+        segments = task_rows(problem)
+        known = {t.untyped_storage().data_ptr() for t in (*problem.leaves, segments.offsets)}
         saved = {}
 
         def keep(tensor):
@@ -535,14 +532,14 @@ class TestMemory:
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward(problem)
+            forward(problem, segments=segments)
         assert known & saved.keys(), "the hooks see what is saved"
         extra = sum(size for place, size in saved.items() if place not in known)
         assert 0 < extra <= 19 * (experts * rank * dtype.itemsize + 4 * experts)
 
 
 class TestOperators:
-    """torch.library.opcheck: schema, fake tensors (shapes, strides, types), autograd registration, AOT dispatch."""
+    """torch.library.opcheck: schema, fake tensors (shapes, strides, types), AOT dispatch."""
 
     CASES = (
         ("ase", (16, 3, 1, 4), (5, 0, 9), torch.float32),
@@ -551,28 +548,20 @@ class TestOperators:
         ("topk-renorm", (4, 4, 0, 8), (0, 2), torch.float16),
     )
 
-    @staticmethod
-    def arguments(problem):
-        return task_rows(problem).offsets, problem.counts, *vars(gating_of(problem)).values()
-
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_forward(self, case, problem_of):
-        problem = problem_of(*case)
-        torch.library.opcheck(custom_ops.lora_moe_op, (*problem.leaves, *self.arguments(problem)))
+        torch.library.opcheck(custom_ops.forward_op, operands(problem_of(*case)))
 
     def test_forward_of_matrices_that_are_not_contiguous(self, problem_of):
-        problem = problem_of(*self.CASES[0])
-        x, base = (layout(leaf.detach()) for leaf, layout in ((problem.x, transposed), (problem.base, scattered)))
-        torch.library.opcheck(custom_ops.lora_moe_op, (x, base, *problem.leaves[2:], *self.arguments(problem)))
+        x, base, *rest = operands(problem_of(*self.CASES[0]))
+        torch.library.opcheck(custom_ops.forward_op, (transposed(x), scattered(base), *rest))
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_backward(self, case, problem_of):
         problem = problem_of(*case)
-        dy, dp = cotangents(problem)
-        x, base, a, b, routers = (leaf.detach() for leaf in problem.leaves)
-        *_, h, z = custom_ops.lora_moe_op(x, base, a, b, routers, *self.arguments(problem))
-        arguments = dy, dp, x, h, z, a, b, routers, *self.arguments(problem)
-        torch.library.opcheck(custom_ops.lora_moe_backward_op, arguments)
+        x, _, _, _, _, _, *rest = given = operands(problem)
+        saved = custom_ops.forward_op(*given)[3:]
+        torch.library.opcheck(custom_ops.backward_op, (*cotangents(problem), x, *saved, None, None, *rest, True))
 
 
 class TestRefusals:
@@ -650,11 +639,11 @@ class TestWholeModel:
             for parameter_name, parameter in vit.named_parameters():
                 if parameter_name.endswith(("lora_B", "routers")):
                     parameter.normal_()
-        routing.assign(self.IMAGES)
         images = torch.randn(sum(self.IMAGES), 3, 16, 16)
         vit.to(device)
-        y = vit.encode(vit.embed(images.to(device)))
-        mi_loss = routing.mi_loss()
+        with routing.batch(self.IMAGES) as batch:
+            y = vit.encode(vit.embed(images.to(device)))
+            mi_loss = batch.mi_loss()
         weight = torch.arange(y.numel(), device=device).sin().view_as(y)
         yield y, mi_loss
         ((y * weight).sum() + mi_loss).backward()
@@ -681,11 +670,11 @@ class TestWholeModel:
         launches.clear()
         next(run)
         assert launches == 2 * [
+            "pack_kernel",
             "gate_backward_kernel",
             "weight_grad_kernel",
             "weight_grad_kernel",
             "reduce_kernel",
-            "expand_backward_kernel",
         ]
 
     def test_a_layer_of_a_pool_beyond_one_register_tile_launches_two_kernels_in_each_direction(self, device, launches):
