@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, experts_of, plain, rows_of, select
+from bench.peers.base import Forward, Peer, base_of, config_of, experts_of, plain, rows_of, select
 from fastmoe_lora import LoRAMoE
 from kernels.reference import gates, router_logits
 
@@ -19,8 +19,8 @@ def loop(layer: LoRAMoE) -> Forward:
     def forward(x: Tensor) -> Tensor:
         active, weights = select(layer, x)
         a, b = experts_of(layer, x.dtype)
-        y = layer.base(x)
-        for expert in range(layer.config.experts):
+        y = base_of(layer)(x)
+        for expert in range(config_of(layer).experts):
             token, place = torch.where(active == expert)
             gate = weights[token, place].to(x.dtype)[:, None]
             y = y.index_add(0, token, (x[token] @ a[expert].T) @ b[expert].T * gate)
@@ -33,10 +33,10 @@ def einsum(layer: LoRAMoE) -> Forward:
     """All experts' outputs, then their weighted sum (PEFT's arrow)."""
 
     def forward(x: Tensor) -> Tensor:
-        g = gates(router_logits(x, layer.routers, rows_of(layer, x)), layer.config.gating).to(x.dtype)
+        g = gates(router_logits(x, layer.routers, rows_of(layer, x)), config_of(layer).gating).to(x.dtype)
         a, b = experts_of(layer, x.dtype)
         outputs = torch.einsum("tnr,nor->tno", torch.einsum("td,nrd->tnr", x, a), b)
-        return layer.base(x) + torch.einsum("tno,tn->to", outputs, g)
+        return base_of(layer)(x) + torch.einsum("tno,tn->to", outputs, g)
 
     return forward
 

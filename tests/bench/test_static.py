@@ -13,7 +13,7 @@ import torch
 
 from bench.aot import Launch
 from bench.static import budget, ffn, large, latency, model, sass, table, ttir
-from bench.static.__main__ import KERNELS, WAYS
+from bench.static.__main__ import ALGORITHMS, KERNELS
 from bench.static.constants import CONSTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -444,7 +444,7 @@ class TestCommand:
         # 768 columns by 128, the second and the third expert of each token
         assert list(row["loops"].values()) == [6, 2]
         ratios = {(r["gpu"], r["algorithm"]): r for r in results["ratios"]}
-        assert set(ratios) == set(product(("H100", "H200"), WAYS))
+        assert set(ratios) == set(product(("H100", "H200"), ALGORITHMS))
         for (gpu, algorithm), r in ratios.items():
             if algorithm == "fused":  # saves the passes of GELU, which the frozen FFN makes
                 for direction in ("forward", "both"):
