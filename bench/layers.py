@@ -34,8 +34,8 @@ class Shape:
 
 
 class Problem:
-    """``layer``, an adapted FFN, and a copy that is ``frozen``; ``x`` and ``dy`` are several inputs in rotation, so that
-    none stays in the L2. A batch of five tasks stays open."""
+    """``layer``, an adapted FFN with a batch of five tasks open, and ``frozen``, a copy without experts. ``x`` and ``dy``
+    are several inputs in rotation, so that none stays in the L2."""
 
     def __init__(self, shape: Shape, kernel: str = "reference") -> None:
         torch.manual_seed(0)

@@ -68,7 +68,7 @@ def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[
     halves = [dtype for dtype in dtypes if dtype in HALF]
     combinations = list(product(tokens, [pool for pool in large.POOLS if pool in (pools or large.POOLS)], halves))
     for n, pool, dtype in tqdm(combinations, "large pools", leave=False):
-        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in large.ALGORITHMS}
+        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in table.ALGORITHMS}
         rows += [large.row({"pool": pool, "dtype": dtype, "tokens": n}, gpu, both) for gpu in table.GPUS]
     return rows
 

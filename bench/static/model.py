@@ -1,8 +1,8 @@
 """What one launch costs on an H100 and an H200, modelled from its compiled code. Nothing is timed.
 
 Instructions are counted in the machine code and multiplied by the trip counts of their loops, the warps of a program
-and the programs that take their branch. Each unit of a multiprocessor then needs a least time, and the longest of these binds. Where a
-multiprocessor has few programs at once, their latency is not hidden and may bind instead.
+and the programs that take their branch. Each unit of a multiprocessor then needs a least time, and the longest of these
+binds. Where a multiprocessor has few programs at once, their latency is not hidden and may bind instead.
 """
 
 import warnings
@@ -168,8 +168,7 @@ def ways(code: sass.Code, source: ttir.Code) -> Ways:
         warnings.warn("the compiler changed the branches: every program counts as if it took all", stacklevel=2)
         return [([], source.programs)]
     return [
-        ([branch for branch, taken in zip(found, way, strict=True) if not taken], n)
-        for way, n in source.ways.items()
+        ([branch for branch, taken in zip(found, way, strict=True) if not taken], n) for way, n in source.ways.items()
     ]
 
 

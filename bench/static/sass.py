@@ -147,7 +147,6 @@ class Code:
                 found[start] = Loop(start, i.address, i.line)  # the last branch back to a label ends its loop
         return sorted(found.values(), key=lambda loop: (loop.first, -loop.last))
 
-
     @cached_property
     def branches(self) -> list[Branch]:
         """In order of address."""

@@ -44,7 +44,9 @@ def test_tuning_writes_the_fastest_tiles_of_the_architecture_and_leaves_the_defa
 
     monkeypatch.setattr(tune, "time_launch", time_launch)
     times = {"columns": 2, "fused": 5}
-    monkeypatch.setattr(tune, "time_algorithm", lambda name, tokens, device: times[name] if tokens > 10_000 else 1 / times[name])
+    monkeypatch.setattr(
+        tune, "time_algorithm", lambda name, tokens, device: times[name] if tokens > 10_000 else 1 / times[name]
+    )
     default, row = json.dumps(tiles.TABLES["default"]), {}
     tune.tune_kernel("expand", row, torch.device("cpu"))
     tune.tune_ffn(row, torch.device("cpu"))
