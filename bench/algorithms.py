@@ -5,14 +5,13 @@ from functools import partial
 
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, base_of, config_of, rows_of
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, rows_of
 from fastmoe_lora.layers import frozen_weights
 from kernels import Experts, expert_mixture
 from kernels.reference import router_logits
 
 
-def run(algorithm: str, layer: LoRAMoE) -> Forward:
+def run(algorithm: str, layer: Layer) -> Forward:
     from kernels.custom_ops import lora_moe  # imports Triton, which not every machine has
 
     def forward(x: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def run(algorithm: str, layer: LoRAMoE) -> Forward:
     return forward
 
 
-def grouped(layer: LoRAMoE) -> Forward:
+def grouped(layer: Layer) -> Forward:
     """The experts beside the frozen base, sorted by expert whatever the pool."""
 
     def forward(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import measure
-from bench.peers.base import Forward, batch_of, parts_of, rows_of
+from bench.peers.base import Forward, Layer, batch_of, parts_of, rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
@@ -47,10 +47,10 @@ def settings_of(subject: str, kernel: str, out: str) -> Settings:
 def run_loops(model: torch.nn.Module) -> None:
     """Every adapted layer as a loop over its experts, with the statistics that the loss needs."""
     for layer in [module for module in model.modules() if isinstance(module, LoRAMoE)]:
-        layer.forward = looped(layer)  # type: ignore[method-assign, assignment]  # this layer alone becomes a loop
+        layer.forward = looped(layer)  # this layer alone becomes a loop
 
 
-def looped(layer: LoRAMoE) -> Forward:
+def looped(layer: Layer) -> Forward:
     experts = loop(layer)
 
     def forward(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import Peer, parts_of
-from fastmoe_lora import LoRAMoE, adapt
+from bench.peers.base import Forward, Layer, Peer, parts_of
+from fastmoe_lora import adapt
 from model import ViT, ViTConfig
 
 TASKS = 5
@@ -34,17 +34,16 @@ class Shape:
 
 
 class Problem:
-    """``layer``, an adapted FFN with a batch of five tasks open, and ``frozen``, a copy without experts. ``x`` and ``dy``
-    are several inputs in rotation, so that none stays in the L2."""
+    """``layer``, an adapted FFN with a batch of five tasks open, and ``frozen``, a copy without experts. ``x`` and
+    ``dy`` are several inputs in rotation, so that none stays in the L2."""
 
     def __init__(self, shape: Shape, kernel: str = "reference") -> None:
         torch.manual_seed(0)
         self.shape = shape
         vit = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
-        self.frozen = copy.deepcopy(vit.blocks[0].mlp).requires_grad_(False)
+        self.layer: Layer = vit.blocks[0].mlp
+        self.frozen: Forward = copy.deepcopy(self.layer).requires_grad_(False)
         routing = adapt(vit, shape.config, TASKS, kernel=kernel)
-        self.layer: Any = vit.blocks[0].mlp
-        assert isinstance(self.layer, LoRAMoE)
         nn.init.normal_(self.layer.lora_B, std=0.02)
         nn.init.normal_(self.layer.routers, std=shape.width**-0.5)
         self.batch = routing.batch(self.counts)
@@ -73,7 +72,7 @@ class Problem:
         """y and every gradient of the first input."""
         return _results(forward, [self.x[0], *self.parameters], self.dy[0])
 
-    def exact(self, build: Callable[[LoRAMoE], Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+    def exact(self, build: Callable[[Layer], Forward]) -> dict[str, Tensor]:
         """The same in fp64, from the same values."""
         layer = copy.deepcopy(self.layer).double()
         leaves = [self.x[0].detach().double().requires_grad_(), layer.lora_A, layer.lora_B, layer.routers]

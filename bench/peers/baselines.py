@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, base_of, config_of, experts_of, plain, rows_of, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, plain, rows_of, select
 from kernels.reference import gates, router_logits
 
 
-def compiled(layer: LoRAMoE) -> Forward:
+def compiled(layer: Layer) -> Forward:
     """The reference under torch.compile, which fuses the operations between the GEMMs."""
     return torch.compile(plain(layer))
 
 
-def loop(layer: LoRAMoE) -> Forward:
+def loop(layer: Layer) -> Forward:
     """Expert by expert, over the tokens that selected it (MixLoRA)."""
 
     def forward(x: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def loop(layer: LoRAMoE) -> Forward:
     return forward
 
 
-def einsum(layer: LoRAMoE) -> Forward:
+def einsum(layer: Layer) -> Forward:
     """All experts' outputs, then their weighted sum (PEFT's arrow)."""
 
     def forward(x: Tensor) -> Tensor:

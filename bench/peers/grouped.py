@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.peers.base import Forward, Peer, base_of, config_of, experts_of, pad_rank, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, pad_rank, select
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows sorted by expert (M, K), weights (N, K, J), ends (N,)
 
 
-def sorted_experts(product: Product, layer: LoRAMoE) -> Forward:
+def sorted_experts(product: Product, layer: Layer) -> Forward:
     """Gather the tokens expert by expert, shrink, weigh by the gates, expand, and add back."""
 
     def forward(x: Tensor) -> Tensor:

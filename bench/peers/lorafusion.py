@@ -6,17 +6,16 @@ It adapts a single linear layer, so all N r ranks form one LoRA on fc1.
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.peers.base import Forward, Peer
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer
 
 
-def _weights(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, d) and B (4d, R), the layer's B repeated four times."""
     b = layer.lora_B.to(x.dtype)
     return layer.lora_A.to(x.dtype), b.repeat(len(layer.fc1.weight) // len(b), 1)
 
 
-def lorafusion(layer: LoRAMoE) -> Forward:
+def lorafusion(layer: Layer) -> Forward:
     def forward(x: Tensor) -> Tensor:
         from lorafusion.ops.lora_v1 import FusedLinearLoRA
 
@@ -26,7 +25,7 @@ def lorafusion(layer: LoRAMoE) -> Forward:
     return forward
 
 
-def lora_beside_fc1(layer: LoRAMoE) -> Forward:
+def lora_beside_fc1(layer: Layer) -> Forward:
     """The function that :func:`lorafusion` must equal."""
 
     def forward(x: Tensor) -> Tensor:

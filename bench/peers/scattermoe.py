@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, base_of, config_of, experts_of, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, select
 
 
-def scattermoe(layer: LoRAMoE) -> Forward:
+def scattermoe(layer: Layer) -> Forward:
     def forward(x: Tensor) -> Tensor:
         from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 

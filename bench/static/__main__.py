@@ -27,6 +27,7 @@ from bench.static import budget, large, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
 from kernels.custom_ops import ALGORITHMS
+from kernels.experts.custom_ops import ALGORITHMS as LARGE
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 KERNELS = {
@@ -68,7 +69,7 @@ def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[
     halves = [dtype for dtype in dtypes if dtype in HALF]
     combinations = list(product(tokens, [pool for pool in large.POOLS if pool in (pools or large.POOLS)], halves))
     for n, pool, dtype in tqdm(combinations, "large pools", leave=False):
-        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in table.ALGORITHMS}
+        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in LARGE}
         rows += [large.row({"pool": pool, "dtype": dtype, "tokens": n}, gpu, both) for gpu in table.GPUS]
     return rows
 
