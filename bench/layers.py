@@ -40,7 +40,7 @@ class Problem:
     def __init__(self, shape: Shape, kernel: str = "reference") -> None:
         torch.manual_seed(0)
         self.shape = shape
-        vit = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
+        vit: Any = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
         self.layer: Layer = vit.blocks[0].mlp
         self.frozen: Forward = copy.deepcopy(self.layer).requires_grad_(False)
         routing = adapt(vit, shape.config, TASKS, kernel=kernel)
