@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import measure
-from bench.peers.base import Forward, rows_of
+from bench.peers.base import Forward, Layer, batch_of, parts_of, rows_of
 from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
@@ -47,17 +47,17 @@ def settings_of(subject: str, kernel: str, out: str) -> Settings:
 def run_loops(model: torch.nn.Module) -> None:
     """Every adapted layer as a loop over its experts, with the statistics that the loss needs."""
     for layer in [module for module in model.modules() if isinstance(module, LoRAMoE)]:
-        layer.forward = looped(layer)  # type: ignore[method-assign, assignment]  # this layer alone becomes a loop
+        layer.forward = looped(layer)  # this layer alone becomes a loop
 
 
-def looped(layer: LoRAMoE) -> Forward:
+def looped(layer: Layer) -> Forward:
     experts = loop(layer)
 
     def forward(x: Tensor) -> Tensor:
-        tokens = x.to(layer.base.get_parameter("fc1.weight").dtype).flatten(0, -2)
-        rows = rows_of(layer, tokens)
+        tokens, rows = x.to(layer.fc1.weight.dtype).flatten(0, -2), rows_of(layer, x.flatten(0, -2))
         z = reference.router_logits(tokens, layer.routers, rows)
-        layer.routing.record(layer.layer, z, reference.mean_probs(z, rows), rows)
+        adapter, _, routing = parts_of(layer)
+        routing.record(batch_of(layer), adapter.layer, reference.mean_probs(z, rows), z, rows)
         return experts(tokens).view_as(x)
 
     return forward

@@ -4,8 +4,8 @@
 
 ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, since repeats are assumed to hit
 the L2. Views are free. Bytes per token are the slope between two numbers of tokens, so that weights do not count: they
-are read, cast and packed once for any number of tokens. A peer whose kernels are autotuned is counted with its first
-configuration.
+are read, cast and packed in each pass, whatever its number of tokens. A peer whose kernels are autotuned is counted
+with its first configuration.
 """
 
 import json

@@ -78,7 +78,7 @@ PY
         absent racecheck "compute-sanitizer is not on PATH"
     fi
     # What decides the algorithm in kernels/tables.json, without peers; the whole suite takes longer than all the rest.
-    local ours="ours-columns or ours-matmul or ours-expand or ours-fused"
+    local ours="ours-columns or ours-fused"
     local sizes="768-7880-16/3/1/4 or 768-40960-16/3/1/4 or 768-7880-64/12/4/1 or 768-40960-64/12/4/1"
     part benchmark 170 "$python" -m pytest bench/ --benchmark-only --benchmark-json="$out/benchmark.json" \
         --benchmark-max-time=0.4 -k "($ours) and ($sizes) or bench_product or training" -p no:cacheprovider

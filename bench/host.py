@@ -3,8 +3,8 @@
     python -m bench.host [--out FILE] [--config 16/3/1/4] [--seconds 2]
 
 Two rows for each direction: the time of Python, autograd and dispatch alone ("stubbed"), and the same plus 8 us for
-every launch, ours and PyTorch's ("launched"), about what a launch costs with a GPU. Packing is part of the adapted
-pass, as in training; times are of one layer in a chain of twelve. Where the GPU's own time is shorter, at some thousand
+every launch, ours and PyTorch's ("launched"), about what a launch costs with a GPU. Packing is part of every
+adapted layer's pass; times are of one layer in a chain of twelve. Where the GPU's own time is shorter, at some thousand
 tokens, a step takes this long without CUDA graphs. Measure alone on the machine.
 """
 
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import measure
 from bench.layers import TASKS
 from bench.options import Parser, finish, keep
-from fastmoe_lora import Packing, adapt
+from fastmoe_lora import adapt
 from model import ViT, ViTConfig
 
 LAUNCH_SECONDS = 8e-6
@@ -90,15 +90,14 @@ class Chain:
         torch.manual_seed(0)
         vit = ViT(ViTConfig(width=WIDTH, depth=LAYERS, heads=1), 16).to(torch.bfloat16).requires_grad_(False)
         if adapted:
-            adapt(vit, config, TASKS, kernel="triton").assign([TOKENS // TASKS] * TASKS)
+            self.batch = adapt(vit, config, TASKS, kernel="triton").batch([TOKENS // TASKS] * TASKS)
+            self.batch.__enter__()  # stays open
         self.ffns: list[Any] = [block.mlp for block in vit.blocks]
-        self.packing = Packing(vit)
         self.x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         self.dy = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)
         self.leaves = [self.x, *(p for p in vit.parameters() if p.requires_grad)]
 
     def run(self) -> torch.Tensor:
-        self.packing.pack()
         x = self.x
         for ffn in self.ffns:
             x = ffn(x)

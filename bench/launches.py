@@ -1,7 +1,6 @@
 """Every launch of kernels/ on random tensors, for programs that compile or time them one by one."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import Peer
-from fastmoe_lora import LoRAMoE, Packing, adapt
+from bench.peers.base import Forward, Layer, Peer, parts_of
+from fastmoe_lora import adapt
 from model import ViT, ViTConfig
 
 TASKS = 5
@@ -34,23 +34,20 @@ class Shape:
 
 
 class Problem:
-    """``layer`` around a frozen FFN; ``x`` and ``dy`` are several inputs in rotation, so that none stays in the L2."""
+    """``layer``, an adapted FFN with a batch of five tasks open, and ``frozen``, a copy without experts. ``x`` and
+    ``dy`` are several inputs in rotation, so that none stays in the L2."""
 
     def __init__(self, shape: Shape, kernel: str = "reference") -> None:
         torch.manual_seed(0)
         self.shape = shape
-        vit = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
-        vit.requires_grad_(False)
-        routing = adapt(vit, shape.config, TASKS, kernel=kernel, freeze=False)
-        vit.to(shape.device)
-        layer = vit.blocks[0].mlp
-        assert isinstance(layer, LoRAMoE)
-        self.layer = layer
-        self.frozen: nn.Module = self.layer.base
+        vit: Any = ViT(ViTConfig(width=shape.width, depth=1, heads=1), 16).to(shape.device, shape.dtype)
+        self.layer: Layer = vit.blocks[0].mlp
+        self.frozen: Forward = copy.deepcopy(self.layer).requires_grad_(False)
+        routing = adapt(vit, shape.config, TASKS, kernel=kernel)
         nn.init.normal_(self.layer.lora_B, std=0.02)
         nn.init.normal_(self.layer.routers, std=shape.width**-0.5)
-        routing.assign([shape.tokens // TASKS] * TASKS)
-        Packing(self.layer).pack()
+        self.batch = routing.batch(self.counts)
+        self.batch.__enter__()
         copies = max(2, -(-2 * L2_BYTES // (shape.tokens * shape.width * shape.dtype.itemsize)))
         if shape.device.type == "cpu":
             copies = 2
@@ -59,25 +56,28 @@ class Problem:
         self.dy = [torch.randn(shape.tokens, shape.width, **make) for _ in range(copies)]
 
     @property
+    def counts(self) -> list[int]:
+        return [self.shape.tokens // TASKS] * TASKS
+
+    @property
     def parameters(self) -> list[Tensor]:
         return [self.layer.lora_A, self.layer.lora_B, self.layer.routers]
 
     @property
     def weights(self) -> list[Tensor]:
         """Every tensor that the layer keeps between steps."""
-        packed = self.layer.packing.packed if self.layer.fused else None
-        return [*self.layer.parameters(), *(packed.tensors if packed else ())]
+        return list(self.layer.parameters())
 
     def results(self, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """y and every gradient of the first input."""
         return _results(forward, [self.x[0], *self.parameters], self.dy[0])
 
-    def exact(self, build: Callable[[LoRAMoE], Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+    def exact(self, build: Callable[[Layer], Forward]) -> dict[str, Tensor]:
         """The same in fp64, from the same values."""
         layer = copy.deepcopy(self.layer).double()
-        layer.routing.assign([self.shape.tokens // TASKS] * TASKS)
         leaves = [self.x[0].detach().double().requires_grad_(), layer.lora_A, layer.lora_B, layer.routers]
-        return _results(build(layer), leaves, self.dy[0].double())
+        with parts_of(layer)[2].batch(self.counts):
+            return _results(build(layer), leaves, self.dy[0].double())
 
 
 def _results(forward: Callable[[Tensor], Tensor], leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:

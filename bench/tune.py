@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import triton
-from kernels.ffn import ALGORITHMS
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
@@ -25,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from bench.launches import LAUNCHES, POOLS, AdaptedFFN, make_tensors, parse_pool
 from bench.options import Parser, finish, keep, names
 from kernels import tiles
+from kernels.custom_ops import ALGORITHMS
 from kernels.segments import TaskSegments
 
 TASKS, WIDTH = 5, 768
@@ -32,17 +32,12 @@ TOKENS = {"small": 7_880, "large": 40_960}
 SPACE = {  # of sizes in the order of tiles.NAMES, then warps and stages
     "route_shrink": ((64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
     "expand": ((64, 128), (16, 32, 64, 128), (4, 8), (2, 3)),
-    "gate_backward": ((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)),
-    "gate_backward_inplace": ((16, 32, 64, 128), (4, 8), (1,)),
+    "gate_backward": ((16, 32, 64, 128), (4, 8), (1,)),
     "weight_grad_a": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
     "weight_grad_b": ((64, 128, 256, 512), (16, 32), (4, 8), (2, 3, 4)),
-    "matmul": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
     "matmul_gelu": ((128,), (128, 256), (32, 64), (4, 8), (3, 4)),
 }
-SAME_TILE = {
-    name: (name, f"{name}_{other}")
-    for name, other in {"expand": "backward", "matmul": "routed", "matmul_gelu": "backward"}.items()
-}
+SAME_TILE = {"matmul_gelu": ("matmul_gelu", "matmul_gelu_backward")}
 GAIN = 0.98
 Table = dict[str, dict]
 
@@ -131,14 +126,10 @@ def tune_kernel(kernel: str, row: Table, device: torch.device) -> None:
 
 
 def tune_ffn(row: Table, device: torch.device) -> None:
-    """The same for the algorithm of the FFN, by number of tokens, and for stacked weights, by the large number."""
+    """The same for the algorithm of the FFN, by number of tokens."""
     present = row.setdefault("ffn", dict(tiles.TABLES["default"]["ffn"]))
     for name, tokens in TOKENS.items():
         present[name] = fastest(present[name], list(ALGORITHMS), partial(time_algorithm, tokens=tokens, device=device))
-    if present["large"] in ("columns", "fused"):
-        ways = {f"{present['large']}{layout}": bool(layout) for layout in ("", " stacked")}
-        time = partial(time_algorithm, tokens=TOKENS["large"], device=device)
-        present["stacked"] = ways[fastest(present["large"], list(ways), time)]
 
 
 def difference(before: Table, after: Table) -> list[str]:

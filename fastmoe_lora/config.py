@@ -1,6 +1,6 @@
 """The configuration of a LoRA mixture-of-experts, written as the paper writes it: (N/k/S/r)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kernels import Gating, UserError
 
@@ -17,6 +17,7 @@ class MoEConfig:
     shared: int
     rank: int
     gating_name: str = ""
+    gating: Gating = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sparse = self.experts - self.shared
@@ -30,7 +31,7 @@ class MoEConfig:
             raise UserError(f"moe {self}: the active sparse experts k must be between 1 and N - S = {sparse}")
         if not self.gating_name:
             object.__setattr__(self, "gating_name", "ase" if self.shared else "topk")
-        Gating(self.gating_name, self.active, self.shared)
+        object.__setattr__(self, "gating", Gating(self.gating_name, self.active, self.shared))
 
     @classmethod
     def parse(cls, text: str, gating: str = "") -> "MoEConfig":
@@ -43,7 +44,3 @@ class MoEConfig:
 
     def __str__(self) -> str:
         return f"{self.experts}/{self.active}/{self.shared}/{self.rank}"
-
-    @property
-    def gating(self) -> Gating:
-        return Gating(self.gating_name, self.active, self.shared)

@@ -79,15 +79,16 @@ class LoRALinear:
 
     prefix = "LoRA"
     adapters: Adapters
+    training: bool
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = active(self)
         if adapter is None:
             return super().forward(x)  # type: ignore[misc]
-        lora, drops = lora_of(self, adapter), drops_input(self, adapter)
+        lora, drops = lora_of(self, adapter), adapter.dropout > 0 and self.training
         weights = None if drops else frozen_weights(self)
         if weights is not None:
-            tokens = x.to(compute_type(self)).flatten(0, -2)
+            tokens = x.to(compute_type(weights)).flatten(0, -2)
             with full_precision(x.device.type):
                 return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], -1)
         y = super().forward(x)  # type: ignore[misc]
@@ -115,6 +116,7 @@ class LoRAMoE:
 
     prefix = "LoRAMoE"
     adapters: Adapters
+    training: bool
     one_task: Tensor  # [0, 1]: the offsets of a pass of one task
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -127,14 +129,15 @@ class LoRAMoE:
         segments = TaskSegments(self.one_task, (rows,), rows)
         if batch is not None:
             segments, real = batch.segments(x)
-        weights = None if rest or named or real is not None else fused_weights(self, adapter, x.device)
+        drops = adapter.dropout > 0 and self.training
+        weights = None if rest or named or drops or real is not None else fused_weights(self, adapter, x.device)
         if weights is None:
             with span("ffn"):
                 output = super().forward(x, *rest, **named).flatten(0, -2)  # type: ignore[misc]
             tokens = x.to(output.dtype).flatten(0, -2)
         else:
-            tokens = x.to(compute_type(self)).flatten(0, -2)
-        if drops_input(self, adapter):
+            tokens = x.to(compute_type(weights)).flatten(0, -2)
+        if drops:
             tokens = F.dropout(tokens, adapter.dropout)
         base = weights or (output if real is None else output[real])
         # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
@@ -159,8 +162,8 @@ class LoRAMoE:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        configs = [each.config for each in self.adapters.sets.values() if each.config]
-        own = "; ".join(f"{config}, gating={config.gating_name}" for config in configs)
+        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config and each.routing]
+        own = "; ".join(f"{config}, gating={config.gating_name}, tasks={routing.tasks}" for config, routing in sets)
         return f"{super().extra_repr()} experts={own}".strip()  # type: ignore[misc]
 
 
@@ -209,18 +212,9 @@ def lora_of(layer: Any, adapter: Adapter) -> tuple[Tensor, Tensor]:
     return a, b * (adapter.alpha / (adapter.config.rank if adapter.config else a.shape[0]))
 
 
-def drops_input(layer: Any, adapter: Adapter) -> bool:
-    return adapter.dropout > 0 and layer.training
-
-
-def _linears(layer: Any) -> tuple[Any, ...]:
-    inner = layer.adapters.inner
-    return (layer,) if not inner else (layer._modules[inner[0]], layer._modules[inner[2]])
-
-
-def compute_type(layer: Any) -> torch.dtype:
+def compute_type(weights: tuple[Linear, ...]) -> torch.dtype:
     """Autocast's type, else that of the frozen weights."""
-    weight = _linears(layer)[0].weight
+    weight = weights[0][0]
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -232,32 +226,50 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
 
 def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:
     """The frozen weights that the kernels compute the base from; None if it must run by itself."""
-    if drops_input(layer, adapter) or not adapter.config or not adapter.routing:
-        return None
+    assert adapter.config is not None and adapter.routing is not None
     if not fits_one_tile(adapter.config.experts, adapter.config.rank):
         return None
     return frozen_weights(layer) if resolve_kernel(adapter.routing.kernel, device) == "triton" else None
 
 
 def frozen_weights(layer: Any) -> tuple[Linear, ...] | None:
-    """(weight, bias) of a linear layer or of the two of an FFN; None if one must be called or is trained.
-
-    A part of an FFN must be called if it has hooks, or is no plain linear layer any more.
-    """
+    """(weight, bias) of a linear layer or of the two of an FFN; None if one must be called or is trained."""
     inner = layer.adapters.inner
-    if inner is None:
+    if inner is None or inner and not plain_ffn(layer, inner):
         return None
-    for name, part in layer._modules.items():
-        if name in inner:
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-                return None
-        elif isinstance(part, nn.Dropout) and part.p and part.training:
-            return None
-    linears = _linears(layer)
-    if inner and any(type(linear) is not nn.Linear for linear in linears):
-        return None
+    linears = (layer._modules[inner[0]], layer._modules[inner[2]]) if inner else (layer,)
     weights = tuple((linear.weight, linear.bias) for linear in linears)
     return None if any(w.requires_grad or b is not None and b.requires_grad for w, b in weights) else weights
+
+
+def plain_ffn(ffn: nn.Module, inner: tuple[str, ...], drops: bool = True) -> bool:
+    """Whether the parts of ``ffn`` are two linear layers and an exact GELU, by the names ``inner``, and others without
+    effect, none with a hook. Asked for each pass, since parts may be replaced. Dropout has an effect if it ``drops``.
+    """
+    for name, part in ffn._modules.items():
+        if part is None:
+            continue
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+        if "forward" in part.__dict__:
+            return False
+        if name == inner[1]:
+            known = _is_exact_gelu(part)
+        elif name in inner:
+            known = type(part) is nn.Linear
+        else:
+            inactive = isinstance(part, nn.Dropout) and not (drops and part.p and part.training)
+            known = inactive or isinstance(part, nn.Identity)
+        if not known:
+            return False
+    return True
+
+
+def _is_exact_gelu(act: nn.Module) -> bool:
+    """Whether ``act`` is torch's GELU, or that of Hugging Face, which calls the function kept in ``act``."""
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is F.gelu
 
 
 def read_old_names(state_dict: dict[str, Any], prefix: str) -> None:

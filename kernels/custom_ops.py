@@ -56,10 +56,6 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
 def _parse(setting: str, x: Tensor, a: Tensor, routers: Tensor) -> tuple[Pool, str]:
     gating, _, algorithm = setting.rpartition("/")
     if algorithm not in ALGORITHMS:
@@ -91,9 +87,9 @@ def forward(
                 bias = x.new_zeros(hidden) if b1 is None else b1.to(dtype)
                 u = matmul_gelu(x, w1.to(dtype), bias, act, pool)
             else:
-                u = F.linear(x, w1.to(dtype), _typed(b1, dtype))
+                u = F.linear(x, w1.to(dtype), None if b1 is None else b1.to(dtype))
                 gelu(u, act)
-            return F.linear(inner, up, _typed(b2, dtype)), g, p, h, z, u
+            return F.linear(inner, up, None if b2 is None else b2.to(dtype)), g, p, h, z, u
 
 
 def backward(
@@ -115,6 +111,7 @@ def backward(
             torch.mm(dy, up, out=grad[:, :width])
             if w1 is not None:
                 gelu_backward(u, grad[:, :hidden])
+        del up  # its memory serves for the partial sums
         dz, gated = gate_backward(grad[:, hidden:], ranks, (h, z), dp, segments, pool)
         dh = grad[:, hidden : hidden + pool.ranks]
         da, db, drouters = weight_grads((dy, x), (gated, dh), dz, segments, pool)

@@ -45,6 +45,6 @@ def expand(base: Tensor, gated: Tensor, b: Tensor, pool: Pool) -> Tensor:
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     sizes = tile("expand", base, pool)
     expand_kernel[(ceil_div(len(base), sizes["BM"]),)](
-        base, gated, b, y, len(base), base.stride(0), gated.stride(0), b.stride(0), len(b), **pool.constants(), **sizes
+        base, gated, b, y, len(base), base.stride(0), gated.stride(0), b.stride(0), len(b), **pool.constants, **sizes
     )
     return y

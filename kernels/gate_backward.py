@@ -102,6 +102,6 @@ def gate_backward(
     gate_backward_kernel[(segments.blocks(len(h), sizes["BM"]),)](
         h, z, dp, segments.offsets, buffer, dz, gated,
         segments.length, buffer.stride(0), padded_ranks, buffer.shape[1] - padded_ranks,
-        **pool.constants(), **pool.gate_constants(), TASKS=segments.tasks, **sizes,
+        **pool.constants, **pool.gate_constants, TASKS=segments.tasks, **sizes,
     )  # fmt: skip
     return dz, gated

@@ -1,7 +1,7 @@
 """The four gatings, how router logits become gates, and the pool of experts that kernels are specialised for."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from kernels.errors import UserError
 
@@ -85,25 +85,27 @@ class Pool:
     rank: int
     gating: Gating
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """R."""
         return self.experts * self.rank
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """NP."""
         return padded_experts(self.experts)
 
-    @property
+    @cached_property
     def tile_columns(self) -> int:
         """Columns that a kernel holds per token: its ranks and its gates or logits, NP (r + 1)."""
         return self.padded * (self.rank + 1)
 
+    @cached_property
     def constants(self) -> dict[str, int]:
         """The constants that every kernel takes."""
         return {"N": self.experts, "C": self.columns, "NP": self.padded, "RANK": self.rank}
 
+    @cached_property
     def gate_constants(self) -> dict[str, int | str]:
         return {"SHARED": self.gating.shared, "GATING": self.gating.name}
 

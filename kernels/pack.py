@@ -160,17 +160,13 @@ def _launch(
     (width, ranks), d = b.shape, a.shape[1]
     inner, hidden = 0 if w2 is None else w2.shape[1], 0 if w1 is None else len(w1)
     router_rows = routers.shape[0] * routers.shape[1]
-    tiles = _tiles(width, inner) + _tiles(width, ranks)
+    copied = [(width, inner), (width, ranks)]
     if down is not None:
-        tiles += _tiles(hidden, d) + _tiles(ranks, d) + _tiles(router_rows, d)
-    pack_kernel[(tiles,)](
+        copied += [(hidden, d), (ranks, d), (router_rows, d)]
+    pack_kernel[(sum(ceil_div(height, BM) * ceil_div(across, BN) for height, across in copied),)](
         b if w2 is None else w2.contiguous(), b.contiguous(), up, a if w1 is None else w1.contiguous(), a.contiguous(),
         routers.contiguous(), routers if scales is None else scales, up if down is None else down,
         width, inner, ranks, up.stride(0), d, hidden, router_row, router_rows, routers.shape[1],
         W2=w2 is not None, DOWN=down is not None, W1=w1 is not None, SPLIT=split, SCALED=scales is not None,
         BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _tiles(rows: int, columns: int) -> int:
-    return ceil_div(rows, BM) * ceil_div(columns, BN)

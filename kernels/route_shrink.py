@@ -111,6 +111,6 @@ def route_shrink(
     route_shrink_kernel[(blocks,)](
         x, a, parts, parts if scales is None else scales, segments.offsets, h, z, g, means, gated,
         segments.length, x.stride(0), gated.stride(0), gated.shape[1], d, pool.gating.k,
-        **pool.constants(), **pool.gate_constants(), TASKS=segments.tasks, **sizes,
+        **pool.constants, **pool.gate_constants, TASKS=segments.tasks, **sizes,
     )  # fmt: skip
     return h, z, g, means.sum(1)

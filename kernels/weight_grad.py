@@ -123,10 +123,6 @@ class Parts:
     drouters: Tensor
     chunk: int
 
-    @property
-    def stride(self) -> int:
-        return self.db.stride(0)
-
 
 def empty_parts(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool: Pool) -> Parts:
     """About one program for each multiprocessor computes the wider product; it has at least four steps."""
@@ -149,7 +145,7 @@ def weight_grad_b(dy: Tensor, gated: Tensor, parts: Parts, segments: TaskSegment
     weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
         dy, gated, gated, segments.offsets, parts.db, parts.db, segments.length, dy.stride(0), gated.stride(0),
         width, parts.chunk, *parts.db.stride(),
-        **pool.constants(), TASKS=segments.tasks, ROUTERS=False, **sizes,
+        **pool.constants, TASKS=segments.tasks, ROUTERS=False, **sizes,
     )  # fmt: skip
 
 
@@ -160,8 +156,8 @@ def weight_grad_a(x: Tensor, dh: Tensor, dz: Tensor, parts: Parts, segments: Tas
     chunks, _, width = parts.da.shape
     weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
         x, dh, dz, segments.offsets, parts.da, parts.drouters, segments.length, x.stride(0), dh.stride(0),
-        width, parts.chunk, parts.stride, 1, width,
-        **pool.constants(), TASKS=segments.tasks, ROUTERS=True, **sizes,
+        width, parts.chunk, parts.da.stride(0), 1, width,
+        **pool.constants, TASKS=segments.tasks, ROUTERS=True, **sizes,
     )  # fmt: skip
 
 

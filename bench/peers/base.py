@@ -3,23 +3,28 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmoe_lora import LoRAMoE
+from fastmoe_lora import LoRAMoE, MoEConfig
+from fastmoe_lora.layers import Adapter
+from fastmoe_lora.routing import Batch, Routing
 from kernels import TaskSegments, reference
 
 Forward = Callable[[Tensor], Tensor]
+Layer = Any  # an adapted FFN: an FFN that is a LoRAMoE too
 
 
-def plain(layer: LoRAMoE) -> Forward:
+def plain(layer: Layer) -> Forward:
     """The layer's function computed by the reference, whatever kernel the layer runs: a peer must agree with it."""
 
     def forward(x: Tensor) -> Tensor:
         lora = layer.lora_A, layer.lora_B
-        return reference.lora_moe(x, layer.base(x), lora, layer.routers, rows_of(layer, x), layer.config.gating)[0]
+        gating, base = config_of(layer).gating, base_of(layer)(x)
+        return reference.lora_moe(x, base, lora, layer.routers, rows_of(layer, x), gating)[0]
 
     return forward
 
@@ -35,8 +40,8 @@ class Peer:
     """
 
     name: str
-    build: Callable[[LoRAMoE], Forward]
-    reference: Callable[[LoRAMoE], Forward] = plain
+    build: Callable[[Layer], Forward]
+    reference: Callable[[Layer], Forward] = plain
     package: str = ""
     install: str = ""
     gpu: bool = False
@@ -55,13 +60,39 @@ class Peer:
         return "needs a GPU" if self.gpu and device.type != "cuda" else ""
 
 
-def rows_of(layer: LoRAMoE, x: Tensor) -> TaskSegments:
-    return layer.routing.segments(len(x), x.device)
+def base_of(layer: Layer) -> Forward:
+    """The frozen FFN's own forward pass, without experts."""
+    return super(LoRAMoE, layer).forward
 
 
-def select(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+def parts_of(layer: Layer) -> tuple[Adapter, MoEConfig, Routing]:
+    """The layer's only set of experts."""
+    adapter = layer.adapters.sets[""]
+    assert adapter.config is not None and adapter.routing is not None
+    return adapter, adapter.config, adapter.routing
+
+
+def config_of(layer: Layer) -> MoEConfig:
+    return parts_of(layer)[1]
+
+
+def batch_of(layer: Layer) -> Batch:
+    """The open batch."""
+    batch = parts_of(layer)[2].current()
+    assert batch is not None
+    return batch
+
+
+def rows_of(layer: Layer, x: Tensor) -> TaskSegments:
+    """The segments of x (T, d), all tokens of the open batch."""
+    batch = batch_of(layer)
+    return batch.segments(x.unflatten(0, (batch.size, -1)))[0]
+
+
+def select(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     """The active experts of every token, (T, k + S) int64, and their gates, fp32: equations (6) to (9), torch.topk."""
-    gating, experts = layer.config.gating, layer.config.experts
+    config = config_of(layer)
+    gating, experts = config.gating, config.experts
     z = reference.router_logits(x, layer.routers, rows_of(layer, x))
     sparse = experts - gating.shared
     chosen = z[:, :sparse].topk(gating.k).indices
@@ -74,9 +105,10 @@ def select(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     return active, z.gather(1, active).softmax(-1)
 
 
-def experts_of(layer: LoRAMoE, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def experts_of(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (N, r, d) and B (N, D, r), expert by expert."""
-    experts, rank = layer.config.experts, layer.config.rank
+    config = config_of(layer)
+    experts, rank = config.experts, config.rank
     a = layer.lora_A.to(dtype).unflatten(0, (experts, rank))
     return a, layer.lora_B.to(dtype).unflatten(1, (experts, rank)).transpose(0, 1)
 

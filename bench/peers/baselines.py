@@ -3,24 +3,23 @@
 import torch
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, experts_of, plain, rows_of, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, plain, rows_of, select
 from kernels.reference import gates, router_logits
 
 
-def compiled(layer: LoRAMoE) -> Forward:
+def compiled(layer: Layer) -> Forward:
     """The reference under torch.compile, which fuses the operations between the GEMMs."""
     return torch.compile(plain(layer))
 
 
-def loop(layer: LoRAMoE) -> Forward:
+def loop(layer: Layer) -> Forward:
     """Expert by expert, over the tokens that selected it (MixLoRA)."""
 
     def forward(x: Tensor) -> Tensor:
         active, weights = select(layer, x)
         a, b = experts_of(layer, x.dtype)
-        y = layer.base(x)
-        for expert in range(layer.config.experts):
+        y = base_of(layer)(x)
+        for expert in range(config_of(layer).experts):
             token, place = torch.where(active == expert)
             gate = weights[token, place].to(x.dtype)[:, None]
             y = y.index_add(0, token, (x[token] @ a[expert].T) @ b[expert].T * gate)
@@ -29,14 +28,14 @@ def loop(layer: LoRAMoE) -> Forward:
     return forward
 
 
-def einsum(layer: LoRAMoE) -> Forward:
+def einsum(layer: Layer) -> Forward:
     """All experts' outputs, then their weighted sum (PEFT's arrow)."""
 
     def forward(x: Tensor) -> Tensor:
-        g = gates(router_logits(x, layer.routers, rows_of(layer, x)), layer.config.gating).to(x.dtype)
+        g = gates(router_logits(x, layer.routers, rows_of(layer, x)), config_of(layer).gating).to(x.dtype)
         a, b = experts_of(layer, x.dtype)
         outputs = torch.einsum("tnr,nor->tno", torch.einsum("td,nrd->tnr", x, a), b)
-        return layer.base(x) + torch.einsum("tno,tn->to", outputs, g)
+        return base_of(layer)(x) + torch.einsum("tno,tn->to", outputs, g)
 
     return forward
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.peers.base import Forward, Peer, experts_of, pad_rank, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, pad_rank, select
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows sorted by expert (M, K), weights (N, K, J), ends (N,)
 
 
-def sorted_experts(product: Product, layer: LoRAMoE) -> Forward:
+def sorted_experts(product: Product, layer: Layer) -> Forward:
     """Gather the tokens expert by expert, shrink, weigh by the gates, expand, and add back."""
 
     def forward(x: Tensor) -> Tensor:
@@ -22,9 +21,9 @@ def sorted_experts(product: Product, layer: LoRAMoE) -> Forward:
         a, b = pad_rank(*experts_of(layer, x.dtype), multiple=8)
         order = active.flatten().argsort(stable=True)
         token = order // active.shape[1]
-        ends = torch.bincount(active.flatten(), minlength=layer.config.experts).cumsum(0).to(torch.int32)
+        ends = torch.bincount(active.flatten(), minlength=config_of(layer).experts).cumsum(0).to(torch.int32)
         hidden = product(x[token], a.transpose(1, 2), ends) * weights.flatten()[order].to(x.dtype)[:, None]
-        return layer.base(x).index_add(0, token, product(hidden, b.transpose(1, 2), ends))
+        return base_of(layer)(x).index_add(0, token, product(hidden, b.transpose(1, 2), ends))
 
     return forward
 

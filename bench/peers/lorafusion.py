@@ -6,34 +6,31 @@ It adapts a single linear layer, so all N r ranks form one LoRA on fc1.
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.peers.base import Forward, Peer
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer
 
 
-def _weights(layer: LoRAMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, d) and B (4d, R), the layer's B repeated four times."""
     b = layer.lora_B.to(x.dtype)
-    return layer.lora_A.to(x.dtype), b.repeat(len(layer.base.get_parameter("fc1.weight")) // len(b), 1)
+    return layer.lora_A.to(x.dtype), b.repeat(len(layer.fc1.weight) // len(b), 1)
 
 
-def lorafusion(layer: LoRAMoE) -> Forward:
+def lorafusion(layer: Layer) -> Forward:
     def forward(x: Tensor) -> Tensor:
         from lorafusion.ops.lora_v1 import FusedLinearLoRA
 
-        weight, bias = layer.base.get_parameter("fc1.weight"), layer.base.get_parameter("fc1.bias")
-        hidden = FusedLinearLoRA.apply(x, weight, *_weights(layer, x), 1.0, 0.0, 0, bias)
-        return layer.base.get_submodule("fc2")(F.gelu(hidden))
+        hidden = FusedLinearLoRA.apply(x, layer.fc1.weight, *_weights(layer, x), 1.0, 0.0, 0, layer.fc1.bias)
+        return layer.fc2(F.gelu(hidden))
 
     return forward
 
 
-def lora_beside_fc1(layer: LoRAMoE) -> Forward:
+def lora_beside_fc1(layer: Layer) -> Forward:
     """The function that :func:`lorafusion` must equal."""
 
     def forward(x: Tensor) -> Tensor:
         a, b = _weights(layer, x)
-        fc1, fc2 = layer.base.get_submodule("fc1"), layer.base.get_submodule("fc2")
-        return fc2(F.gelu(fc1(x) + (x @ a.T) @ b.T))
+        return layer.fc2(F.gelu(layer.fc1(x) + (x @ a.T) @ b.T))
 
     return forward
 

@@ -2,20 +2,20 @@
 
 from torch import Tensor
 
-from bench.peers.base import Forward, Peer, experts_of, select
-from fastmoe_lora import LoRAMoE
+from bench.peers.base import Forward, Layer, Peer, base_of, config_of, experts_of, select
 
 
-def scattermoe(layer: LoRAMoE) -> Forward:
+def scattermoe(layer: Layer) -> Forward:
     def forward(x: Tensor) -> Tensor:
         from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
         active, weights = select(layer, x)
         a, b = experts_of(layer, x.dtype)
-        sorting = flatten_sort_count(active, num_experts=layer.config.experts)
+        sorting = flatten_sort_count(active, num_experts=config_of(layer).experts)
         hidden = parallel_linear(x, a.transpose(1, 2), active.shape[1], *sorting, grouped_out=True)
         gates = weights.to(x.dtype)
-        return layer.base(x) + parallel_linear(hidden, b.transpose(1, 2), 1, *sorting, gates=gates, grouped_in=True)
+        output = parallel_linear(hidden, b.transpose(1, 2), 1, *sorting, gates=gates, grouped_in=True)
+        return base_of(layer)(x) + output
 
     return forward
 

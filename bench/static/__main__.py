@@ -16,7 +16,6 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from kernels.ffn import ALGORITHMS
 from tqdm import tqdm
 
 from bench.aot import DTYPES, compiled
@@ -27,6 +26,8 @@ from bench.options import Parser, finish, keep, names, pools
 from bench.static import budget, large, table
 from bench.static.ffn import adapted, frozen
 from bench.static.model import TARGET, cost
+from kernels.custom_ops import ALGORITHMS
+from kernels.experts.custom_ops import ALGORITHMS as LARGE
 
 POOLS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 KERNELS = {
@@ -35,7 +36,6 @@ KERNELS = {
     **dict.fromkeys(GROUPED_LAUNCHES, GROUPED_POOLS),
 }  # pools by kernel
 TOKENS, TASKS = (40_960, 7_880), 5
-WAYS = (*ALGORITHMS, "columns stacked")
 HALF = ("bf16", "fp16")  # the types of the assumed rates of cuBLAS
 
 
@@ -57,7 +57,7 @@ def model_kernels(kernels: list[str], pools: list[str], dtypes: list[str], token
 def model_ratios(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[dict]:
     rows = []
     halves = [dtype for dtype in dtypes if dtype in HALF]
-    combinations = list(product(tokens, pools or POOLS, halves, WAYS))
+    combinations = list(product(tokens, pools or POOLS, halves, ALGORITHMS))
     for n, pool, dtype, algorithm in tqdm(combinations, "ratios", leave=False):
         setting = {"pool": pool, "dtype": dtype, "tokens": n, "algorithm": algorithm}
         rows += table.ratio_rows(setting, adapted(pool, dtype, n, TASKS, algorithm), frozen(dtype, n))
@@ -69,7 +69,7 @@ def model_large(pools: list[str], dtypes: list[str], tokens: list[int]) -> list[
     halves = [dtype for dtype in dtypes if dtype in HALF]
     combinations = list(product(tokens, [pool for pool in large.POOLS if pool in (pools or large.POOLS)], halves))
     for n, pool, dtype in tqdm(combinations, "large pools", leave=False):
-        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in large.ALGORITHMS}
+        both = {name: large.passes(pool, dtype, n, TASKS, name) for name in LARGE}
         rows += [large.row({"pool": pool, "dtype": dtype, "tokens": n}, gpu, both) for gpu in table.GPUS]
     return rows
 

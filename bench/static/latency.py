@@ -1,14 +1,15 @@
 """Clocks that one warp takes alone, from the stalls and scoreboards in its encoding and from assumed latencies.
 
-Asynchronous copies and warpgroup MMAs finish in groups, in order. Loops run for their trip counts; forward branches
-are not taken.
+Asynchronous copies and warpgroup MMAs finish in groups, in order. Loops run for their trip counts; a branch forward is
+taken only over what is left out.
 """
 
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 
 from bench.static.constants import LATENCIES
-from bench.static.sass import Code, Instruction
+from bench.static.sass import Branch, Code, Instruction
 
 BARRIER, READ, PRODUCT_START, PRODUCT_END = 15, 15, 20, 15  # clocks
 
@@ -66,8 +67,8 @@ def _kept(i: Instruction, board: str) -> int:
     return int(found[1], 16) if found else 0
 
 
-def clocks(code: Code, trips: list[int]) -> float:
-    """Clocks of one warp; ``trips`` are the trip counts of ``code.loops``."""
+def clocks(code: Code, trips: list[int], left_out: Sequence[Branch] = ()) -> float:
+    """Clocks of one warp that skips ``left_out``; ``trips`` are the trip counts of ``code.loops``."""
     addresses = [i.address for i in code.instructions]
     total = dict(zip((loop.last for loop in code.loops), trips, strict=True))
     first = {loop.last: bisect_left(addresses, loop.first) for loop in code.loops}
@@ -75,8 +76,10 @@ def clocks(code: Code, trips: list[int]) -> float:
     warp, n = Warp(), 0
     while n < len(code.instructions):
         i = code.instructions[n]
-        warp.execute(i)
         n += 1
+        if any(branch.first <= i.address < branch.end for branch in left_out):
+            continue
+        warp.execute(i)
         if i.name == "EXIT" and not i.text.startswith("@"):
             break
         if i.address in left:

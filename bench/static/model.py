@@ -1,8 +1,8 @@
 """What one launch costs on an H100 and an H200, modelled from its compiled code. Nothing is timed.
 
 Instructions are counted in the machine code and multiplied by the trip counts of their loops, the warps of a program
-and the programs. Each unit of a multiprocessor then needs a least time, and the longest of these binds. Where a
-multiprocessor has few programs at once, their latency is not hidden and may bind instead.
+and the programs that take their branch. Each unit of a multiprocessor then needs a least time, and the longest of these
+binds. Where a multiprocessor has few programs at once, their latency is not hidden and may bind instead.
 """
 
 import warnings
@@ -40,9 +40,9 @@ class Cost:
     constants: Constants = CONSTANTS
 
     @property
-    def instructions(self) -> float:
+    def instructions(self) -> int:
         """Warp instructions of all programs."""
-        return self.per_warp["issue"] * self.warps * self.programs
+        return round(self.per_warp["issue"] * self.warps * self.programs)
 
     @property
     def streams(self) -> bool:
@@ -156,12 +156,29 @@ def loop_trips(code: sass.Code, source: ttir.Code) -> list[int]:
     return found
 
 
-def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
-    """Per warp: all instructions (``issue``), those of each unit, wavefronts, clocks and operations of tensor cores.
-    Predicated instructions count in full."""
+Ways = list[tuple[list[sass.Branch], int]]  # what programs skip, and how many programs skip it
+
+
+def ways(code: sass.Code, source: ttir.Code) -> Ways:
+    """The ways through the kernel's branches, which are found by the lines of their ``if`` statements. If not all are
+    found in the source's order, every program counts as if it took all of them, with a warning."""
+    lines = [branch.line for branch in source.branches]
+    found = [branch for branch in code.branches if branch.line in lines]
+    if [branch.line for branch in found] != lines:
+        warnings.warn("the compiler changed the branches: every program counts as if it took all", stacklevel=2)
+        return [([], source.programs)]
+    return [
+        ([branch for branch, taken in zip(found, way, strict=True) if not taken], n) for way, n in source.ways.items()
+    ]
+
+
+def count(code: sass.Code, trips: list[int], through: Ways) -> dict[str, float]:
+    """Per warp, on average: all instructions (``issue``), those of each unit, wavefronts, clocks and operations of
+    tensor cores. Predicated instructions count in full."""
     total: dict[str, float] = defaultdict(float)
+    programs = sum(n for _, n in through)
     for i in code.instructions:
-        rounds = 1
+        rounds = sum(n for skipped, n in through if not any(b.first <= i.address < b.end for b in skipped))
         for loop, n in zip(code.loops, trips, strict=True):
             if loop.first <= i.address <= loop.last:
                 rounds *= n
@@ -170,7 +187,7 @@ def count(code: sass.Code, trips: list[int]) -> dict[str, float]:
         total["wavefronts"] += rounds * i.wavefronts
         total["tensor_clocks"] += rounds * i.tensor_clocks
         total["operations"] += rounds * i.operations
-    return dict(total)
+    return {unit: n / programs for unit, n in total.items()}
 
 
 @cache
@@ -186,7 +203,8 @@ def cost(launch: Launch) -> Cost:
     if any(i.name == "USETMAXREG" for i in code.instructions):
         warnings.warn("warps are specialised: every warp is counted as if it executed all of them", stacklevel=2)
     trips = loop_trips(code, source)
-    per_warp, flops = count(code, trips), source.flops()
+    through = ways(code, source)
+    per_warp, flops = count(code, trips, through), source.flops()
     found = per_warp["operations"] * launch.binary.metadata.num_warps * source.programs
     if 0 < found < flops:  # a loop was missed; operations are known of HGMMA only
         warnings.warn(f"the machine code has {found / flops:.0%} of the source's products", stacklevel=2)
@@ -197,7 +215,7 @@ def cost(launch: Launch) -> Cost:
         registers,
         launch.binary.metadata.shared,
         per_warp,
-        latency.clocks(code, trips),
+        max(latency.clocks(code, trips, skipped) for skipped, _ in through),
         *source.traffic(),
         flops,
         source.product(),

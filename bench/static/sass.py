@@ -5,7 +5,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
+from itertools import pairwise
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ class Loop:
     line: tuple[str, int] | None
 
 
+@dataclass(frozen=True)
+class Branch:
+    """The instructions from address ``first`` to before ``end``, which a branch forward or an exit may skip; ``line``
+    is that of the source's ``if``."""
+
+    first: int
+    end: float
+    line: tuple[str, int] | None
+
+
 @dataclass
 class Code:
     """A kernel's instructions in order, and the addresses of its labels."""
@@ -135,6 +146,16 @@ class Code:
             if start is not None and start < i.address:
                 found[start] = Loop(start, i.address, i.line)  # the last branch back to a label ends its loop
         return sorted(found.values(), key=lambda loop: (loop.first, -loop.last))
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """In order of address."""
+        found = []
+        for i, following in pairwise(self.instructions):
+            if i.text.startswith("@") and i.name in ("BRA", "EXIT"):
+                end = self.labels.get(i.target or "", 0) if i.name == "BRA" else inf
+                found += [Branch(following.address, end, i.line)] if end > i.address else []
+        return found
 
 
 def parse(text: str) -> Code:

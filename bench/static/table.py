@@ -7,8 +7,8 @@ import triton
 from bench.aot import Launch
 from bench.static.constants import CONSTANTS, RATES
 from bench.static.ffn import Passes, ratios
-from bench.static.large import ALGORITHMS
 from bench.static.model import TARGET, Cost
+from kernels.experts.custom_ops import ALGORITHMS
 from train.output.tables import format_table
 
 GPUS = tuple(CONSTANTS.dram)

@@ -1,13 +1,15 @@
-"""Reads the Triton IR of a launch: trip counts of its loops, the bytes it moves, its matrix products.
+"""Reads the Triton IR of a launch: trip counts of its loops, ways through its branches, bytes, matrix products.
 
-Loop bounds are computed from the launch's arguments for program (0, 0, 0). No other program has longer
-loops.
+Loop bounds are computed from the launch's arguments for program (0, 0, 0); no other program has longer loops. The
+conditions of branches are computed for every program of the grid's first axis.
 """
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -28,6 +30,7 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "minui": min,
     "maxsi": max,
     "maxui": max,
+    "andi": operator.and_,
 }
 COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "sgt": operator.gt, "sge": operator.ge, "slt": operator.lt,
                "sle": operator.le}  # fmt: skip
@@ -43,8 +46,20 @@ class Loop:
     """``for``: its first value, end and step by name, the loops around it and the (file, line) of its statement."""
 
     bounds: tuple[str, str, str]
-    around: tuple["Loop", ...]
+    around: tuple["Block", ...]
     line: tuple[str, int] | None = None
+
+
+@dataclass
+class Branch:
+    """``if`` without else: its condition by name, its place among the kernel's branches, its (file, line)."""
+
+    condition: str
+    index: int
+    line: tuple[str, int] | None = None
+
+
+Block = Loop | Branch
 
 
 @dataclass
@@ -55,7 +70,7 @@ class Operation:
     name: str
     operands: list[str]
     text: str
-    around: tuple[Loop, ...]
+    around: tuple[Block, ...]
 
 
 @dataclass
@@ -66,49 +81,56 @@ class Code:
     operations: list[Operation] = field(default_factory=list)
     results: dict[str, Operation] = field(default_factory=dict)
     loops: list[Loop] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
 
     @property
     def programs(self) -> int:
         return prod(self.launch.grid)
 
-    def value(self, name: str) -> int:
-        """The value of an integer in program (0, 0, 0), in the first iteration of its loops."""
+    def value(self, name: str, program: int = 0) -> int:
+        """The value of an integer in program (``program``, 0, 0), in the first iteration of its loops."""
         if name in self.launch.arguments:
             return self.launch.arguments[name]
         operation = self.results.get(name)
         if operation is None:
             raise Unknown(f"nothing is known of {name}")
-        return self._compute(operation)
+        return self._compute(operation, program)
 
-    def _compute(self, operation: Operation) -> int:
-        name = operation.name.partition(".")[2]
+    def _compute(self, operation: Operation, program: int) -> int:
+        name, given = operation.name.partition(".")[2], operation.operands
+
+        def values() -> list[int]:
+            return [self.value(operand, program) for operand in given[:2]]
+
         if name == "constant":
             return int(find(r"constant (-?\d+)", operation.text)[1])
         if name == "get_program_id":
-            return 0
+            return program if find(r"get_program_id ([xyz])", operation.text)[1] == "x" else 0
         if name == "get_num_programs":
             axis = "xyz".index(find(r"get_num_programs ([xyz])", operation.text)[1])
             return (*self.launch.grid, 1, 1)[axis]
         if name == "cmpi":
-            return int(COMPARISONS[find(r"cmpi (\w+)", operation.text)[1]](*map(self.value, operation.operands[:2])))
+            return int(COMPARISONS[find(r"cmpi (\w+)", operation.text)[1]](*values()))
+        if name == "select":
+            return self.value(given[1 if self.value(given[0], program) else 2], program)
         if name == "load":
-            if len(operation.operands) == 3 and not self.value(operation.operands[1]):
-                return self.value(operation.operands[2])
-            tensor, place = self.address(operation.operands[0])
+            if len(given) == 3 and not self.value(given[1], program):
+                return self.value(given[2], program)
+            tensor, place = self.address(given[0], program)
             return int(tensor.flatten()[place])
         if name in SAME_VALUE:
-            return self.value(operation.operands[0])
+            return self.value(given[0], program)
         if name in ARITHMETIC:
-            return ARITHMETIC[name](*map(self.value, operation.operands[:2]))
+            return ARITHMETIC[name](*values())
         raise Unknown(f"no rule for {operation.text.strip()}")
 
-    def address(self, name: str) -> tuple[torch.Tensor, int]:
+    def address(self, name: str, program: int = 0) -> tuple[torch.Tensor, int]:
         """(tensor, element) that a scalar pointer points to."""
         if name in self.launch.arguments:
             return self.launch.arguments[name], 0
         base, offset = self.results[name].operands
-        tensor, place = self.address(base)
-        return tensor, place + self.value(offset)
+        tensor, place = self.address(base, program)
+        return tensor, place + self.value(offset, program)
 
     def argument(self, name: str) -> str:
         """The launch's argument behind a pointer, a tile of pointers or a tensor descriptor."""
@@ -122,16 +144,25 @@ class Code:
         first, end, step = map(self.value, loop.bounds)
         return max(0, -(-(end - first) // step))
 
-    def rounds(self, around: tuple[Loop, ...]) -> int:
-        """How often a program executes the body of these loops."""
-        return prod(map(self.trips, around))
+    @cached_property
+    def ways(self) -> Counter[tuple[bool, ...]]:
+        """How many programs take which of the branches."""
+        conditions = [branch.condition for branch in self.branches]
+        along = self.launch.grid[0] if conditions else 1
+        found = Counter(tuple(bool(self.value(name, n)) for name in conditions) for n in range(along))
+        return Counter({way: count * self.programs // along for way, count in found.items()})
 
-    def executions(self, around: tuple[Loop, ...]) -> int:
-        """How often all programs together execute what stands in these loops."""
-        dealt = [loop for loop in around if self.is_dealt(loop)]
-        if not dealt:
-            return self.programs * self.rounds(around)
-        return self.value(dealt[0].bounds[1]) * self.rounds(tuple(loop for loop in around if loop not in dealt))
+    def rounds(self, around: tuple[Block, ...]) -> int:
+        """How often a program that enters these loops executes their body."""
+        return prod(self.trips(block) for block in around if isinstance(block, Loop))
+
+    def executions(self, around: tuple[Block, ...]) -> int:
+        """How often all programs together execute what stands in these loops and branches."""
+        dealt = [block for block in around if isinstance(block, Loop) and self.is_dealt(block)]
+        if dealt:
+            return self.value(dealt[0].bounds[1]) * self.rounds(tuple(loop for loop in around if loop not in dealt))
+        taken = [block.index for block in around if isinstance(block, Branch)]
+        return self.rounds(around) * sum(count for way, count in self.ways.items() if all(way[i] for i in taken))
 
     def is_dealt(self, loop: Loop) -> bool:
         """Whether a persistent grid shares out the loop's rounds: from the program's number, in steps of the grid."""
@@ -230,11 +261,11 @@ class _Parser:
     def __init__(self, code: Code) -> None:
         self.code = code
         self.locations: dict[str, str] = {}
-        self.blocks: list[Loop | None] = []
+        self.blocks: list[Block | None] = []
         self.names: list[dict[str, str]] = [{}]
 
     @property
-    def around(self) -> tuple[Loop, ...]:
+    def around(self) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block)
 
     def known(self, name: str) -> str:
@@ -247,12 +278,17 @@ class _Parser:
 
     def read(self, row: str) -> None:
         if row.startswith("}") and self.blocks:
-            loop = self.blocks.pop()
+            block = self.blocks.pop()
             self.names.pop()
-            if loop and (place := re.search(r"loc\((#loc\d*)\)$", row)):
-                loop.line = _line(place[1], self.locations)
+            if block and (place := re.search(r"loc\((#loc\d*)\)$", row)):
+                block.line = _line(place[1], self.locations)
         if found := re.match(r"(?:%[\w:]+ = )?scf\.for %(\w+) = %(\w+) to %(\w+) step %(\w+)(.*)\{$", row):
             self.open_loop(*found.groups())
+        elif found := re.match(r"(?:%[\w:]+ = )?scf\.if %([\w#]+)", row):
+            branch = Branch(self.known(found[1]), len(self.code.branches))
+            self.code.branches.append(branch)
+            self.blocks.append(branch)
+            self.names.append(dict(self.names[-1]))
         elif row.endswith(("{", "({")):
             self.blocks.append(None)
             self.names.append(dict(self.names[-1]))

@@ -79,7 +79,7 @@ def route(z: Tensor, segments: TaskSegments, pool: Pool) -> tuple[Tensor, Tensor
     g, means = z.new_empty(readers, tokens, pool.experts), z.new_empty(readers, segments.tasks, blocks, columns)
     route_kernel[(blocks, readers)](
         z, segments.offsets, g, means, segments.length, tokens, pool.gating.k,
-        N=pool.experts, C=columns, NP=pool.padded, TASKS=segments.tasks, **pool.gate_constants(), **options,
+        N=pool.experts, C=columns, NP=pool.padded, TASKS=segments.tasks, **pool.gate_constants, **options,
     )  # fmt: skip
     return g, means.sum(2)
 

@@ -8,7 +8,7 @@ import triton
 
 from bench import counted, layers
 from bench.peers import PEERS
-from bench.peers.base import Peer
+from bench.peers.base import Peer, base_of
 
 RESULTS = Path(counted.__file__).parent / "results" / "counted.json"
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts in Triton's interpreter")
@@ -50,7 +50,7 @@ def test_of_large_pools_our_sorted_path_adds_fewer_bytes_than_the_sorted_peers(c
 def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
     monkeypatch.setattr(counted, "WIDTH", 32)
     monkeypatch.setattr(counted, "TOKENS", (20, 40))
-    frozen = Peer("frozen", lambda layer: layer.base, reference=lambda layer: layer.base)
+    frozen = Peer("frozen", base_of, reference=base_of)
     assert counted.measure("16/3/1/4", frozen) == {
         "config": "16/3/1/4",
         "subject": "frozen",
@@ -62,7 +62,7 @@ def test_the_frozen_ffn_itself_adds_nothing(monkeypatch):
 def test_a_copy_of_the_tokens_is_seen(monkeypatch):
     monkeypatch.setattr(counted, "WIDTH", 32)
     monkeypatch.setattr(counted, "TOKENS", (20, 40))
-    copying = Peer("copying", lambda layer: lambda x: layer.base(x.clone()), reference=lambda layer: layer.base)
+    copying = Peer("copying", lambda layer: lambda x: base_of(layer)(x.clone()), reference=base_of)
     row = counted.measure("16/3/1/4", copying)
     assert row["launches"] == [1, 0] and row["bytes_per_token"] == [2 * 32 * 2, 0.0]  # read and written, in fp16
 

@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from kernels.ffn import ALGORITHMS
 
 from bench import bench_layer
+from kernels.custom_ops import ALGORITHMS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.sh"
 

@@ -6,7 +6,7 @@ import triton
 
 from bench import algorithms, layers
 from bench.peers import PEERS
-from bench.peers.base import Peer, experts_of, select
+from bench.peers.base import Peer, base_of, config_of, experts_of, rows_of, select
 from bench.peers.grouped import sorted_experts
 from kernels import reference
 
@@ -40,22 +40,22 @@ def test_selected_experts_and_gates_are_the_reference_s(config):
     problem = layers.Problem(shape(config))
     layer, x = problem.layer, problem.x[0]
     active, weights = select(layer, x)
-    z = reference.router_logits(x, layer.routers, layer.routing.segments(len(x), x.device))
-    expected = reference.gates(z, layer.config.gating)
+    z = reference.router_logits(x, layer.routers, rows_of(layer, x))
+    expected = reference.gates(z, config_of(layer).gating)
     torch.testing.assert_close(torch.zeros_like(expected).scatter(1, active, weights), expected)
 
 
 def _no_gates(layer):
     a, b = experts_of(layer, torch.float32)
-    return lambda x: layer.base(x) + torch.einsum("td,nrd,nor->to", x, a, b)
+    return lambda x: base_of(layer)(x) + torch.einsum("td,nrd,nor->to", x, a, b)
 
 
 def _no_router_gradient(layer):
     def forward(x):
         active, weights = select(layer, x)
-        dense = torch.zeros(len(x), layer.config.experts, device=x.device).scatter(1, active, weights.detach())
+        dense = torch.zeros(len(x), config_of(layer).experts, device=x.device).scatter(1, active, weights.detach())
         a, b = experts_of(layer, torch.float32)
-        return layer.base(x) + torch.einsum("td,nrd,nor,tn->to", x, a, b, dense)
+        return base_of(layer)(x) + torch.einsum("td,nrd,nor,tn->to", x, a, b, dense)
 
     return forward
 

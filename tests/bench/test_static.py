@@ -13,7 +13,7 @@ import torch
 
 from bench.aot import Launch
 from bench.static import budget, ffn, large, latency, model, sass, table, ttir
-from bench.static.__main__ import KERNELS, WAYS
+from bench.static.__main__ import ALGORITHMS, KERNELS, LARGE
 from bench.static.constants import CONSTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +100,44 @@ class TestSass:
         assert sass.Instruction(0, "FADD R1, R1, R2").operations == 0
 
 
+# Two branches of a kernel, each of which a program may skip; the second ends the kernel.
+BRANCHED_SASS = (
+    "MOV R1, R2", "@P0 BRA `(.L_x_0)", "FADD R1, R1, R2", "FADD R1, R1, R2", ".L_x_0:", "MOV R1, R2", "@P1 EXIT",
+    "LDG.E R4, [R2]", "EXIT",
+)  # fmt: skip
+
+
+@pytest.fixture
+def branched_code():
+    """Instructions at 0, 16, .., all of line 4."""
+    lines, place = ['//## File "/some/where/kernel.py", line 4'], 0
+    for row in BRANCHED_SASS:
+        lines.append(row if row.startswith(".") else f"        /*{16 * place:04x}*/ {row} ;")
+        place += not row.startswith(".")
+    return sass.parse("\n".join(lines))
+
+
+class TestBranches:
+    def test_a_branch_forward_and_an_exit_skip_what_follows(self, branched_code):
+        found = [(branch.first, branch.end, branch.line) for branch in branched_code.branches]
+        assert found == [(0x20, 0x40, ("kernel.py", 4)), (0x60, float("inf"), ("kernel.py", 4))]
+
+    def test_instructions_count_for_the_programs_that_execute_them(self, branched_code, branched):
+        found = model.count(branched_code, [], model.ways(branched_code, branched))
+        assert found["issue"] == 4 + (4 * 2 + 8 * 2) / 14  # two FADDs in 4 of 14 programs, LDG and EXIT in 8
+        assert (found["fma"], found["lsu"]) == (2 * 4 / 14, 8 / 14)
+
+    def test_a_warp_alone_skips_too(self, branched_code):
+        first, last = branched_code.branches
+        assert latency.clocks(branched_code, []) == 8 and latency.clocks(branched_code, [], [first]) == 6
+        assert latency.clocks(branched_code, [], [first, last]) == 4
+
+    def test_branches_that_the_compiler_changed_are_told_and_count_as_taken(self, branched_code, branched):
+        code = sass.Code(branched_code.instructions[3:], branched_code.labels)
+        with pytest.warns(UserWarning, match="the compiler changed the branches"):
+            assert model.ways(code, branched) == [([], 14)]
+
+
 class TestLatency:
     def test_a_result_is_waited_for_in_every_round(self):
         # LDC stalls 1; each round is LDG (1, then its 650 are waited for), FADD 2, BRA 5; EXIT 5.
@@ -169,7 +207,40 @@ def source():
     return ttir.parse(TTIR, Launch(None, (2, 3), arguments))
 
 
+BRANCHES = """#loc1 = loc(unknown)
+#loc2 = loc("/some/where/kernel.py":4:1)
+    %c2_i32 = arith.constant 2 : i32 loc(#loc1)
+    %c6_i32 = arith.constant 6 : i32 loc(#loc1)
+    %0 = tt.get_program_id x : i32 loc(#loc1)
+    %1 = arith.cmpi slt, %0, %c2_i32 : i32 loc(#loc1)
+    scf.if %1 {
+      %2 = tt.splat %x : !tt.ptr<bf16> -> tensor<32x64x!tt.ptr<bf16>> loc(#loc1)
+      %3 = tt.load %2 : tensor<32x64x!tt.ptr<bf16>> loc(#loc1)
+      %4 = arith.cmpi sgt, %0, %c2_i32 : i32 loc(#loc1)
+    } loc(#loc2)
+    %5 = arith.cmpi sge, %0, %c2_i32 : i32 loc(#loc1)
+    %6 = arith.cmpi slt, %0, %c6_i32 : i32 loc(#loc1)
+    %7 = arith.andi %5, %6 : i1 loc(#loc1)
+    scf.if %7 {
+      %8 = tt.splat %x : !tt.ptr<bf16> -> tensor<16x!tt.ptr<bf16>> loc(#loc1)
+      tt.store %8, %8 : tensor<16x!tt.ptr<bf16>> loc(#loc1)
+    } loc(#loc2)
+"""
+
+
+@pytest.fixture
+def branched():
+    """BRANCHES in seven programs by two: the first two take one branch, the next four the other, the last none."""
+    arguments = {"x": torch.empty(500, 64, dtype=torch.bfloat16, device="meta")}
+    return ttir.parse(BRANCHES, Launch(None, (7, 2), arguments))
+
+
 class TestTtir:
+    def test_programs_are_counted_by_the_branches_that_they_take(self, branched):
+        assert branched.ways == {(True, False): 4, (False, True): 8, (False, False): 2}
+        assert [branch.line for branch in branched.branches] == [("kernel.py", 4)] * 2
+        assert branched.traffic()[1] == 4 * 32 * 64 * 2 + 8 * 16 * 2
+
     def test_trips_follow_from_arguments_and_offsets(self, source):
         assert [source.trips(loop) for loop in source.loops] == [2, 3]  # 100 / 64 and (45 - 5) / 16, rounded up
 
@@ -275,7 +346,7 @@ class TestModel:
 
     def test_instructions_are_multiplied_by_the_trips_of_their_loops(self):
         code = sass.parse(SASS)
-        found = model.count(code, [10])
+        found = model.count(code, [10], [([], 1)])
         assert found["issue"] == 1 + 3 * 10 + 1
         assert (found["lsu"], found["fma"], found["control"], found["wavefronts"]) == (10, 10, 12, 40)
 
@@ -400,7 +471,7 @@ class TestLargePools:
         rows = json.loads((ROOT / "bench" / "results" / "static.json").read_text())["large"]
         settings = {(row["pool"], row["dtype"], row["tokens"], row["gpu"]) for row in rows}
         assert settings == set(product(large.POOLS, ("bf16", "fp16"), (40_960, 7_880), ("H100", "H200")))
-        assert all(row[name][way] > 0 for row in rows for name in large.ALGORITHMS for way in ("forward", "backward"))
+        assert all(row[name][way] > 0 for row in rows for name in LARGE for way in ("forward", "backward"))
         assert {row["pool"]: row["rule"] for row in rows} == dict.fromkeys(large.POOLS, "dense")
 
     def test_sorted_experts_are_the_launches_of_kernels_grouped(self):
@@ -444,7 +515,7 @@ class TestCommand:
         # 768 columns by 128, the second and the third expert of each token
         assert list(row["loops"].values()) == [6, 2]
         ratios = {(r["gpu"], r["algorithm"]): r for r in results["ratios"]}
-        assert set(ratios) == set(product(("H100", "H200"), WAYS))
+        assert set(ratios) == set(product(("H100", "H200"), ALGORITHMS))
         for (gpu, algorithm), r in ratios.items():
             if algorithm == "fused":  # saves the passes of GELU, which the frozen FFN makes
                 for direction in ("forward", "both"):

@@ -43,13 +43,13 @@ def test_tuning_writes_the_fastest_tiles_of_the_architecture_and_leaves_the_defa
         return 1 / entries[str(min(limit for limit in map(int, entries) if columns <= limit))][1]
 
     monkeypatch.setattr(tune, "time_launch", time_launch)
-    times = {"columns": 2, "matmul": 3, "expand": 4, "fused": 5, "columns stacked": 1}
-    monkeypatch.setattr(tune, "time_algorithm", lambda name, tokens, device: times[name] if tokens > 10_000 else 1)
+    times = {"columns": {7_880: 5, 40_960: 2}, "fused": {7_880: 2, 40_960: 5}}
+    monkeypatch.setattr(tune, "time_algorithm", lambda name, tokens, device: times[name][tokens])
     default, row = json.dumps(tiles.TABLES["default"]), {}
     tune.tune_kernel("expand", row, torch.device("cpu"))
     tune.tune_ffn(row, torch.device("cpu"))
     assert {entry[1] for entry in row["expand"]["2"].values()} == {128}
-    assert row["ffn"]["large"] == "columns" and row["ffn"]["stacked"] is True
+    assert row["ffn"] == {"small": "fused", "large": "columns"}
     assert json.dumps(tiles.TABLES["default"]) == default
     changed = tune.difference({}, row)
     assert any(line.startswith("expand 2 512") and line.endswith("-> [64, 128, 4, 2]") for line in changed)
