@@ -94,12 +94,7 @@ class AdaptedFFN:
     def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
         assert segments.counts is not None
         self.t = make_tensors(pool, segments.counts, width, like)
-        self.adapters: tuple[Any, ...] = (
-            *_masters(self.t),
-            segments.offsets,
-            segments.length,
-            f"{pool.gating.text}/{algorithm}",
-        )
+        self.adapters = *_masters(self.t), segments.offsets, segments.length, f"{pool.gating.text}/{algorithm}"
 
     def forward(self) -> None:
         t = self.t
@@ -108,5 +103,4 @@ class AdaptedFFN:
     def backward(self) -> None:
         """After :meth:`forward`; x serves as dY."""
         t = self.t
-        given: list[Any] = [t["x"], t["dp"], t["x"], *self.saved, t["w1"], t["w2"], *self.adapters, True]
-        custom_ops.backward(*given)
+        custom_ops.backward(t["x"], t["dp"], t["x"], *self.saved, t["w1"], t["w2"], *self.adapters, True)
