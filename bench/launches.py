@@ -1,6 +1,7 @@
 """Every launch of kernels/ on random tensors, for programs that compile or time them one by one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,12 @@ class AdaptedFFN:
     def __init__(self, pool: Pool, segments: TaskSegments, width: int, like: Tensor, algorithm: str) -> None:
         assert segments.counts is not None
         self.t = make_tensors(pool, segments.counts, width, like)
-        self.adapters = *_masters(self.t), segments.offsets, segments.length, f"{pool.gating.text}/{algorithm}"
+        self.adapters: tuple[Any, ...] = (
+            *_masters(self.t),
+            segments.offsets,
+            segments.length,
+            f"{pool.gating.text}/{algorithm}",
+        )
 
     def forward(self) -> None:
         t = self.t
@@ -103,4 +109,5 @@ class AdaptedFFN:
     def backward(self) -> None:
         """After :meth:`forward`; x serves as dY."""
         t = self.t
-        custom_ops.backward(t["x"], t["dp"], t["x"], *self.saved, t["w1"], t["w2"], *self.adapters, True)
+        given: list[Any] = [t["x"], t["dp"], t["x"], *self.saved, t["w1"], t["w2"], *self.adapters, True]
+        custom_ops.backward(*given)
