@@ -159,8 +159,8 @@ class LoRAMoE:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        configs = [each.config for each in self.adapters.sets.values() if each.config]
-        own = "; ".join(f"{config}, gating={config.gating_name}" for config in configs)
+        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config and each.routing]
+        own = "; ".join(f"{config}, gating={config.gating_name}, tasks={routing.tasks}" for config, routing in sets)
         return f"{super().extra_repr()} experts={own}".strip()  # type: ignore[misc]
 
 
