@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad
 
-from fastmoe_lora import Routing, RoutingStatistics, mutual_information_loss
-from kernels import TaskSegments
-
-CPU = torch.device("cpu")
+from fastmoe_lora import Batch, Routing, RoutingStatistics, mutual_information_loss
+from kernels import UserError
 
 
 def random_probs(tasks: int, experts: int, seed: int = 0, sharpness: float = 2.0) -> Tensor:
@@ -96,14 +94,12 @@ class TestMutualInformationLoss:
         assert gradient.isfinite().all()
 
 
-def recorded(images: list[int], *layers: Tensor) -> Routing:
-    """A routing after a forward pass in which layer l had the mean probabilities ``layers[l]``."""
-    routing = Routing(len(images))
-    routing.assign(images)
-    segments = routing.segments(sum(images), CPU)
-    for layer, mean_probs in enumerate(layers):
-        routing.record(layer, torch.zeros(sum(images), mean_probs.shape[1]), mean_probs, segments)
-    return routing
+def recorded(images: list[int], *layers: Tensor) -> Batch:
+    """A batch after a forward pass in which layer l had the mean probabilities ``layers[l]``."""
+    with Routing(len(images)).batch(images) as batch:
+        for layer, mean_probs in enumerate(layers):
+            batch.record(layer, mean_probs)
+    return batch
 
 
 class TestRoutingMILoss:
@@ -122,19 +118,41 @@ class TestRoutingMILoss:
         mean_probs = random_probs(2, 6)
         assert torch.equal(recorded([7, 1], mean_probs).mi_loss(), recorded([1, 1], mean_probs).mi_loss())
 
-    def test_is_of_the_last_forward_pass(self):
+    def test_is_of_the_newest_batch(self):
         old, new = random_probs(2, 4, seed=1), random_probs(2, 4, seed=2)
-        routing = recorded([1, 1], old)
-        routing.record(0, torch.zeros(2, 4), new, routing.segments(2, CPU))
+        routing = Routing(2)
+        for probs in (old, new):
+            with routing.batch([1, 1]) as batch:
+                batch.record(0, probs)
         torch.testing.assert_close(routing.mi_loss(), naive_loss(new), rtol=1e-12, atol=1e-14)
 
     def test_keeps_no_graph_alive(self):
         mean_probs = random_probs(2, 4).requires_grad_() * 1
         alive = weakref.ref(mean_probs)
-        routing = recorded([1, 1], mean_probs)
-        routing.mi_loss()
+        batch = recorded([1, 1], mean_probs)
+        batch.mi_loss()
         del mean_probs
         assert alive() is None
+
+    @pytest.mark.parametrize(
+        ("layers", "fault"), [([], "saw no pass"), ([0, 0], "saw two passes"), ([0, 0, 1], "saw two passes")], ids=str
+    )
+    def test_of_no_pass_or_two_is_an_error(self, layers, fault):
+        with Routing(2).batch([1, 1]) as batch:
+            for layer in layers:
+                batch.record(layer, random_probs(2, 4))
+        with pytest.raises(UserError, match=rf"mi_loss\(\) {fault}.*: open routing.batch\(\) for each pass"):
+            batch.mi_loss()
+
+    def test_is_called_once(self):
+        batch = recorded([1, 1], random_probs(2, 4))
+        batch.mi_loss()
+        with pytest.raises(UserError, match="was called already"):
+            batch.mi_loss()
+
+    def test_without_any_batch_is_an_error(self):
+        with pytest.raises(UserError, match=r"mi_loss\(\) without a pass"):
+            Routing(2).mi_loss()
 
 
 BATCHES = [(3, 0, 5), (1, 0, 2), (4, 0, 4)]  # tokens per task: unequal, and task 1 never has any
@@ -158,7 +176,7 @@ class TestRoutingStatistics:
     def statistics(self, passes):
         statistics = RoutingStatistics()
         for layer, counts, gates in passes:
-            statistics.add(layer, gates, TaskSegments.of(counts, CPU))
+            statistics.add(layer, gates, counts)
         return statistics
 
     def test_equal_naive_counts_over_several_batches(self, passes, statistics):
@@ -185,111 +203,139 @@ class TestRoutingStatistics:
         assert mass[:, [0, 2], -1].lt(1).all()
 
     def test_layers_come_in_their_order_and_not_in_that_of_the_calls(self):
-        statistics, segments = RoutingStatistics(), TaskSegments.of((2,), CPU)
+        statistics = RoutingStatistics()
         for layer in (2, 0, 1):
-            statistics.add(layer, torch.full((2, 3), float(layer)), segments)
+            statistics.add(layer, torch.full((2, 3), float(layer)), (2,))
         assert statistics.compute()[0][:, 0, 0].tolist() == [0, 1, 2]
 
     def test_are_fed_by_the_routing_only_when_asked_for(self):
-        routing = recorded([1, 1])
-        gates, mean_probs, segments = torch.ones(2, 3), random_probs(2, 3), routing.segments(2, CPU)
-        routing.record(0, gates, mean_probs, segments)
-        routing.statistics = RoutingStatistics()
-        routing.record(0, 3 * gates, mean_probs, segments)
+        routing = Routing(2)
+        with routing.batch([1, 1]) as batch:
+            segments, _ = batch.segments(torch.zeros(2, 3))
+            gates, mean_probs = torch.ones(2, 3), random_probs(2, 3)
+            routing.record(batch, 0, mean_probs, gates, segments)
+            routing.statistics = RoutingStatistics()
+            routing.record(batch, 0, mean_probs, 3 * gates, segments)
         assert routing.statistics.compute()[0].eq(3).all()
 
     def test_hold_no_graph(self):
         gates = torch.ones(2, 3, requires_grad=True) * 1
         statistics = RoutingStatistics()
-        statistics.add(0, gates, TaskSegments.of((2,), CPU))
+        statistics.add(0, gates, (2,))
         assert not statistics.compute()[0].requires_grad
 
 
-class TestRoutingRows:
+def counts_in(batch: Batch, *shape: int) -> tuple[int, ...]:
+    """The rows of every task in an input of that shape and one channel."""
+    segments, _ = batch.segments(torch.zeros(*shape, 1))
+    assert segments.offsets.mul(segments.length).diff().tolist() == list(segments.counts)
+    return segments.counts
+
+
+class TestRowsOfABatch:
     @pytest.mark.parametrize(
         ("images", "tokens", "counts", "offsets"),
         [
-            ([1, 1], 10, (5, 5), [0, 5, 10]),
-            ([2, 0, 1], 9, (6, 0, 3), [0, 6, 6, 9]),
-            ([0, 8, 0], 8 * 197, (0, 8 * 197, 0), [0, 0, 8 * 197, 8 * 197]),
-            ([3], 3, (3,), [0, 3]),
+            ([1, 1], 5, (5, 5), [0, 1, 2]),
+            ([2, 0, 1], 3, (6, 0, 3), [0, 2, 2, 3]),
+            ([0, 8, 0], 197, (0, 8 * 197, 0), [0, 0, 8, 8]),
+            ([3], 1, (3,), [0, 3]),
         ],
         ids=str,
     )
     def test_every_image_has_equally_many_tokens(self, images, tokens, counts, offsets):
-        routing = Routing(len(images))
-        routing.assign(images)
-        segments = routing.segments(tokens, CPU)
+        with Routing(len(images)).batch(images) as batch:
+            segments, real = batch.segments(torch.zeros(sum(images), tokens, 2))
+        assert real is None
         assert segments.counts == counts
         assert segments.offsets.tolist() == offsets
+        assert segments.length == tokens
         assert segments.offsets.dtype == torch.int32
 
-    def test_follow_the_latest_assignment(self):
+    def test_an_image_may_be_a_grid(self):
+        with Routing(2).batch([1, 2]) as batch:
+            assert counts_in(batch, 3, 4, 5) == (20, 40)
+
+    def test_follow_the_open_batch(self):
         routing = Routing(2)
         for images, counts in [([1, 2], (2, 4)), ([2, 1], (4, 2))]:
-            routing.assign(images)
-            assert routing.segments(6, CPU).counts == counts
+            with routing.batch(images):
+                assert counts_in(routing.current(), 3, 2) == counts
 
-    def test_without_an_assignment_are_an_error(self):
-        with pytest.raises(ValueError, match=r"assign\(\)"):
-            Routing(2).segments(10, CPU)
-
-    def test_of_an_empty_assignment_are_an_error(self):
+    def test_after_an_inner_batch_the_outer_one_is_open_again(self):
         routing = Routing(2)
-        routing.assign([0, 0])
-        with pytest.raises(ValueError, match=r"0 images.*assign\(\)"):
-            routing.segments(10, CPU)
+        with routing.batch([1, 2]) as outer:
+            with routing.batch([2, 1]) as inner:
+                assert routing.current() is inner
+            assert routing.current() is outer
 
-    def test_of_tokens_that_do_not_divide_are_an_error(self):
+    def test_without_a_batch_are_an_error(self):
         routing = Routing(2)
-        routing.assign([2, 1])
-        with pytest.raises(ValueError, match="10 tokens do not divide among the assigned 3 images"):
-            routing.segments(10, CPU)
+        with routing.batch([1, 2]):
+            pass
+        with pytest.raises(UserError, match="a pass of 2 tasks outside `with routing.batch"):
+            routing.current()
 
-    def test_of_one_task_need_no_assignment(self):
+    def test_of_an_empty_batch_are_none(self):
+        with Routing(2).batch([0, 0]) as batch:
+            assert counts_in(batch, 0, 5) == (0, 0)
+
+    @pytest.mark.parametrize("shape", [(4, 5), (2, 5), (5, 3), (15,)], ids=str)
+    def test_of_an_input_whose_first_axis_is_not_the_images_are_an_error(self, shape):
+        """One image more or fewer, (L, B, C), rows without their images."""
+        with (
+            Routing(2).batch([2, 1]) as batch,
+            pytest.raises(UserError, match=r"an input of shape \(.*\) in a batch of 3: its first axis must be the images"),
+        ):
+            counts_in(batch, *shape)
+
+    def test_of_one_task_need_no_batch(self):
         routing = Routing(1)
-        assert [routing.segments(n, CPU).counts for n in (10, 7)] == [(10,), (7,)]
-        routing.assign([2])
-        assert routing.segments(7, CPU).counts == (7,)
+        assert routing.current() is None
+        with routing.batch([2]):
+            assert counts_in(routing.current(), 2, 7) == (14,)
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
     def test_count_what_a_mask_leaves(self, dtype):
         routing = Routing(3)
-        routing.assign([1, 0, 2], torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]).to(dtype))
-        assert routing.segments(9, CPU).counts == (2, 0, 2)
-        assert routing.real.tolist() == [0, 1, 7, 8]
-        routing.assign([1, 0, 2])  # the next batch has no padding
-        assert routing.segments(9, CPU).counts == (3, 0, 6)
-        assert routing.real is None
+        mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]).to(dtype)
+        with routing.batch([1, 0, 2], mask) as batch:
+            assert counts_in(batch, 3, 3) == (2, 0, 2)
+            assert counts_in(batch, 9) == (2, 0, 2)
+            assert batch.segments(torch.zeros(3, 3, 1))[1].tolist() == [0, 1, 7, 8]
+            assert counts_in(batch, 3, 1) == (1, 0, 2)  # generate() goes on with one real token for each sequence
+            with pytest.raises(UserError, match="6 tokens, but the batch was opened for 9"):
+                counts_in(batch, 3, 2)
+        with routing.batch([1, 0, 2]) as batch:  # the next batch has no padding
+            assert counts_in(batch, 3, 3) == (3, 0, 6)
 
     def test_may_be_given_in_tokens(self):
-        routing = Routing(2)
-        routing.assign_tokens([7, 3])
-        assert routing.segments(10, CPU).counts == (7, 3)
-
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_of_another_pass_than_the_assigned_one_are_an_error(self, masked):
-        routing = Routing(2)
-        if masked:
-            routing.assign([1, 2], torch.ones(3, 3, dtype=torch.bool))
-        else:
-            routing.assign_tokens([6, 3])
-        with pytest.raises(ValueError, match=r"10 tokens, but 9 are assigned: call assign\(\)"):
-            routing.segments(10, CPU)
+        with Routing(2).batch_tokens([7, 3]) as batch:
+            assert counts_in(batch, 1, 10) == counts_in(batch, 10) == (7, 3)
+            with pytest.raises(UserError, match="9 tokens, but the batch was opened for 10"):
+                counts_in(batch, 1, 9)
 
     def test_a_mask_of_another_batch_is_an_error(self):
-        with pytest.raises(ValueError, match=r"mask of shape \(2, 4\) for 3 images"):
-            Routing(2).assign([2, 1], torch.ones(2, 4))
+        with pytest.raises(UserError, match=r"mask of shape \(2, 4\) for 3 images"):
+            Routing(2).batch([2, 1], torch.ones(2, 4))
 
     def test_a_task_that_has_only_padding_is_absent_from_the_mutual_information(self):
         mean_probs = random_probs(3, 4)
         mean_probs[1] = 0
-        routing = Routing(3)
-        routing.assign([1, 1, 1], torch.tensor([[1, 1], [0, 0], [1, 0]]))
-        routing.record(0, torch.zeros(3, 4), mean_probs, routing.segments(6, CPU))
-        torch.testing.assert_close(routing.mi_loss(), naive_loss(mean_probs[[0, 2]]), rtol=1e-12, atol=1e-14)
+        with Routing(3).batch([1, 1, 1], torch.tensor([[1, 1], [0, 0], [1, 0]])) as batch:
+            batch.record(0, mean_probs)
+        torch.testing.assert_close(batch.mi_loss(), naive_loss(mean_probs[[0, 2]]), rtol=1e-12, atol=1e-14)
+
+    def test_a_mask_tells_images_from_tokens(self):
+        """(L, B, C) has as many rows as (B, L, C)."""
+        with (
+            Routing(2).batch([1, 2], torch.ones(3, 4)) as batch,
+            pytest.raises(UserError, match=r"an input of shape \(4, 3, 1\) in a batch of 3"),
+        ):
+            counts_in(batch, 4, 3)
 
     @pytest.mark.parametrize("images", [[], [1], [1, 1, 1]], ids=str)
     def test_one_count_for_each_task_or_an_error(self, images):
-        with pytest.raises(ValueError, match=f"{len(images)} counts for 2 tasks"):
-            Routing(2).assign(images)
+        for opened in (Routing(2).batch, Routing(2).batch_tokens):
+            with pytest.raises(UserError, match=f"{len(images)} counts for 2 tasks"):
+                opened(images)
