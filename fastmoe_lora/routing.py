@@ -83,7 +83,7 @@ class Batch:
     def segments(self, x: Tensor) -> tuple[TaskSegments, Tensor | None]:
         """(the segments of the rows of x (.., d), the indices of those rows if some others are padding)."""
         rows = x.shape[:-1].numel()
-        if x.shape[0] != self.size and rows != self.tokens:
+        if x.shape[0] != self.size and (x.ndim > 2 or rows != self.tokens):
             raise UserError(
                 f"an input of shape {tuple(x.shape)} in a batch of {self.size}: its first axis must be the images of "
                 "routing.batch(), or one batch follows another that is still open"
@@ -99,7 +99,10 @@ class Batch:
     def record(self, layer: int, mean_probs: Tensor) -> None:
         """Keep P (tasks, C) of one layer."""
         if self._recording:
-            self._fault = "saw two passes in this batch" if layer in self._probs else ""
+            if layer in self._probs:
+                self._fault = "saw two passes in this batch"
+            elif not self._probs:
+                self._fault = ""
             self._probs[layer] = mean_probs
 
     def mi_loss(self) -> Tensor:
