@@ -240,24 +240,43 @@ def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[L
 
 
 def frozen_weights(layer: Any) -> tuple[Linear, ...] | None:
-    """(weight, bias) of a linear layer or of the two of an FFN; None if one must be called or is trained.
-
-    A part of an FFN must be called if it has hooks, or is no plain linear layer any more.
-    """
+    """(weight, bias) of a linear layer or of the two of an FFN; None if one must be called or is trained."""
     inner = layer.adapters.inner
-    if inner is None:
+    if inner is None or inner and not plain_ffn(layer, inner):
         return None
-    for name, part in layer._modules.items():
-        if name in inner:
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-                return None
-        elif isinstance(part, nn.Dropout) and part.p and part.training:
-            return None
     linears = _linears(layer)
-    if inner and any(type(linear) is not nn.Linear for linear in linears):
-        return None
     weights = tuple((linear.weight, linear.bias) for linear in linears)
     return None if any(w.requires_grad or b is not None and b.requires_grad for w, b in weights) else weights
+
+
+def plain_ffn(ffn: nn.Module, inner: tuple[str, ...], drops: bool = True) -> bool:
+    """Whether the parts of ``ffn`` are two linear layers and an exact GELU, by the names ``inner``, and others without
+    effect, none with a hook. Asked for each pass, since parts may be replaced. Dropout has an effect if it ``drops``.
+    """
+    for name, part in ffn._modules.items():
+        if part is None:
+            continue
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+        if "forward" in part.__dict__:
+            return False
+        if name == inner[1]:
+            known = _is_exact_gelu(part)
+        elif name in inner:
+            known = type(part) is nn.Linear
+        else:
+            inactive = isinstance(part, nn.Dropout) and not (drops and part.p and part.training)
+            known = inactive or isinstance(part, nn.Identity)
+        if not known:
+            return False
+    return True
+
+
+def _is_exact_gelu(act: nn.Module) -> bool:
+    """Whether ``act`` is torch's GELU, or that of Hugging Face, which calls the function kept in ``act``."""
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is F.gelu
 
 
 def read_old_names(state_dict: dict[str, Any], prefix: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmoe_lora.layers import LoRALinear, LoRAMoE
+from fastmoe_lora.layers import LoRALinear, LoRAMoE, plain_ffn
 from kernels import UserError
 from kernels.lora_linear import columns_pay
 from kernels.reference import frozen
@@ -140,20 +140,9 @@ def find_inner(module: nn.Module, experts: bool) -> tuple[str, ...] | None:
     names = next((names for names in FFN_NAMES if children.keys() >= set(names)), None)
     if names is None or not experts or any(parameter is not None for parameter in module._parameters.values()):
         return None
-    fc1, act, fc2 = (children[name] for name in names)
-    others = [child for name, child in children.items() if name not in names]
-    if not (type(fc1) is type(fc2) is nn.Linear and _is_exact_gelu(act)):
-        return None
-    if not all(isinstance(child, (nn.Identity, nn.Dropout)) for child in others):
+    if not plain_ffn(module, names, drops=False):
         return None
     return names if _computes_ffn(module, names) else None
-
-
-def _is_exact_gelu(act: nn.Module) -> bool:
-    """Whether ``act`` is torch's GELU, or that of Hugging Face, which calls the function kept in ``act``."""
-    if isinstance(act, nn.GELU):
-        return act.approximate == "none"
-    return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is nn.functional.gelu
 
 
 _KNOWN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()

@@ -9,7 +9,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import LoRAMoE, MoEConfig, Routing  # noqa: E402
+from torch import nn  # noqa: E402
+
+from fastmoe_lora import MoEConfig, adapt  # noqa: E402
+from fastmoe_lora.layers import fused_weights  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from model.vit import Mlp  # noqa: E402
 
@@ -28,25 +31,30 @@ def _interpreted(monkeypatch):
 
 
 def build(kernel):
-    """A layer with experts that differ, over a frozen FFN; with the Triton kernels it is fused and packed."""
+    """A layer with experts that differ, over a frozen FFN; with the Triton kernels it is fused."""
     torch.manual_seed(0)
-    routing = Routing(len(IMAGES), kernel)
-    layer = LoRAMoE(Mlp(WIDTH).requires_grad_(False), (WIDTH, WIDTH), CONFIG, routing, 0)
+    layer = Mlp(WIDTH)
+    adapt(nn.Sequential(layer), CONFIG, len(IMAGES), "0", kernel=kernel)
     with torch.no_grad():
-        for parameter in layer.adapters:
+        for parameter in adapters(layer):
             parameter.normal_()
-    assert layer.fused == (kernel == "triton")
+    fused = fused_weights(layer, layer.adapters.sets[""], layer.lora_A.device)
+    assert (fused is not None) == (kernel == "triton")
     return layer
+
+
+def adapters(layer):
+    return [layer.lora_A, layer.lora_B, layer.routers]
 
 
 def run(layer, x):
     """(y, the gates, gradients of A, B and the routers)."""
-    seen = []
-    layer.routing.record = lambda number, gates, *_: seen.append(gates.detach())
-    layer.routing.assign(IMAGES)
-    y = layer(x)
+    seen, routing = [], layer.adapters.sets[""].routing
+    routing.record = lambda batch, number, mean_probs, gates, segments: seen.append(gates.detach())
+    with routing.batch(IMAGES):
+        y = layer(x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return y.detach(), seen[0], torch.autograd.grad(y, layer.adapters, dy)
+    return y.detach(), seen[0], torch.autograd.grad(y, adapters(layer), dy)
 
 
 def experts(matrix, axis):
@@ -70,7 +78,7 @@ def test_a_permutation_of_the_experts_permutes_gates_and_gradients_and_nothing_e
     layer = build(kernel)
     y, gates, gradients = run(layer, x)
     with torch.no_grad():
-        for parameter, new in zip(layer.adapters, permuted(*layer.adapters), strict=True):
+        for parameter, new in zip(adapters(layer), permuted(*adapters(layer)), strict=True):
             parameter.copy_(new)
     moved, moved_gates, moved_gradients = run(layer, x)
     torch.testing.assert_close(moved, y, rtol=1e-5, atol=1e-5)  # sums over experts in another order
