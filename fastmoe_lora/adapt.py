@@ -1,6 +1,7 @@
 """Adapting a model in place: LoRA experts in every layer that a pattern names, plain LoRA in others."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def adapt(
         known = f"has adapters {name!r}" if name else "is adapted"
         raise UserError(f"the model {known} already: call fastmoe_lora.remove(model) first, or give another name")
     config = MoEConfig.parse(config) if isinstance(config, str) else config
-    _check(config, tasks, kernel, lora_rank, name)
+    _check(config, tasks, kernel, lora_rank)
+    _check_options(alpha, dropout, name)
     # All names are looked up before anything changes.
     linears = find_linears(model, lora_where, "lora_where") if lora_rank else {}
     sites = find_sites(model, where) if config else {}
@@ -69,6 +71,14 @@ def adapt(
         other = LoRAMoE if site in linears else LoRALinear
         if site in linears and site in sites or isinstance(module, other):
             raise UserError(f"{site} would have both experts and plain LoRA: name it in where or in lora_where")
+        saved = next((each for each in kept if f"{site}.".startswith(f"{each}.")), None)
+        if saved is not None:
+            raise UserError(f"{site} would be adapted and {saved} be trained as a whole: leave one of them out")
+    if kept and layers:
+        raise UserError(
+            f"modules_to_save={modules_to_save!r} for a further set of adapters: modules have one value for all sets, "
+            "and only the first set can train them"
+        )
     selection = next((layer.adapters.selection for layer in layers.values()), Selection(name))
     if freeze and not layers:
         freeze_model(model, kept.values())
@@ -86,15 +96,30 @@ def adapt(
     return routing
 
 
-def _check(config: MoEConfig | None, tasks: int, kernel: str, lora_rank: int, name: str) -> None:
+def _check(config: MoEConfig | None, tasks: int, kernel: str, lora_rank: int) -> None:
     if tasks < 1:
         raise UserError(f"tasks={tasks}: a model has at least one task")
     if kernel not in KERNELS:
         raise UserError(f"unknown kernel {kernel!r}: choose among {', '.join(KERNELS)}")
     if lora_rank < 0 or not (config or lora_rank):
         raise UserError(f"config={config} and lora_rank={lora_rank} adapt nothing: give experts or a rank above 0")
+
+
+def _check_options(alpha: float | None, dropout: float, name: str) -> None:
+    if not is_scale(alpha):
+        raise UserError(f"alpha={alpha!r}: adapters are scaled by alpha / r, a number")
+    if not is_probability(dropout):
+        raise UserError(f"dropout={dropout!r}: it is a probability, at least 0 and below 1")
     if name and not name.isidentifier():
         raise UserError(f"name={name!r}: a set of adapters has a name like that of a variable")
+
+
+def is_scale(alpha: Any) -> bool:
+    return alpha is None or type(alpha) in (int, float) and math.isfinite(alpha)
+
+
+def is_probability(dropout: Any) -> bool:
+    return type(dropout) in (int, float) and 0 <= dropout < 1
 
 
 def _add(name: str, module: nn.Module, mixin: type, selection: Selection, adapter: Adapter, rank: int) -> None:

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmoe_lora.adapt import adapt, remove, routing_of
+from fastmoe_lora.adapt import adapt, is_probability, is_scale, routing_of
 from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.hub import fetch, is_repository
 from fastmoe_lora.layers import PARTS, LoRAMoE
 from fastmoe_lora.routing import Routing
-from fastmoe_lora.sites import adapted_layers, plain_name
+from fastmoe_lora.sites import adapted_layers, linears, plain_name, site_shape
 from kernels import UserError
 
 FORMATS, LAYOUT = ("fastmoe_lora adapters 2", "fastmoe_lora adapters 1"), "expert-major"
@@ -93,9 +93,11 @@ class Recipe:
         lists = [names for names in (where, lora_where, saved) if isinstance(names, list)]
         if len(lists) < 3 or not all(isinstance(each, str) for names in lists for each in names):
             raise ValueError("names of layers that are no lists of names")
+        if both := set(where) & set(lora_where):
+            raise ValueError(f"{both.pop()} has both experts and plain LoRA, which version 0.1 alone could read")
         tasks, rank = int(metadata["tasks"]), int(metadata["lora_rank"])
         alpha, dropout = json.loads(metadata.get("alpha", "null")), json.loads(metadata.get("dropout", "0"))
-        if tasks < 1 or rank < 0 or not isinstance(alpha, float | int | None) or not isinstance(dropout, float | int):
+        if tasks < 1 or rank < 0 or not is_scale(alpha) or not is_probability(dropout):
             raise ValueError(f"tasks {tasks}, lora_rank {rank}, alpha {alpha!r}, dropout {dropout!r}")
         return cls(config, tasks, where, rank, lora_where, saved, alpha, dropout)
 
@@ -132,26 +134,19 @@ def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto
     for key, meaning in (("class", "class"), ("hub", "weights")):
         if base.get(key, own.get(key)) != own.get(key, base.get(key)):
             raise UserError(f"{path} is for a model of {meaning} {base[key]}, not {own[key]}")
-    names = {plain_name(module) for module, _ in model.named_modules()}
-    absent = [each for each in [*recipe.where, *recipe.lora_where, *recipe.saved] if each not in names]
-    if absent:
-        raise UserError(f"{path} does not fit the model, which has no {_first(absent)}")
-    fresh = not _layers(model, name)
-    if fresh:
+    _check_fit(tensors, _shapes(model, recipe, path), path)
+    if not _layers(model, name):
         routing = adapt(
             model, recipe.config, recipe.tasks, recipe.where, lora_rank=recipe.lora_rank, lora_where=recipe.lora_where,
             alpha=recipe.alpha, dropout=recipe.dropout, modules_to_save=recipe.saved, name=name, kernel=kernel,
         )  # fmt: skip
+    elif Recipe.of(model, name) != recipe:
+        raise UserError(f"{path} was made by another recipe than the model's adapters: remove() them first")
     else:
-        if Recipe.of(model, name) != recipe:
-            raise UserError(f"{path} was made by another recipe than the model's adapters: remove() them first")
         routing = routing_of(model, name) if recipe.config else Routing(1, kernel)
-    try:
-        _copy(tensors, _tensors(model, name), path)
-    except UserError:
-        if fresh:
-            remove(model)
-        raise
+    with torch.no_grad():
+        for key, target in _tensors(model, name).items():
+            target.copy_(tensors[key])
     return routing
 
 
@@ -168,14 +163,15 @@ def _read(path: Path) -> tuple[Recipe, dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            recipe, base = Recipe.parse(metadata), json.loads(metadata.get("base", "{}"))
+            recipe, base = Recipe.parse(metadata), dict(json.loads(metadata.get("base", "{}")))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of save_adapters: {error}") from None
     for key, tensor in tensors.items():
-        if key.rpartition(".")[2] in PARTS and not (tensor.is_floating_point() and tensor.isfinite().all()):
+        counts = not tensor.is_floating_point() and key.rpartition(".")[2] not in PARTS  # as batch norms do
+        if not (counts or tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{path} holds {key} of type {tensor.dtype} with values that are no finite numbers")
     for outer in recipe.where:  # names of version 0.1
         tensors = {
@@ -185,20 +181,38 @@ def _read(path: Path) -> tuple[Recipe, dict[str, str], dict[str, Tensor]]:
     return recipe, base, tensors
 
 
-@torch.no_grad()
-def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy ``tensors`` to those of the same names. UserError if names or shapes differ."""
+def _shapes(model: nn.Module, recipe: Recipe, path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Those that a file of ``recipe`` has for ``model``, which need not be adapted. UserError if it lacks a module."""
+    modules = {plain_name(site): module for site, module in model.named_modules()}
+    wanted = [*recipe.where, *recipe.lora_where, *recipe.saved]
+    absent = [site for site in wanted if site not in modules or site not in recipe.saved and not linears(modules[site])]
+    if absent:
+        raise UserError(f"{path} does not fit the model, which has no {_first(absent)}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site, module in modules.items():
+        if site in recipe.saved:
+            shapes |= {f"{site}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        if site not in recipe.where and site not in recipe.lora_where:
+            continue
+        (d_in, d_out), rank = site_shape(module), recipe.lora_rank
+        if site in recipe.where and recipe.config:
+            rank = recipe.config.experts * recipe.config.rank
+            columns = recipe.config.gating.router_columns(recipe.config.experts)
+            shapes[f"{site}.routers"] = recipe.tasks, columns, d_in
+        shapes |= {f"{site}.lora_A": (rank, d_in), f"{site}.lora_B": (d_out, rank)}
+    return shapes
+
+
+def _check_fit(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: str | os.PathLike) -> None:
+    """UserError if the tensors of the file at ``path`` have other names or shapes than those of the model."""
     read = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    made = {name: tuple(target.shape) for name, target in targets.items()}
     faults = [
-        f"{name}, {read.get(name, 'absent')} in the file and {made.get(name, 'absent')} in the model"
-        for name in made | read  # in the order of the model
-        if read.get(name) != made.get(name)
+        f"{name}, {read.get(name, 'absent')} in the file and {shapes.get(name, 'absent')} in the model"
+        for name in shapes | read  # in the order of the model
+        if read.get(name) != shapes.get(name)
     ]
     if faults:
         raise UserError(f"{path} does not fit the model: {_first(faults)}")
-    for name, target in targets.items():
-        target.copy_(tensors[name])
 
 
 def _first(names: list[str]) -> str:

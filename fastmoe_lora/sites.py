@@ -74,12 +74,12 @@ def find_linears(model: nn.Module, where: Patterns | None, argument: str) -> dic
         names = [plain_name(name) for name, _ in model.named_modules()]
         usual = [pattern for pattern in ATTENTION if any(fnmatchcase(name, pattern) for name in names)]
         where = usual or ATTENTION[0]
-    linears: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Linear] = {}
     for name, module in find_sites(model, where, argument).items():
         if not isinstance(module, nn.Linear):
             raise UserError(f"{argument}={where!r} matches {name}, a {type(module).__name__}: LoRA needs nn.Linear")
-        linears[name] = module
-    return linears
+        found[name] = module
+    return found
 
 
 def _obstacle(module: nn.Module) -> str:
@@ -91,7 +91,7 @@ def _obstacle(module: nn.Module) -> str:
         return ", which is a mixture of experts already: adapt another layer"
     if any(isinstance(part, nn.ModuleList) and name == "experts" for name, part in module.named_children()):
         return ", which is a mixture of experts already: adapt another layer"
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not _linears(module):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not linears(module):
         return ": match linear layers or FFNs alone"
     return ""
 
@@ -123,9 +123,9 @@ def _bypass(modules: dict[str, nn.Module], model: nn.Module, name: str) -> str:
 def site_shape(site: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer or an FFN. The output comes from the last linear layer that does not read the
     input: w2 of (w1, w2, w3)."""
-    linears = _linears(site)
-    later = [linear for linear in linears if linear.in_features != linears[0].in_features]
-    return linears[0].in_features, (later or linears)[-1].out_features
+    found = linears(site)
+    later = [linear for linear in found if linear.in_features != found[0].in_features]
+    return found[0].in_features, (later or found)[-1].out_features
 
 
 def find_inner(module: nn.Module, experts: bool) -> tuple[str, ...] | None:
@@ -157,8 +157,8 @@ def _computes_ffn(module: nn.Module, names: tuple[str, ...]) -> bool:
             chance = torch.Generator().manual_seed(0)
             for parameter in twin.parameters():
                 parameter.normal_(generator=chance)
-            linears: list[Any] = [twin.get_submodule(name) for name in (names[0], names[2])]
-            weights = tuple((linear.weight, linear.bias) for linear in linears)
+            pair: list[Any] = [twin.get_submodule(name) for name in (names[0], names[2])]
+            weights = tuple((linear.weight, linear.bias) for linear in pair)
             x = torch.randn(2, 3, weights[0][0].shape[1], dtype=torch.float64, generator=chance)
             y = twin(x)
             _KNOWN[kind] = isinstance(y, Tensor) and torch.allclose(y, frozen(x, weights))
@@ -170,13 +170,14 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAMoE]:
     return {name: module for name, module in model.named_modules() if _adapted(module)}
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
+def linears(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers in ``module``, or itself."""
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def _closest(modules: dict[str, nn.Module], patterns: Sequence[str]) -> list[str]:
     """Up to five names of modules with linear layers, ``*`` for their numbers, in the order of likeness."""
-    named = {re.sub(r"\b\d+\b", "*", name): None for name, module in modules.items() if _linears(module)}
+    named = {re.sub(r"\b\d+\b", "*", name): None for name, module in modules.items() if linears(module)}
     likeness = {
         name: max((difflib.SequenceMatcher(None, pattern, name).ratio() for pattern in patterns), default=0.0)
         for name in named

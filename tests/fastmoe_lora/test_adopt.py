@@ -21,7 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from fastmoe_lora import LoRALinear, LoRAMoE, RoutingStatistics, adapt, merge, parameter_groups, remove
+from fastmoe_lora import LoRALinear, LoRAMoE, RoutingStatistics, adapt, merge, parameter_groups, remove, routing_of
+from fastmoe_lora.layers import fused_weights
 from kernels import UserError
 from kernels.dispatch import RESOLVED
 
@@ -146,8 +147,16 @@ def spread(model):
 def adapted(backbone, **options):
     model = backbone()
     routing = quietly_adapt(model, MOE, TASKS, **options)
-    routing.assign(IMAGES)
     return model, routing
+
+
+def run(model, images, counts=IMAGES):
+    with routing_of(model).batch(counts):
+        return model(images)[0]
+
+
+def fused(layer):
+    return fused_weights(layer, layer.adapters.sets[""], layer.lora_A.device) is not None
 
 
 class TestBackbones:
@@ -159,7 +168,7 @@ class TestBackbones:
         experts = [name for name, module in model.named_modules() if isinstance(module, LoRAMoE)]
         assert experts == [backbone.ffns.format(block) for block in range(2)]
         assert any(isinstance(module, LoRALinear) for module in model.modules()) == bool(lora_rank)
-        after = model(images)[0]
+        after = run(model, images)
         if lora_rank:  # plain LoRA on a frozen layer is part of its product, which has other roundings
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
         else:
@@ -170,13 +179,13 @@ class TestBackbones:
         """Nothing random is left: DINOv3's augmentation of positions is off."""
         before = backbone()(images)[0]
         model, _ = adapted(backbone)
-        assert torch.equal(model.train()(images)[0], before)
+        assert torch.equal(run(model.train(), images), before)
 
     @EVERY_BACKBONE
     def test_gradients_reach_every_adapter_and_nothing_else(self, backbone, images):
         model, routing = adapted(backbone, lora_rank=2)
         spread(model)
-        (model(images)[0].square().mean() + 0.005 * routing.mi_loss()).backward()
+        (run(model, images).square().mean() + 0.005 * routing.mi_loss()).backward()
         for name, parameter in model.named_parameters():
             ours = name.endswith(("lora_A", "lora_B", "routers"))
             assert parameter.requires_grad == ours
@@ -190,8 +199,8 @@ class TestBackbones:
             model, routing = adapted(backbone, kernel=implementation)
             spread(model)
             layers = [module for module in model.modules() if isinstance(module, LoRAMoE)]
-            assert all(layer.fused == (backbone.fused and implementation == "triton") for layer in layers)
-            y = model(images)[0]
+            assert all(fused(layer) == (backbone.fused and implementation == "triton") for layer in layers)
+            y = run(model, images)
             (y.square().mean() + 0.005 * routing.mi_loss()).backward()
             found.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
         for ours, theirs in zip(*found, strict=True):
@@ -201,7 +210,7 @@ class TestBackbones:
     def test_remove_restores_modules_names_and_bits(self, backbone, images):
         plain = backbone()
         model = spread(adapted(backbone, lora_rank=2)[0])
-        assert not torch.equal(model(images)[0], plain(images)[0])
+        assert not torch.equal(run(model, images), plain(images)[0])
         remove(model)
         types = [[(name, type(module)) for name, module in m.named_modules()] for m in (model, plain)]
         assert types[0] == types[1]
@@ -218,19 +227,19 @@ class TestBackbones:
             spread(model).train()
             if recomputes:
                 model.activation_checkpointing_enable()
-            (model(images)[0].square().mean() + 0.005 * routing.mi_loss()).backward()
+            with routing.batch(IMAGES) as batch:  # which the backward pass needs, as it runs layers again
+                (model(images)[0].square().mean() + 0.005 * batch.mi_loss()).backward()
             found.append([p.grad for p in model.parameters() if p.requires_grad])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
     def test_a_copy_is_independent(self, images):
         model, routing = adapted(BACKBONES["vit"])
-        y = spread(model)(images)[0]
+        y = run(spread(model), images)
         twin = copy.deepcopy(model)
-        assert torch.equal(twin(images)[0], y)
-        twin.layers[0].mlp.routing.assign([0, 3])
-        assert not torch.equal(twin(images)[0], y)
-        assert torch.equal(model(images)[0], y)
-        assert twin.layers[0].mlp.routing is not routing
+        assert torch.equal(run(twin, images), y)
+        assert not torch.equal(run(twin, images, [0, 3]), y)
+        assert torch.equal(run(model, images), y)
+        assert routing_of(twin) is not routing
 
 
 class TestPositionAugmentation:
@@ -257,7 +266,7 @@ class TestPositionAugmentation:
 
 
 class TestDecoder:
-    """One task needs no assignment, so that a decoder LLM runs as it did."""
+    """One task needs no batch, so that a decoder LLM runs as it did."""
 
     TOKENS = torch.tensor([[5, 7, 11, 2], [3, 1, 4, 1]])
 
@@ -317,11 +326,11 @@ class TestDecoder:
             llama.zero_grad()
             routing.statistics = RoutingStatistics()
             if padded:
-                routing.assign([1, 1], mask)
-                logits = llama(self.TOKENS, attention_mask=mask).logits[mask.bool()]
+                with routing.batch([1, 1], mask):
+                    logits = llama(self.TOKENS, attention_mask=mask).logits[mask.bool()]
             else:  # without padding: one sequence of six tokens in which the second attends to none of the first
-                routing.assign_tokens([4, 2])
-                logits = packed(llama, [self.TOKENS[0], self.TOKENS[1, :2]])
+                with routing.batch_tokens([4, 2]):
+                    logits = packed(llama, [self.TOKENS[0], self.TOKENS[1, :2]])
             mi_loss = routing.mi_loss()
             (logits.square().mean() + mi_loss).backward()
             grads = [p.grad.clone() for p in llama.parameters() if p.requires_grad]
@@ -332,8 +341,8 @@ class TestDecoder:
     def test_with_padding_starts_with_the_bits_of_the_model(self, llama):
         mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
         before = llama(self.TOKENS, attention_mask=mask).logits
-        adapt(llama, MOE, where="*.up_proj").assign([2], mask)
-        assert torch.equal(llama(self.TOKENS, attention_mask=mask).logits, before)
+        with adapt(llama, MOE, where="*.up_proj").batch([2], mask):
+            assert torch.equal(llama(self.TOKENS, attention_mask=mask).logits, before)
 
 
 def packed(llama, sequences):
@@ -380,8 +389,8 @@ class TestMistakes:
 
 def test_modules_inside_a_match_are_left_alone(llama):
     adapt(llama, MOE, where=["*.mlp", "*.down_proj"])
-    assert [type(layer.mlp) for layer in llama.model.layers] == 2 * [LoRAMoE]
-    assert not any(isinstance(m, LoRAMoE) for layer in llama.model.layers for m in layer.mlp.base.modules())
+    adapted_names = [name for name, module in llama.named_modules() if isinstance(module, LoRAMoE)]
+    assert adapted_names == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
 def test_parameter_groups_hold_what_is_trained_once(llama):
