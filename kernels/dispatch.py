@@ -24,7 +24,9 @@ def resolve_kernel(kernel: str, device: torch.device) -> str:
     ``auto`` is triton on a GPU that can run it, else the reference. An implementation asked for by name either runs or
     ends in a :class:`UserError`; there is no silent fallback.
     """
-    if (kernel, device) not in RESOLVED:  # a dict: torch.compile traces through functools.cache, but not into a dict
+    if torch.compiler.is_compiling():  # a graph that depends on what is cached would be compiled twice
+        return _resolve_uncached(kernel, device)
+    if (kernel, device) not in RESOLVED:
         RESOLVED[kernel, device] = _resolve_uncached(kernel, device)
     return RESOLVED[kernel, device]
 
