@@ -12,7 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from fastmoe_lora import MoEConfig, Packing, adapt  # noqa: E402
+from torch import nn  # noqa: E402
+
+from fastmoe_lora import MoEConfig, adapt, adapters_off, routing_of, use_adapters  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -51,25 +53,18 @@ class Adapted:
             for name, parameter in vit.named_parameters():
                 if name.endswith(("lora_B", "routers")):
                     parameter.normal_()
-        self.packing = Packing(self.block)
-        self.prepare(IMAGES)
-
-    def prepare(self, images):
-        """What must precede a compiled pass."""
-        self.routing.assign(images)
-        self.packing.pack()
 
     def compiled(self, backend="aot_eager"):
         """A copy whose block is compiled into one graph, and what counts compilations."""
         twin, counter = copy.deepcopy(self), CompileCounterWithBackend(backend)
-        twin.prepare(IMAGES)  # a copy has no packed weights
         twin.block.compile(fullgraph=True, backend=counter)
         return twin, counter
 
-    def results(self, x):
+    def results(self, x, images=IMAGES):
         x = x.detach().clone().requires_grad_()
-        y = self.block(x)
-        loss = self.routing.mi_loss()
+        with self.routing.batch(images) as batch:
+            y = self.block(x)
+        loss = batch.mi_loss()
         wanted = {"x": x} | {name: p for name, p in self.block.named_parameters() if p.requires_grad}
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((y, loss), list(wanted.values()), (dy, torch.tensor(10.0)))
@@ -89,7 +84,9 @@ def assert_close(actual, expected):
 
 @EVERY_CASE
 def test_a_block_is_one_graph_without_breaks(kernel, site, rank, x):
-    explained = torch._dynamo.explain(Adapted(kernel, site, rank).block)(x)
+    adapted = Adapted(kernel, site, rank)
+    with adapted.routing.batch(IMAGES):
+        explained = torch._dynamo.explain(adapted.block)(x)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
@@ -98,8 +95,6 @@ def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(ker
     eager = Adapted(kernel, site, rank)
     compiled, counter = eager.compiled()
     for tokens in (x, x.flip(1)):
-        eager.prepare(IMAGES)
-        compiled.prepare(IMAGES)
         assert_close(compiled.results(tokens), eager.results(tokens))
     assert counter.frame_count == 1
 
@@ -108,13 +103,12 @@ def test_results_and_gradients_are_the_eager_ones_and_compiling_happens_once(ker
 def test_after_an_optimiser_s_step_the_new_weights_are_used_and_nothing_is_compiled_anew(kernel, x):
     eager = Adapted(kernel)
     compiled, counter = eager.compiled()
-    eager.routing.kernel = "reference"  # which packs nothing, so that nothing of it can be stale
+    eager.routing.kernel = "reference"
     both = eager, compiled
     optimizers = [torch.optim.SGD([p for p in each.block.parameters() if p.requires_grad], 1e-3) for each in both]
     outputs = []
     for _ in range(3):
         for each, optimizer in zip(both, optimizers, strict=True):
-            each.prepare(IMAGES)
             results = each.results(x)
             for name, parameter in each.block.named_parameters():
                 parameter.grad = results.get(name)
@@ -128,13 +122,22 @@ def test_after_an_optimiser_s_step_the_new_weights_are_used_and_nothing_is_compi
 
 
 @EVERY_KERNEL
-def test_other_counts_of_images_are_understood(kernel, x):
+def test_twelve_compositions_of_a_batch_are_one_graph(kernel, x):
     eager = Adapted(kernel)
-    compiled, _ = eager.compiled()
-    for images in (IMAGES, (2, 1, 0), IMAGES):
+    compiled, counter = eager.compiled()
+    x = torch.cat([x, x]).requires_grad_()
+    compositions = [(a, b, 6 - a - b) for a in range(1, 5) for b in range(3)]
+    for number, images in enumerate(compositions):
+        if number % 6 == 0:  # the others without gradients, which are slow to interpret
+            assert_close(compiled.results(x, images), eager.results(x, images))
+            continue
+        found = []
         for each in (eager, compiled):
-            each.prepare(images)
-        assert_close(compiled.results(x), eager.results(x))
+            with each.routing.batch(images):
+                found.append(each.block(x))
+        assert (found[0] - found[1]).norm() <= CLOSE * found[0].norm()
+    assert len(compositions) == 12
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler for the CPU")
@@ -143,3 +146,95 @@ def test_inductor_compiles_the_fused_block(x):
     compiled, counter = eager.compiled("inductor")
     assert_close(compiled.results(x), eager.results(x))
     assert counter.frame_count == 1
+
+
+class Small(nn.Module):
+    """Cheap to compile: two linear layers, of which plain LoRA or experts adapt one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def small(*arguments, **options):
+    """(model with adapters as trained, its routing)."""
+    model = Small()
+    routing = adapt(model, *arguments, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "routers" in name:
+                parameter.normal_()
+    return model, routing
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"config": None, "lora_rank": 4, "lora_where": "*"}, {"config": "4/2/1/2", "where": "first"}],
+    ids=["LoRA", "experts"],
+)  # fmt: skip
+def test_training_trains_after_an_eager_pass(options, fullgraph, x):
+    """The compiled pass reads the parameters of each step, not those of the first."""
+    model, _ = small(**options)
+    model(x)
+    twin, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=fullgraph, backend=counter)
+    losses = {}
+    for name, run, trained in (("eager", twin, twin), ("compiled", compiled, model)):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        losses[name] = []
+        for _ in range(4):
+            loss = run(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["compiled"][-1] < 0.5 * losses["compiled"][0]
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-4)
+    torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x), rtol=CLOSE, atol=CLOSE)
+    assert counter.frame_count == 1
+
+
+def test_sets_of_adapters_have_a_graph_each(x):
+    model, _ = small(None, lora_rank=4, lora_where="first")
+    adapt(model, None, lora_rank=2, lora_where="second", name="other")
+    nn.init.normal_(model.second.lora_B_other)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    outputs = []
+    for name in ("", "other", None, "", "other", None):
+        with use_adapters(model, name):
+            outputs.append(compiled(x))
+            torch.testing.assert_close(outputs[-1], model(x), rtol=CLOSE, atol=CLOSE)
+    assert not outputs[0].equal(outputs[1]) and not outputs[1].equal(outputs[2])
+    assert counter.frame_count == 3
+    with adapters_off(model):
+        assert torch.equal(outputs[2], model(x))
+
+
+def test_a_compiled_model_is_adapted_copied_and_told_its_batch(x):
+    """names of torch.compile do not count, and a pass without a batch is refused as elsewhere."""
+    model, routing = small("4/2/1/2", 2, "first")
+    compiled = torch.compile(model, backend="aot_eager")
+    assert routing_of(compiled) is routing
+    with routing.batch([2, 1]):
+        right = model(x)
+        assert (compiled(x) - right).norm() <= CLOSE * right.norm()
+    with pytest.raises(Exception, match="a pass of 2 tasks outside"):
+        compiled(x)
+
+
+def test_a_batch_of_another_size_is_one_more_graph_and_a_leftover_is_refused(x):
+    model, routing = small("4/2/1/2", 2, "first")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for images in ([2, 1], [1, 2], [1, 1], [2, 0]):
+        tokens = torch.randn(sum(images), TOKENS, WIDTH)
+        with routing.batch(images):
+            right = model(tokens)
+            assert (compiled(tokens) - right).norm() <= CLOSE * right.norm()
+    assert counter.frame_count == 2
+    with routing.batch([1, 1]), pytest.raises(Exception, match="in a batch of 2: its first axis must be the images"):
+        compiled(x)
