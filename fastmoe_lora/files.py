@@ -143,7 +143,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto
     elif Recipe.of(model, name) != recipe:
         raise UserError(f"{path} was made by another recipe than the model's adapters: remove() them first")
     else:
-        routing = routing_of(model, name) if recipe.config else Routing(1, kernel)
+        routing = routing_of(model, name)
     with torch.no_grad():
         for key, target in _tensors(model, name).items():
             target.copy_(tensors[key])

@@ -6,7 +6,6 @@ NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
 """
 
 import math
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.routing import Routing
+from fastmoe_lora.routing import Routing, Selection
 from kernels import TaskSegments, lora_moe, resolve_kernel
 from kernels.gating import fits_one_tile
 from kernels.lora_linear import lora_linear
@@ -26,37 +25,15 @@ from kernels.reference import Linear
 PARTS = ("lora_A", "lora_B", "routers")
 
 
-class Selection:
-    """Which set of adapters the passes of a thread use; shared by the layers of one model. None switches all off."""
-
-    def __init__(self, default: str, saved: dict[str, tuple[str, ...]] | None = None) -> None:
-        self.default, self._local = default, threading.local()
-        self.saved = saved or {}  # names of the modules that are trained and saved with each set
-
-    @property
-    def name(self) -> str | None:
-        return getattr(self._local, "name", self.default)
-
-    @name.setter
-    def name(self, name: str | None) -> None:
-        self._local.name = name
-
-    def __getstate__(self) -> tuple:
-        return self.default, self.saved
-
-    def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
-
 @dataclass(frozen=True)
 class Adapter:
     """What one set of adapters needs to know in one layer, beside its parameters."""
 
-    name: str = ""
+    name: str
+    routing: Routing
     alpha: float | None = None  # the experts' sum is scaled by alpha / r; None is 1
     dropout: float = 0.0  # of the adapters' input in training
     config: MoEConfig | None = None  # of experts
-    routing: Routing | None = None
     layer: int = 0  # among those of the routing
 
     def parameter(self, part: str) -> str:
@@ -89,7 +66,7 @@ class LoRALinear:
         if weights is not None:
             tokens = x.to(compute_type(self)).flatten(0, -2)
             with full_precision(x.device.type):
-                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], -1)
+                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], len(weights[0][0]))
         y = super().forward(x)  # type: ignore[misc]
         a, b = (weight.to(y.dtype) for weight in lora)
         return y + F.linear(F.linear(F.dropout(x.to(y.dtype), adapter.dropout, drops), a), b)
@@ -122,7 +99,7 @@ class LoRAMoE:
         if adapter is None:
             return super().forward(x, *rest, **named)  # type: ignore[misc]
         routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()
-        assert routing is not None and config is not None
+        assert config is not None
         batch, real = routing.current(), None
         segments = TaskSegments(self.one_task, (rows,), rows)
         if batch is not None:
@@ -145,13 +122,12 @@ class LoRAMoE:
                 routing.kernel, routing.deterministic,
             )  # fmt: skip
         routing.record(batch, adapter.layer, mean_probs, gates, segments)
-        return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], -1)
+        return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], y.shape[-1])
 
     def __setstate__(self, state: dict) -> None:
         """A copy belongs to the copy of its routing."""
         super().__setstate__(state)  # type: ignore[misc]
         for adapter in self.adapters.sets.values():
-            assert adapter.routing is not None
             adapter.routing.add_layer(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -159,7 +135,7 @@ class LoRAMoE:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config and each.routing]
+        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config]
         own = "; ".join(f"{config}, gating={config.gating_name}, tasks={routing.tasks}" for config, routing in sets)
         return f"{super().extra_repr()} experts={own}".strip()  # type: ignore[misc]
 
@@ -173,7 +149,7 @@ def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int])
     make: dict[str, Any] = {"dtype": torch.float32, "device": next(layer.parameters()).device}
     with torch.inference_mode(False):  # else they could never be trained
         values = {}
-        if adapter.config is not None and adapter.routing is not None:
+        if adapter.config is not None:
             columns = adapter.config.gating.router_columns(adapter.config.experts)
             values["routers"] = torch.empty(adapter.routing.tasks, columns, shape[0], **make).normal_(std=0.01)
             one_task = torch.tensor([0, 1], dtype=torch.int32, device=make["device"])
@@ -232,7 +208,7 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
 
 def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:
     """The frozen weights that the kernels compute the base from; None if it must run by itself."""
-    if drops_input(layer, adapter) or not adapter.config or not adapter.routing:
+    if drops_input(layer, adapter) or not adapter.config:
         return None
     if not fits_one_tile(adapter.config.experts, adapter.config.rank):
         return None

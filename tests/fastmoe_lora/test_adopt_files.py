@@ -196,7 +196,6 @@ class TestFilesThatDoNotFit:
             save_file(tensors, file, opened.metadata())
         assert "blocks.0.mlp.routers, absent in the file and (2, 6, 16) in the model" in self.load(plain(), file)
 
-
     @pytest.mark.parametrize(
         "change", [lambda t: t * float("nan"), lambda t: t.to(torch.int8), lambda t: t > 0], ids=["nan", "int8", "bool"]
     )
@@ -235,7 +234,9 @@ class TestFilesOfVersion01:
         routing = adapt(model, "6/2/1/2", 2, lora_rank=3, lora_where="*.fc1")
         with torch.no_grad():
             trained = {n: p.normal_().detach() for n, p in model.named_parameters() if p.requires_grad}
-        save_file({name.replace("mlp.fc1", "mlp.base.fc1"): tensor for name, tensor in trained.items()}, path, self.METADATA)
+        save_file(
+            {name.replace("mlp.fc1", "mlp.base.fc1"): tensor for name, tensor in trained.items()}, path, self.METADATA
+        )
         twin = plain()
         assert torch.equal(results(twin, load_adapters(twin, path), images), results(model, routing, images))
 

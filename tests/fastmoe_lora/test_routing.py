@@ -285,7 +285,9 @@ class TestRowsOfABatch:
         """One image more or fewer, (L, B, C), rows without their images."""
         with (
             Routing(2).batch([2, 1]) as batch,
-            pytest.raises(UserError, match=r"an input of shape \(.*\) in a batch of 3: its first axis must be the images"),
+            pytest.raises(
+                UserError, match=r"an input of shape \(.*\) in a batch of 3: its first axis must be the images"
+            ),
         ):
             counts_in(batch, *shape)
 
