@@ -13,7 +13,7 @@ from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.layers import Adapter, Adapters, LoRALinear, LoRAMoE, add_adapter, drop_adapters, lora_of
 from fastmoe_lora.routing import Routing, Selection
 from fastmoe_lora.sites import Patterns, adapted_layers, find_inner, find_linears, find_sites, plain_name, site_shape
-from fastmoe_lora.swap import freeze_model, restore, swap, thaw
+from fastmoe_lora.swap import check_restorable, freeze_model, restore, swap, thaw
 from kernels import KERNELS, UserError
 
 POSITION_AUGMENTATION = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
@@ -86,11 +86,11 @@ def adapt(
     routing = Routing(tasks, kernel, selection=selection)
     options: dict[str, Any] = {"name": name, "alpha": alpha, "dropout": dropout, "routing": routing}
     for site, linear in linears.items():
-        _add(site, linear, LoRALinear, selection, Adapter(**options), lora_rank)
+        _add(linear, LoRALinear, selection, Adapter(**options), lora_rank)
     for layer, (site, module) in enumerate(sites.items()):
         assert config is not None
         adapter = Adapter(**options, config=config, layer=layer)
-        _add(site, module, LoRAMoE, selection, adapter, config.experts * config.rank)
+        _add(module, LoRAMoE, selection, adapter, config.experts * config.rank)
     _switch_off_fast_paths(model)
     return routing
 
@@ -121,10 +121,10 @@ def is_probability(dropout: Any) -> bool:
     return type(dropout) in (int, float) and 0 <= dropout < 1
 
 
-def _add(name: str, module: nn.Module, mixin: type, selection: Selection, adapter: Adapter, rank: int) -> None:
+def _add(module: nn.Module, mixin: type, selection: Selection, adapter: Adapter, rank: int) -> None:
     if not isinstance(module, mixin):
         inner = find_inner(module, mixin is LoRAMoE)
-        swap(module, mixin, name)
+        swap(module, mixin)
         module.adapters = Adapters(selection, inner)  # type: ignore[assignment]
     add_adapter(module, adapter, rank, site_shape(module))
 
@@ -135,10 +135,13 @@ def find_saved(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`adapt`: the classes, names and values of before. Frozen parameters stay frozen."""
-    layers: dict[str, Any] = adapted_layers(model)
-    for name, layer in layers.items():
-        restore(layer, name)
+    """Undo :func:`adapt`: the classes, names and values of before. Frozen parameters stay frozen.
+
+    UserError if a layer was changed since then, as parametrize and fully_shard do; nothing is undone then.
+    """
+    check_restorable(model)
+    for layer in adapted_layers(model).values():
+        restore(layer)
         drop_adapters(layer)
     thaw(model)
     for module in model.modules():
@@ -159,8 +162,10 @@ def merge(model: nn.Module) -> None:
                 "a LoRA mixture of experts cannot be merged into the frozen weights, since its gates depend on the "
                 "token: ship the model with save_adapters(model, path)"
             )
-        if layer.adapters.inner is None:
-            raise UserError(f"{name} is a {type(layer).__name__}, into whose weight LoRA cannot be merged")
+        if layer.adapters.inner is None or "weight" not in layer._parameters:
+            kind = type(layer).__name__
+            raise UserError(f"{name} is a {kind} whose weight is no plain parameter: LoRA cannot be merged into it")
+    check_restorable(model)
     for layer in layers.values():
         adapter = layer.adapters.sets.get(layer.adapters.selection.name)
         if adapter is not None:

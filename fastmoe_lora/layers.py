@@ -8,6 +8,7 @@ NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class LoRALinear:
         return y + F.linear(F.linear(F.dropout(x.to(y.dtype), adapter.dropout, drops), a), b)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        read_old_names(state_dict, prefix)
+        read_old_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -131,7 +132,7 @@ class LoRAMoE:
             adapter.routing.add_layer(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        read_old_names(state_dict, prefix)
+        read_old_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -146,7 +147,7 @@ def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int])
     All are fp32, whatever the type of the frozen weights and of the session.
     """
     layer.adapters.sets[adapter.name] = adapter
-    make: dict[str, Any] = {"dtype": torch.float32, "device": next(layer.parameters()).device}
+    make: dict[str, Any] = {"dtype": torch.float32, "device": next(chain(layer.parameters(), layer.buffers())).device}
     with torch.inference_mode(False):  # else they could never be trained
         values = {}
         if adapter.config is not None:
@@ -255,8 +256,10 @@ def _is_exact_gelu(act: nn.Module) -> bool:
     return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is F.gelu
 
 
-def read_old_names(state_dict: dict[str, Any], prefix: str) -> None:
+def read_old_names(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Rename what version 0.1 wrote, where an adapted layer was ``base`` of a module around it."""
     old = f"{prefix}base."
+    if "base" in layer._modules:
+        return
     for name in [name for name in state_dict if name.startswith(old)]:
         state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora.layers import LoRALinear, LoRAMoE, plain_ffn
+from fastmoe_lora.swap import FORWARD_ON_INSTANCE
 from kernels import UserError
 from kernels.lora_linear import columns_pay
 from kernels.reference import frozen
@@ -85,6 +86,8 @@ def find_linears(model: nn.Module, where: Patterns | None, argument: str) -> dic
 def _obstacle(module: nn.Module) -> str:
     """Why ``module`` cannot be adapted; empty if it can."""
     parts = list(module.modules())
+    if "forward" in module.__dict__ and not _adapted(module):
+        return f" that {FORWARD_ON_INSTANCE}, which would bypass the adapter: adapt the model first"
     if any(type(part).__name__ == "Conv1D" for part in parts):
         return ", made of Conv1D as GPT-2 is: only linear layers can be adapted"
     if any(parameter.ndim == 3 for parameter in module.parameters() if parameter.is_leaf) and not _adapted(module):
