@@ -85,9 +85,9 @@ def adapt(
     selection.saved[name] = tuple(plain_name(each) for each in kept)
     routing = Routing(tasks, kernel, selection=selection)
     options: dict[str, Any] = {"name": name, "alpha": alpha, "dropout": dropout, "routing": routing}
-    for site, linear in linears.items():
+    for linear in linears.values():
         _add(linear, LoRALinear, selection, Adapter(**options), lora_rank)
-    for layer, (site, module) in enumerate(sites.items()):
+    for layer, module in enumerate(sites.values()):
         assert config is not None
         adapter = Adapter(**options, config=config, layer=layer)
         _add(module, LoRAMoE, selection, adapter, config.experts * config.rank)

@@ -142,7 +142,7 @@ def _segments(x: Tensor, offsets: Tensor, counts: tuple[int, ...], length: int) 
 
 
 def recomputing() -> bool:
-    """Whether this thread runs a backward pass, in which checkpointing runs layers again. A compiled pass asks nothing."""
+    """Whether this thread runs a backward pass, in which checkpointing runs layers again; maybe, in a compiled one."""
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
 
 

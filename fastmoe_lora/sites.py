@@ -26,7 +26,7 @@ FFN = ("*.mlp", "*.DenseReluDense", "*.intermediate.dense", "*.fc1", "*.pwconv1"
 ATTENTION = (
     "*.attn.qkv", "*.attn.proj", "*.attention.?_proj", "*.self_attn.?_proj", "*.self_attn.out_proj",
     "*.attention.self.query", "*.attention.self.key", "*.attention.self.value", "*.attention.output.dense",
-    "*.attention.query_key_value", "*.SelfAttention.?",
+    "*.attention.query_key_value", "*.attention.dense", "*.SelfAttention.?",
 )  # fmt: skip
 # Names of an FFN's first linear layer, activation and second linear layer: timm's, and Hugging Face's two.
 FFN_NAMES = (("fc1", "act", "fc2"), ("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))

@@ -412,8 +412,13 @@ def test_a_pass_that_is_discarded_and_a_step_change_no_gradient(adapted, x):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("options", [{"config": "8/2/1/4", "tasks": 2, "where": "?.0"},
-                                     {"config": None, "lora_rank": 4, "lora_where": ["?.0", "?.2"]}], ids=["experts", "LoRA"])  # fmt: skip
+EXPERTS, LORA = (
+    {"config": "8/2/1/4", "tasks": 2, "where": "?.0"},
+    {"config": None, "lora_rank": 4, "lora_where": ["?.0", "?.2"]},
+)
+
+
+@pytest.mark.parametrize("options", [EXPERTS, LORA], ids=["experts", "LoRA"])
 def test_gradients_in_one_batch_are_those_one_by_one(options, x):
     """is_grads_batched, as TorchJD asks for the gradient of each task."""
     model = blocks()

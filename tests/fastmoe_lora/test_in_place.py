@@ -1,4 +1,4 @@
-"""An adapted layer stays the object it is: class, names, hooks, copies, files of the whole model, and what else reads it."""
+"""An adapted layer stays the object it is: class, names, hooks, copies, files of the whole model, its readers."""
 
 import copy
 import pickle

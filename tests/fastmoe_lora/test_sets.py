@@ -1,4 +1,4 @@
-"""What a user of PEFT expects: scale, dropout, sets of adapters, modules that are saved whole, merging, groups, mistakes."""
+"""What a user of PEFT expects: scale, dropout, sets of adapters, modules saved whole, merging, groups, mistakes."""
 
 import copy
 import os
