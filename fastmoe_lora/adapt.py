@@ -140,7 +140,8 @@ def remove(model: nn.Module) -> None:
     UserError if a layer was changed since then, as parametrize and fully_shard do; nothing is undone then.
     """
     check_restorable(model)
-    for layer in adapted_layers(model).values():
+    layers: dict[str, Any] = adapted_layers(model)
+    for layer in layers.values():
         restore(layer)
         drop_adapters(layer)
     thaw(model)
