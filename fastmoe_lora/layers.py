@@ -65,7 +65,7 @@ class LoRALinear:
         lora, drops = lora_of(self, adapter), drops_input(self, adapter)
         weights = None if drops else frozen_weights(self)
         if weights is not None:
-            tokens = x.to(compute_type(self)).flatten(0, -2)
+            tokens = x.to(compute_type(self)).reshape(-1, x.shape[-1])
             with full_precision(x.device.type):
                 return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], len(weights[0][0]))
         y = super().forward(x)  # type: ignore[misc]
@@ -108,10 +108,11 @@ class LoRAMoE:
         weights = None if rest or named or real is not None else fused_weights(self, adapter, x.device)
         if weights is None:
             with span("ffn"):
-                output = super().forward(x, *rest, **named).flatten(0, -2)  # type: ignore[misc]
-            tokens = x.to(output.dtype).flatten(0, -2)
+                output = super().forward(x, *rest, **named)  # type: ignore[misc]
+            output = output.reshape(-1, output.shape[-1])
+            tokens = x.to(output.dtype).reshape(-1, x.shape[-1])
         else:
-            tokens = x.to(compute_type(self)).flatten(0, -2)
+            tokens = x.to(compute_type(self)).reshape(-1, x.shape[-1])
         if drops_input(self, adapter):
             tokens = F.dropout(tokens, adapter.dropout)
         base = weights or (output if real is None else output[real])

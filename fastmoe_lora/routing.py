@@ -317,7 +317,8 @@ class Routing:
         if batch is not None:
             batch.record(layer, mean_probs)
         if self.statistics is not None:
-            assert segments.counts is not None  # compiled passes keep none
+            if segments.counts is None:
+                raise UserError("routing statistics are of eager passes, which know the counts of every task")
             self.statistics.add(layer, gates, segments.counts)
 
     def checkpoint(self) -> tuple[AbstractContextManager, AbstractContextManager]:

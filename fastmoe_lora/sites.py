@@ -112,7 +112,7 @@ def _bypass(modules: dict[str, nn.Module], model: nn.Module, name: str) -> str:
     read = re.compile(rf"(?<!isinstance\()self\.{re.escape(own)}\.weight\b(?!\.(dtype|device|shape|size))")
     for kind in parent.__mro__:
         for method, function in vars(kind).items():
-            if kind is nn.Module or not inspect.isfunction(function) or re.search("init|reset|load|save", method):
+            if kind is nn.Module or not inspect.isfunction(function) or re.search("init|reset|load|save|tie", method):
                 continue
             try:
                 source = inspect.getsource(function)
