@@ -3,18 +3,17 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.layers import Adapter, Adapters, LoRALinear, LoRAMoE, Selection, add_adapter, drop_adapters, lora_of
-from fastmoe_lora.routing import Routing
+from fastmoe_lora.layers import Adapter, Adapters, LoRALinear, LoRAMoE, add_adapter, drop_adapters, lora_of
+from fastmoe_lora.routing import Routing, Selection
 from fastmoe_lora.sites import Patterns, adapted_layers, find_inner, find_linears, find_sites, plain_name, site_shape
-from fastmoe_lora.swap import freeze_model, restore, swap, thaw
+from fastmoe_lora.swap import check_restorable, freeze_model, restore, swap, thaw
 from kernels import KERNELS, UserError
 
 POSITION_AUGMENTATION = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
@@ -84,14 +83,14 @@ def adapt(
         freeze_model(model, kept.values())
         _switch_off_position_augmentation(model)
     selection.saved[name] = tuple(plain_name(each) for each in kept)
-    options: dict[str, Any] = {"name": name, "alpha": alpha, "dropout": dropout}
-    for site, linear in linears.items():
-        _add(site, linear, LoRALinear, selection, Adapter(**options), lora_rank)
-    routing = Routing(tasks, kernel)
-    for layer, (site, module) in enumerate(sites.items()):
+    routing = Routing(tasks, kernel, selection=selection)
+    options: dict[str, Any] = {"name": name, "alpha": alpha, "dropout": dropout, "routing": routing}
+    for linear in linears.values():
+        _add(linear, LoRALinear, selection, Adapter(**options), lora_rank)
+    for layer, module in enumerate(sites.values()):
         assert config is not None
-        adapter = Adapter(**options, config=config, routing=routing, layer=layer)
-        _add(site, module, LoRAMoE, selection, adapter, config.experts * config.rank)
+        adapter = Adapter(**options, config=config, layer=layer)
+        _add(module, LoRAMoE, selection, adapter, config.experts * config.rank)
     _switch_off_fast_paths(model)
     return routing
 
@@ -122,10 +121,10 @@ def is_probability(dropout: Any) -> bool:
     return type(dropout) in (int, float) and 0 <= dropout < 1
 
 
-def _add(name: str, module: nn.Module, mixin: type, selection: Selection, adapter: Adapter, rank: int) -> None:
+def _add(module: nn.Module, mixin: type, selection: Selection, adapter: Adapter, rank: int) -> None:
     if not isinstance(module, mixin):
         inner = find_inner(module, mixin is LoRAMoE)
-        swap(module, mixin, name)
+        swap(module, mixin)
         module.adapters = Adapters(selection, inner)  # type: ignore[assignment]
     add_adapter(module, adapter, rank, site_shape(module))
 
@@ -136,10 +135,14 @@ def find_saved(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`adapt`: the classes, names and values of before. Frozen parameters stay frozen."""
+    """Undo :func:`adapt`: the classes, names and values of before. Frozen parameters stay frozen.
+
+    UserError if a layer was changed since then, as parametrize and fully_shard do; nothing is undone then.
+    """
+    check_restorable(model)
     layers: dict[str, Any] = adapted_layers(model)
-    for name, layer in layers.items():
-        restore(layer, name)
+    for layer in layers.values():
+        restore(layer)
         drop_adapters(layer)
     thaw(model)
     for module in model.modules():
@@ -160,8 +163,10 @@ def merge(model: nn.Module) -> None:
                 "a LoRA mixture of experts cannot be merged into the frozen weights, since its gates depend on the "
                 "token: ship the model with save_adapters(model, path)"
             )
-        if layer.adapters.inner is None:
-            raise UserError(f"{name} is a {type(layer).__name__}, into whose weight LoRA cannot be merged")
+        if layer.adapters.inner is None or "weight" not in layer._parameters:
+            kind = type(layer).__name__
+            raise UserError(f"{name} is a {kind} whose weight is no plain parameter: LoRA cannot be merged into it")
+    check_restorable(model)
     for layer in layers.values():
         adapter = layer.adapters.sets.get(layer.adapters.selection.name)
         if adapter is not None:
@@ -171,30 +176,25 @@ def merge(model: nn.Module) -> None:
 
 
 def routing_of(model: nn.Module, name: str = "") -> Routing:
-    """The routing of a set of experts, of a copy of the model too. UserError if there is none."""
+    """The routing of a set of adapters, of a copy of the model too. UserError if there is none."""
     for layer in adapted_layers(model).values():
         adapter = layer.adapters.sets.get(name)
-        if adapter is not None and adapter.routing is not None:
+        if adapter is not None:
             return adapter.routing
-    raise UserError(f"the model has no experts{f' called {name!r}' if name else ''}: call fastmoe_lora.adapt first")
+    raise UserError(f"the model has no adapters{f' {name!r}' if name else ''}: call fastmoe_lora.adapt first")
 
 
-@contextmanager
-def use_adapters(model: nn.Module, name: str | None) -> Iterator[None]:
-    """In this thread, passes within use the set of adapters ``name``; None uses none of them."""
+def use_adapters(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+    """In this thread, passes within it use the set of adapters ``name``; None uses none of them."""
     layers: list[Any] = list(adapted_layers(model).values())
     if name is not None and not any(name in layer.adapters.sets for layer in layers):
         known = sorted({known for layer in layers for known in layer.adapters.sets})
         raise UserError(f"the model has no adapters {name!r}, but {', '.join(map(repr, known)) or 'none'}")
-    selection = layers[0].adapters.selection if layers else Selection("")
-    before, selection.name = selection.name, name
-    try:
-        yield
-    finally:
-        selection.name = before
+    selection = layers[0].adapters.selection if layers else Selection()
+    return selection.use(name)
 
 
-def adapters_off(model: nn.Module) -> Any:
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """``with adapters_off(model):`` passes of this thread are those of the frozen model."""
     return use_adapters(model, None)
 

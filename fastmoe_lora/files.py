@@ -106,7 +106,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike, name: str = "") -> 
     """Write a set of adapters of ``model``, and nothing else of it, to ``path``; the file is complete or absent, also
     where several processes write it. A link stays one, its target is written."""
     metadata = Recipe.of(model, name).metadata | {"base": json.dumps(_base(model))}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(model, name).items()}
+    tensors = {key: _whole(tensor).contiguous() for key, tensor in _tensors(model, name).items()}
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
@@ -116,6 +116,15 @@ def save_adapters(model: nn.Module, path: str | os.PathLike, name: str = "") -> 
         raise UserError(f"cannot write {target}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A copy on the CPU; of what fully_shard divided among processes, all of it, for which all of them must call."""
+    return (tensor.full_tensor() if _is_sharded(tensor) else tensor).detach().to("cpu", copy=True)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # to import the class takes seconds
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto", name: str = "") -> Routing:
@@ -143,9 +152,12 @@ def load_adapters(model: nn.Module, path: str | os.PathLike, kernel: str = "auto
     elif Recipe.of(model, name) != recipe:
         raise UserError(f"{path} was made by another recipe than the model's adapters: remove() them first")
     else:
-        routing = routing_of(model, name) if recipe.config else Routing(1, kernel)
+        routing = routing_of(model, name)
+    targets = _tensors(model, name)
+    if any(map(_is_sharded, targets.values())):
+        raise UserError(f"{path} cannot be loaded into a model after fully_shard: load it before")
     with torch.no_grad():
-        for key, target in _tensors(model, name).items():
+        for key, target in targets.items():
             target.copy_(tensors[key])
     return routing
 
@@ -154,7 +166,10 @@ def _base(model: nn.Module) -> dict[str, str]:
     """What a file says of its model; wrappers do not count."""
     while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
         model = inner
-    found = {"class": type(model).__name__}
+    kind = type(model)
+    if kind.__name__ == f"FSDP{kind.__bases__[-1].__name__}":  # what fully_shard makes of a class
+        kind = kind.__bases__[-1]
+    found = {"class": kind.__name__}
     hub = getattr(getattr(model, "config", None), "_name_or_path", "")
     return found | ({"hub": hub} if isinstance(hub, str) and is_repository(hub) else {})
 

@@ -6,9 +6,9 @@ NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
 """
 
 import math
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
-from fastmoe_lora.routing import Routing
+from fastmoe_lora.routing import Routing, Selection
 from kernels import TaskSegments, lora_moe, resolve_kernel
 from kernels.gating import fits_one_tile
 from kernels.lora_linear import lora_linear
@@ -26,37 +26,15 @@ from kernels.reference import Linear
 PARTS = ("lora_A", "lora_B", "routers")
 
 
-class Selection:
-    """Which set of adapters the passes of a thread use; shared by the layers of one model. None switches all off."""
-
-    def __init__(self, default: str, saved: dict[str, tuple[str, ...]] | None = None) -> None:
-        self.default, self._local = default, threading.local()
-        self.saved = saved or {}  # names of the modules that are trained and saved with each set
-
-    @property
-    def name(self) -> str | None:
-        return getattr(self._local, "name", self.default)
-
-    @name.setter
-    def name(self, name: str | None) -> None:
-        self._local.name = name
-
-    def __getstate__(self) -> tuple:
-        return self.default, self.saved
-
-    def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
-
 @dataclass(frozen=True)
 class Adapter:
     """What one set of adapters needs to know in one layer, beside its parameters."""
 
-    name: str = ""
+    name: str
+    routing: Routing
     alpha: float | None = None  # the experts' sum is scaled by alpha / r; None is 1
     dropout: float = 0.0  # of the adapters' input in training
     config: MoEConfig | None = None  # of experts
-    routing: Routing | None = None
     layer: int = 0  # among those of the routing
 
     def parameter(self, part: str) -> str:
@@ -88,15 +66,15 @@ class LoRALinear:
         lora, drops = lora_of(self, adapter), adapter.dropout > 0 and self.training
         weights = None if drops else frozen_weights(self)
         if weights is not None:
-            tokens = x.to(compute_type(weights)).flatten(0, -2)
+            tokens = x.to(compute_type(weights)).reshape(-1, x.shape[-1])
             with full_precision(x.device.type):
-                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], -1)
+                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], len(weights[0][0]))
         y = super().forward(x)  # type: ignore[misc]
         a, b = (weight.to(y.dtype) for weight in lora)
         return y + F.linear(F.linear(F.dropout(x.to(y.dtype), adapter.dropout, drops), a), b)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        read_old_names(state_dict, prefix)
+        read_old_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -124,7 +102,7 @@ class LoRAMoE:
         if adapter is None:
             return super().forward(x, *rest, **named)  # type: ignore[misc]
         routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()
-        assert routing is not None and config is not None
+        assert config is not None
         batch, real = routing.current(), None
         segments = TaskSegments(self.one_task, (rows,), rows)
         if batch is not None:
@@ -133,10 +111,11 @@ class LoRAMoE:
         weights = None if rest or named or drops or real is not None else fused_weights(self, adapter, x.device)
         if weights is None:
             with span("ffn"):
-                output = super().forward(x, *rest, **named).flatten(0, -2)  # type: ignore[misc]
-            tokens = x.to(output.dtype).flatten(0, -2)
+                output = super().forward(x, *rest, **named)  # type: ignore[misc]
+            output = output.reshape(-1, output.shape[-1])
+            tokens = x.to(output.dtype).reshape(-1, x.shape[-1])
         else:
-            tokens = x.to(compute_type(weights)).flatten(0, -2)
+            tokens = x.to(compute_type(weights)).reshape(-1, x.shape[-1])
         if drops:
             tokens = F.dropout(tokens, adapter.dropout)
         base = weights or (output if real is None else output[real])
@@ -148,21 +127,20 @@ class LoRAMoE:
                 routing.kernel, routing.deterministic,
             )  # fmt: skip
         routing.record(batch, adapter.layer, mean_probs, gates, segments)
-        return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], -1)
+        return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], y.shape[-1])
 
     def __setstate__(self, state: dict) -> None:
         """A copy belongs to the copy of its routing."""
         super().__setstate__(state)  # type: ignore[misc]
         for adapter in self.adapters.sets.values():
-            assert adapter.routing is not None
             adapter.routing.add_layer(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        read_old_names(state_dict, prefix)
+        read_old_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config and each.routing]
+        sets = [(each.config, each.routing) for each in self.adapters.sets.values() if each.config]
         own = "; ".join(f"{config}, gating={config.gating_name}, tasks={routing.tasks}" for config, routing in sets)
         return f"{super().extra_repr()} experts={own}".strip()  # type: ignore[misc]
 
@@ -173,10 +151,10 @@ def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int])
     All are fp32, whatever the type of the frozen weights and of the session.
     """
     layer.adapters.sets[adapter.name] = adapter
-    make: dict[str, Any] = {"dtype": torch.float32, "device": next(layer.parameters()).device}
+    make: dict[str, Any] = {"dtype": torch.float32, "device": next(chain(layer.parameters(), layer.buffers())).device}
     with torch.inference_mode(False):  # else they could never be trained
         values = {}
-        if adapter.config is not None and adapter.routing is not None:
+        if adapter.config is not None:
             columns = adapter.config.gating.router_columns(adapter.config.experts)
             values["routers"] = torch.empty(adapter.routing.tasks, columns, shape[0], **make).normal_(std=0.01)
             one_task = torch.tensor([0, 1], dtype=torch.int32, device=make["device"])
@@ -226,7 +204,7 @@ def full_precision(kind: str) -> AbstractContextManager[Any]:
 
 def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:
     """The frozen weights that the kernels compute the base from; None if it must run by itself."""
-    assert adapter.config is not None and adapter.routing is not None
+    assert adapter.config is not None
     if not fits_one_tile(adapter.config.experts, adapter.config.rank):
         return None
     return frozen_weights(layer) if resolve_kernel(adapter.routing.kernel, device) == "triton" else None
@@ -272,8 +250,10 @@ def _is_exact_gelu(act: nn.Module) -> bool:
     return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is F.gelu
 
 
-def read_old_names(state_dict: dict[str, Any], prefix: str) -> None:
+def read_old_names(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Rename what version 0.1 wrote, where an adapted layer was ``base`` of a module around it."""
     old = f"{prefix}base."
+    if "base" in layer._modules:
+        return
     for name in [name for name in state_dict if name.startswith(old)]:
         state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)

@@ -7,8 +7,8 @@ with routing.batch([8, 8]) as batch:        # 8 images of the first task, then 8
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -141,6 +141,61 @@ def _segments(x: Tensor, offsets: Tensor, counts: tuple[int, ...], length: int) 
     return TaskSegments(on_device, rows and tuple(n * length for n in rows), length)
 
 
+def recomputing() -> bool:
+    """Whether this thread runs a backward pass, in which checkpointing runs layers again; maybe, in a compiled one."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+
+
+class Selection:
+    """Which set of adapters the passes of a thread use; shared by the layers of one model. None switches all off."""
+
+    def __init__(self, default: str = "", saved: dict[str, tuple[str, ...]] | None = None) -> None:
+        self.default, self._local = default, threading.local()
+        self.saved = saved or {}  # for every set the names of the modules that are trained and saved with it
+
+    @property
+    def name(self) -> str | None:
+        """UserError in a layer that runs again without its set, if there are several."""
+        used = getattr(self._local, "used", None)
+        if used is not None:
+            return used[0]
+        if len(self.saved) > 1 and not torch.compiler.is_compiling() and recomputing():
+            raise UserError(
+                "a layer with several sets of adapters runs again outside `with use_adapters(model, ..):`, as "
+                "checkpointing does: call backward() inside, or give checkpoint() context_fn=routing.checkpoint"
+            )
+        return self.default
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        before = getattr(self._local, "used", None)
+        self._local.used = (name,)
+        try:
+            yield
+        finally:
+            self._local.used = before
+
+    def __getstate__(self) -> tuple:
+        return self.default, self.saved
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+class Again:
+    """A context that checkpointing enters for every backward pass: made anew of ``managers`` each time."""
+
+    def __init__(self, *managers: Callable[[], AbstractContextManager]) -> None:
+        self._managers, self._entered = managers, ExitStack()
+
+    def __enter__(self) -> None:
+        for manager in self._managers:
+            self._entered.enter_context(manager())
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+
 class Routing:
     """What the experts of one model share: the tasks, the kernel, and the batch that is open in a thread.
 
@@ -148,19 +203,22 @@ class Routing:
     (:func:`kernels.lora_moe`).
     """
 
-    def __init__(self, tasks: int, kernel: str = "auto", deterministic: bool = False) -> None:
+    def __init__(
+        self, tasks: int, kernel: str = "auto", deterministic: bool = False, selection: Selection | None = None
+    ) -> None:
         self.tasks, self.kernel, self.deterministic = tasks, kernel, deterministic
+        self.selection = selection or Selection()
         self.statistics: RoutingStatistics | None = None
         self._start()
 
     def _start(self) -> None:
         self._layers: list[weakref.ref] = []
-        self._local = threading.local()  # .batch: the open one of this thread; .newest: that or the last one
-        self._open: list[Batch] = []
+        self._local = threading.local()  # .entered: (the batch open in this thread,); .newest: that or the last one
+        self._open: list[Batch | None] = []
 
     def __getstate__(self) -> dict:
         """A copy starts without a batch; the copied layers add themselves."""
-        return {"tasks": self.tasks, "kernel": self.kernel, "deterministic": self.deterministic}
+        return {name: getattr(self, name) for name in ("tasks", "kernel", "deterministic", "selection")}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -215,25 +273,35 @@ class Routing:
 
     @contextmanager
     def _opened(self, batch: Batch) -> Iterator[Batch]:
-        before = getattr(self._local, "batch", None)
-        self._local.batch = self._local.newest = batch
+        with self._entered(batch):
+            self._local.newest = batch
+            try:
+                yield batch
+            finally:
+                batch.close()
+
+    @contextmanager
+    def _entered(self, batch: Batch | None) -> Iterator[None]:
+        before = getattr(self._local, "entered", None)
+        self._local.entered = (batch,)
         self._open.append(batch)
         try:
-            yield batch
+            yield
         finally:
-            self._local.batch = before
+            self._local.entered = before
             self._open.remove(batch)
-            batch.close()
 
     def current(self) -> Batch | None:
-        """The batch of a pass: the one open in this thread, else the only one open in the process.
+        """The batch of a pass: the one open in this thread or, in a backward pass, the only one open in the process.
 
         A backward pass of CUDA recomputes checkpointed layers in a thread of its own. UserError without a batch if
         there are several tasks.
         """
-        batch = getattr(self._local, "batch", None)
-        if batch is None and len(self._open) == 1:
-            batch = self._open[0]
+        entered = getattr(self._local, "entered", None)
+        if entered is None and recomputing():
+            opened = list(self._open)
+            entered = tuple(opened) if len(opened) == 1 else None
+        batch = None if entered is None else entered[0]
         if batch is None and self.tasks > 1:
             raise UserError(
                 f"a pass of {self.tasks} tasks outside `with routing.batch([..]):`, which says whose tokens are whose; "
@@ -249,13 +317,15 @@ class Routing:
         if batch is not None:
             batch.record(layer, mean_probs)
         if self.statistics is not None:
-            assert segments.counts is not None  # compiled passes keep none
+            if segments.counts is None:
+                raise UserError("routing statistics are of eager passes, which know the counts of every task")
             self.statistics.add(layer, gates, segments.counts)
 
     def checkpoint(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the pass that runs again sees its own batch."""
-        batch = self.current()
-        return nullcontext(), nullcontext() if batch is None else self._opened(batch)
+        """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the pass that runs again sees its own batch and
+        set of adapters."""
+        batch, name = self.current(), self.selection.name
+        return nullcontext(), Again(lambda: self._entered(batch), lambda: self.selection.use(name))
 
     def mi_loss(self) -> Tensor:
         """:meth:`Batch.mi_loss` of this thread's newest batch; 0 for one task, which says nothing about the expert."""

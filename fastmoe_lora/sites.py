@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora.layers import LoRALinear, LoRAMoE, plain_ffn
+from fastmoe_lora.swap import FORWARD_ON_INSTANCE
 from kernels import UserError
 from kernels.lora_linear import columns_pay
 from kernels.reference import frozen
@@ -25,7 +26,7 @@ FFN = ("*.mlp", "*.DenseReluDense", "*.intermediate.dense", "*.fc1", "*.pwconv1"
 ATTENTION = (
     "*.attn.qkv", "*.attn.proj", "*.attention.?_proj", "*.self_attn.?_proj", "*.self_attn.out_proj",
     "*.attention.self.query", "*.attention.self.key", "*.attention.self.value", "*.attention.output.dense",
-    "*.attention.query_key_value", "*.SelfAttention.?",
+    "*.attention.query_key_value", "*.attention.dense", "*.SelfAttention.?",
 )  # fmt: skip
 # Names of an FFN's first linear layer, activation and second linear layer: timm's, and Hugging Face's two.
 FFN_NAMES = (("fc1", "act", "fc2"), ("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
@@ -85,6 +86,8 @@ def find_linears(model: nn.Module, where: Patterns | None, argument: str) -> dic
 def _obstacle(module: nn.Module) -> str:
     """Why ``module`` cannot be adapted; empty if it can."""
     parts = list(module.modules())
+    if "forward" in module.__dict__ and not _adapted(module):
+        return f" that {FORWARD_ON_INSTANCE}, which would bypass the adapter: adapt the model first"
     if any(type(part).__name__ == "Conv1D" for part in parts):
         return ", made of Conv1D as GPT-2 is: only linear layers can be adapted"
     if any(parameter.ndim == 3 for parameter in module.parameters() if parameter.is_leaf) and not _adapted(module):
@@ -109,7 +112,7 @@ def _bypass(modules: dict[str, nn.Module], model: nn.Module, name: str) -> str:
     read = re.compile(rf"(?<!isinstance\()self\.{re.escape(own)}\.weight\b(?!\.(dtype|device|shape|size))")
     for kind in parent.__mro__:
         for method, function in vars(kind).items():
-            if kind is nn.Module or not inspect.isfunction(function) or re.search("init|reset|load|save", method):
+            if kind is nn.Module or not inspect.isfunction(function) or re.search("init|reset|load|save|tie", method):
                 continue
             try:
                 source = inspect.getsource(function)

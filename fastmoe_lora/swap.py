@@ -11,6 +11,7 @@ from torch import nn
 
 from kernels import UserError
 
+FORWARD_ON_INSTANCE = "has a forward of its own on the instance, as accelerate's hooks put there"
 _GENERATED: dict[tuple[type, type], type] = {}
 
 
@@ -25,7 +26,7 @@ def generated(mixin: Any, base: type) -> type:
 
 def _reduce(module: nn.Module, protocol: int) -> tuple:
     """How deepcopy and pickle rebuild a module, whose class no import finds."""
-    return _rebuild, type(module).adapts, module.__dict__  # type: ignore[attr-defined]
+    return _rebuild, type(module).adapts, object.__reduce_ex__(module, 2)[2]  # type: ignore[attr-defined]
 
 
 def _rebuild(mixin: type, base: type) -> Any:
@@ -33,24 +34,28 @@ def _rebuild(mixin: type, base: type) -> Any:
     return kind.__new__(kind)
 
 
-def swap(module: nn.Module, mixin: type, name: str) -> None:
-    """Give ``module``, which is called ``name``, the methods of ``mixin``. UserError if they would never run."""
-    if "forward" in module.__dict__:
-        raise UserError(
-            f"{name} has a forward of its own on the instance, as accelerate's hooks put there, which would bypass the "
-            "adapter: adapt the model first"
-        )
+def swap(module: nn.Module, mixin: type) -> None:
+    """Give ``module`` the methods of ``mixin``."""
     module.__class__ = generated(mixin, type(module))
 
 
-def restore(module: nn.Module, name: str) -> None:
-    """Undo :func:`swap`. UserError if the class was changed once more since then."""
-    kind = type(module)
-    if "adapts" not in kind.__dict__:
-        raise UserError(
-            f"{name} became a {kind.__name__} after it was adapted, as parametrize and fully_shard do: undo that first"
-        )
-    module.__class__ = kind.__dict__["adapts"][1]
+def restore(module: nn.Module) -> None:
+    """Undo :func:`swap`."""
+    kind: Any = type(module)
+    module.__class__ = kind.adapts[1]
+
+
+def check_restorable(model: nn.Module) -> None:
+    """UserError if a module of ``model`` was swapped and then changed once more."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if hasattr(kind, "adapts") and "adapts" not in kind.__dict__:
+            raise UserError(
+                f"{name} became a {kind.__name__} after it was adapted, as parametrize and fully_shard do: undo that "
+                "first"
+            )
+        if hasattr(kind, "adapts") and "forward" in module.__dict__:
+            raise UserError(f"{name} {FORWARD_ON_INSTANCE}: remove that first")
 
 
 class Frozen:
@@ -66,18 +71,18 @@ def freeze_model(model: nn.Module, kept: Iterable[nn.Module]) -> None:
     """Freeze all parameters of ``model`` and the statistics of its batch norms, except in the modules ``kept``."""
     model.requires_grad_(False)
     spared = {module for outer in kept for module in outer.requires_grad_(True).modules()}
-    for name, module in model.named_modules():
+    for module in model.modules():
         if module in spared:
             continue
         counts = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         if counts and not isinstance(module, Frozen):
-            swap(module, Frozen, name)
+            swap(module, Frozen)
             module.train(False)
 
 
 def thaw(model: nn.Module) -> None:
     """Let batch norms count again; parameters stay frozen."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if issubclass(type(module), Frozen):
-            restore(module, name)
+            restore(module)
             module.train(model.training)

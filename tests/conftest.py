@@ -20,6 +20,7 @@ COSTS = {
     "kernels/*": "interpret",
     "fastmoe_lora/test_compile.py": "slow",
     "fastmoe_lora/test_fused.py": "interpret",
+    "fastmoe_lora/test_processes.py": "integration",
     "model/test_kernel_parity.py": "interpret",
     "model/decoders/test_kernel_parity.py": "interpret",
     "bench/test_counted.py": "interpret",

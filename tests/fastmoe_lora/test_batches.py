@@ -140,13 +140,44 @@ class TestCheckpointing:
         other = adapt(model, "8/2/1/4", 2, "?.0", name="other")
         spread(model)
         found = []
-        for how, options in ((None, {}), (False, {"context_fn": other.checkpoint})):
+        for how, options in ((None, {}), (False, {"context_fn": other.checkpoint}), (False, {})):
             with use_adapters(model, "other"), other.batch([1, 3]):
                 loss = forward(model, x, how, **options).square().mean()
-            with routing.batch([2, 2]):
-                loss.backward()
+                if not options:
+                    loss.backward()
+            if options:
+                with routing.batch([1, 3]):
+                    loss.backward()
             assert all(p.grad is None for name, p in model.named_parameters() if not name.endswith("_other"))
             found.append({name: grad for name, grad in gradients(model).items() if grad is not None})
+        assert_same(found[1], found[0])
+        assert_same(found[2], found[0])
+
+    @EITHER
+    def test_is_refused_where_it_would_run_again_with_another_set(self, reentrant, x):
+        model = blocks()
+        adapt(model, None, lora_rank=2, lora_where=["?.0", "?.2"])
+        adapt(model, None, lora_rank=2, lora_where=["?.0", "?.2"], name="other")
+        with use_adapters(spread(model), "other"):
+            loss = forward(model, x.requires_grad_(), reentrant).square().mean()
+        with pytest.raises(
+            UserError, match=r"outside `with use_adapters\(model, ..\):`.*context_fn=routing.checkpoint"
+        ):
+            loss.backward()
+
+    def test_of_one_task_without_a_batch_runs_again_without_that_of_another_pass(self, x):
+        model = blocks()
+        routing = adapt(model, "8/2/1/4", 1, "?.0")
+        spread(model)
+        found = []
+        for options in ({}, {"context_fn": routing.checkpoint}):
+            loss = forward(model, x, False, **options).square().mean()
+            if options:
+                with routing.batch([4], torch.zeros(4, 10)):
+                    loss.backward()
+            else:
+                loss.backward()
+            found.append(gradients(model))
         assert_same(*found)
 
 
@@ -219,16 +250,17 @@ class TestThreads:
         for found, y in zip(self.race(works), right, strict=True):
             assert all(torch.equal(each, y) for each in found)
 
-    def test_without_a_batch_where_several_are_open_are_refused(self, adapted, x):
+    @pytest.mark.parametrize("others", [1, 2])
+    def test_without_a_batch_do_not_take_that_of_another(self, others, adapted, x):
         model, routing = adapted
-        opened, done = threading.Barrier(3), threading.Event()
+        opened, done = threading.Barrier(others + 1), threading.Event()
 
         def hold():
             with routing.batch([2, 2]):
                 opened.wait()
                 done.wait()
 
-        holders = [threading.Thread(target=hold) for _ in range(2)]
+        holders = [threading.Thread(target=hold) for _ in range(others)]
         for holder in holders:
             holder.start()
         opened.wait()
@@ -380,11 +412,16 @@ def test_a_pass_that_is_discarded_and_a_step_change_no_gradient(adapted, x):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("options", [{"config": "8/2/1/4", "tasks": 2, "where": "?.0"},
-                                     {"config": None, "lora_rank": 4, "lora_where": "*.?"}], ids=["experts", "LoRA"])  # fmt: skip
+EXPERTS, LORA = (
+    {"config": "8/2/1/4", "tasks": 2, "where": "?.0"},
+    {"config": None, "lora_rank": 4, "lora_where": ["?.0", "?.2"]},
+)
+
+
+@pytest.mark.parametrize("options", [EXPERTS, LORA], ids=["experts", "LoRA"])
 def test_gradients_in_one_batch_are_those_one_by_one(options, x):
     """is_grads_batched, as TorchJD asks for the gradient of each task."""
-    model = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)) for _ in range(2))
+    model = blocks()
     routing = adapt(model, **options)
     spread(model)
     with routing.batch([1, 3] if routing.tasks > 1 else [4]):

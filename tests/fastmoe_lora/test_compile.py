@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from torch import nn  # noqa: E402
 
-from fastmoe_lora import MoEConfig, adapt, adapters_off, routing_of, use_adapters  # noqa: E402
+from fastmoe_lora import MoEConfig, RoutingStatistics, adapt, adapters_off, routing_of, use_adapters  # noqa: E402
 from kernels.dispatch import RESOLVED  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -238,3 +238,10 @@ def test_a_batch_of_another_size_is_one_more_graph_and_a_leftover_is_refused(x):
     assert counter.frame_count == 2
     with routing.batch([1, 1]), pytest.raises(Exception, match="in a batch of 2: its first axis must be the images"):
         compiled(x)
+
+
+def test_statistics_of_a_compiled_pass_are_refused_in_words(x):
+    model, routing = small("4/2/1/2", 2, "first")
+    routing.statistics = RoutingStatistics()
+    with routing.batch([2, 1]), pytest.raises(Exception, match="routing statistics are of eager passes"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)

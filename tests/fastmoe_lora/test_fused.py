@@ -321,23 +321,6 @@ class TestNewestWeights:
         assert fused(layer) and not torch.equal(after["y"], before["y"])
         assert_close(after, as_reference(layer, x))
 
-    def test_are_read_by_functional_call(self, layer, x):
-        """Parameters that are given for one pass, the frozen ones too, and their gradients."""
-        own = dict(layer.named_parameters())
-        given = {name: (1.5 * p).detach().requires_grad_(p.requires_grad) for name, p in own.items()}
-        with routing_of(layer).batch(IMAGES):
-            y = torch.func.functional_call(layer, given, (x,))
-        (gradient,) = torch.autograd.grad(y.square().sum(), given["lora_A"])
-        assert dict(layer.named_parameters()).keys() == own.keys()
-        twin = copy.deepcopy(layer)
-        with torch.no_grad():
-            for name, p in twin.named_parameters():
-                p.copy_(given[name])
-        routing_of(twin).kernel = "reference"
-        expected = run(twin, x)
-        assert_close({"y": y.detach()}, {"y": expected.detach()})
-        assert_close({"A": gradient}, {"A": torch.autograd.grad(expected.square().sum(), twin.lora_A)[0]})
-
     def test_serve_a_pass_back_that_follows_an_optimiser_s_step(self, layer, x):
         """The graph holds what it was made with, or PyTorch says that it does not: never gradients of other weights."""
         y, expected = run(layer, x), results(layer, x)
@@ -347,14 +330,6 @@ class TestNewestWeights:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, layer.lora_A, dy)
         assert expected["y"].equal(y)
-
-    def test_serve_a_pass_that_follows_a_discarded_one_and_a_step(self, layer, x):
-        """As where an evaluation of the loss precedes the step that it is for."""
-        run(layer, x)
-        for p in adapters(layer):
-            p.grad = torch.randn_like(p)
-        torch.optim.AdamW(adapters(layer), 0.1, fused=True).step()
-        assert_close(results(layer, x), as_reference(layer, x))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_are_in_the_type_that_the_module_was_moved_to(self, dtype, layer, x):
@@ -398,32 +373,6 @@ class TestNewestWeights:
         trained = results(layer, x)
         assert torch.equal(trained["y"], y)
         assert_close(trained, as_reference(layer, x))
-
-    def test_wait_for_one_pass_back_of_two_passes(self, layer, x):
-        """Weight sharing, or the accumulation of losses."""
-        twin, gradients = copy.deepcopy(layer), []
-        routing_of(twin).kernel = "reference"
-        for each in (layer, twin):
-            loss = run(each, x).square().sum() + run(each, 2 * x).square().sum()
-            gradients.append(dict(enumerate(torch.autograd.grad(loss, adapters(each)))))
-        assert_close(*gradients)
-
-    def test_replay_of_a_graph_reads_weights_where_they_are(self, layer, x):
-        """A CUDA graph replays launches on addresses: a pass that is only replayed must not read copies of weights.
-
-        Simulated: whatever an eager pass in between does, as an evaluation does, the parameters keep their memory and
-        what the pass saved for backward is they themselves.
-        """
-        run(layer, x)
-        places = {name: p.data_ptr() for name, p in layer.named_parameters()}
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-            run(layer, x)
-        with torch.no_grad():
-            layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
-            run(layer, x)
-        assert {name: p.data_ptr() for name, p in layer.named_parameters()} == places
-        assert {places[name] for name in ("fc1.weight", "fc2.weight", "lora_A", "lora_B", "routers")} <= set(saved)
 
 
 def test_a_whole_vit_with_plain_lora_beside_has_the_gradients_of_the_reference():

@@ -318,6 +318,18 @@ class TestLoRAMoE:
         assert re.match(rf"LoRAMoELinear\(in_features={WIDTH}, .* experts=6/2/1/2, gating=ase", repr(linear))
 
 
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (2, 0, 7), (2, 3, 4, 7)], ids=str)
+@pytest.mark.parametrize("freeze", [True, False])
+def test_inputs_of_any_shape_are_served_as_before(freeze, shape):
+    x, linear, base = torch.randn(shape), nn.Linear(7, 5), nn.Linear(7, 5)
+    expected = linear(x), base(x)
+    adapt(nn.Sequential(base), CONFIGS["ase"], where="0", freeze=freeze)
+    found = with_lora(linear, 3, freeze)(x), base(x)
+    for y, right in zip(found, expected, strict=True):
+        assert y.shape == right.shape
+        torch.testing.assert_close(y, right)
+
+
 class TestExperts:
     @EVERY_GATING
     @EVERY_SITE
