@@ -18,14 +18,14 @@ from train.run.losses import read_losses
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--image-size", "32", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
 
-# One step in fp64 from given weights, without an update; writes losses and gradients.
-ONE_STEP = """
+# Two steps in fp64 from given weights, without updates; writes losses, gradients and buffers.
+STEPS = """
 import sys
 import torch
 from train.cli import parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.distributed import leads, processes
+from train.run.distributed import leads, parallel, processes
 from train.run.step import training_step
 from train.run.start import set_up
 
@@ -34,7 +34,7 @@ with processes():
     settings = resolve_settings(parse(sys.argv[2:])[0])
     torch.manual_seed(0)
     run = set_up(settings, None)
-    run.model.double()
+    run.parallel = parallel(run.model.double())
     run.optimizer.step = lambda *_: None
     steps = []
     for batch in train_loader(run.data[0], settings.task_names, settings.batch_size, range(2), settings.seed, 0):
@@ -78,7 +78,7 @@ def flags(request):
 
 def test_losses_and_gradients_of_two_processes_are_those_of_one(flags, tmp_path):
     script = tmp_path / "step.py"
-    script.write_text(ONE_STEP)
+    script.write_text(STEPS)
     for n in (1, 2):
         finished(launch(n, script, tmp_path / f"{n}.pt", *flags, "--out", tmp_path / f"run-{n}"))
     for one, two in zip(*(torch.load(tmp_path / f"{n}.pt") for n in (1, 2)), strict=True):
@@ -92,7 +92,7 @@ def test_losses_and_gradients_of_two_processes_are_those_of_one(flags, tmp_path)
 def test_parts_of_a_batch_add_up_to_it(processes, tmp_path):
     """Light heads have no batch norm, and the mutual-information loss is off: each part would have its own."""
     script = tmp_path / "step.py"
-    script.write_text(ONE_STEP)
+    script.write_text(STEPS)
     flags = [*QUICK, "--set", "mi_weight=0", "--head", "light"]
     finished(launch(1, script, tmp_path / "whole.pt", *flags, "--out", tmp_path / "whole"))
     parts = [*flags, "--accumulate", "2", "--out", tmp_path / "parts"]
