@@ -10,7 +10,7 @@ from kernels import Gating, custom_ops
 from kernels.expand import expand
 from kernels.gate_backward import gate_backward
 from kernels.gating import Pool, make_pool
-from kernels.gelu import gelu, gelu_backward
+from kernels.gelu import gelu
 from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.pack import aligned, pack_backward, pack_forward, split_reference
 from kernels.route_shrink import route_shrink
@@ -42,7 +42,7 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
         t["x"], t["up"], t["wide"], t["buffer"][:, : t["up"].shape[1]], pool
     ),
     "gelu": lambda t, segments, pool: gelu(t["wide"], t["buffer"]),
-    "gelu_backward": lambda t, segments, pool: gelu_backward(t["wide"], t["buffer"]),
+    "gelu_backward": lambda t, segments, pool: gelu(t["wide"], t["buffer"], backward=True),
 }
 
 

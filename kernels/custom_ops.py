@@ -36,7 +36,7 @@ from kernels.errors import UserError
 from kernels.expand import expand
 from kernels.gate_backward import gate_backward
 from kernels.gating import Gating, Pool, make_pool
-from kernels.gelu import gelu, gelu_backward
+from kernels.gelu import gelu
 from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.nvtx import span
 from kernels.pack import aligned, pack_backward, pack_forward
@@ -110,7 +110,7 @@ def backward(
         else:
             torch.mm(dy, up, out=grad[:, :width])
             if w1 is not None:
-                gelu_backward(u, grad[:, :hidden])
+                gelu(u, grad[:, :hidden], backward=True)
         del up  # its memory serves for the partial sums
         dz, gated = gate_backward(grad[:, hidden:], ranks, (h, z), dp, segments, pool)
         dh = grad[:, hidden : hidden + pool.ranks]
@@ -131,16 +131,12 @@ backward_op = torch.library.custom_op("fastmoe_lora::lora_moe_backward", backwar
 @forward_op.register_fake
 def _(x, base, w1, b1, w2, b2, a, b, routers, offsets, length, setting):
     # Not from the cache: sizes may be symbolic.
-    pool = make_pool.__wrapped__(a.shape[0], routers.shape[1], setting.rpartition("/")[0])
-    full, rows = torch.float32, x.shape[0]
-    return (
-        x.new_empty(rows, b.shape[0]),
-        x.new_empty(rows, pool.experts, dtype=full),
-        x.new_empty(len(routers), pool.columns, dtype=full),
-        x.new_empty(rows, a.shape[0]),
-        x.new_empty(rows, pool.columns, dtype=full),
-        x.new_empty(rows, 0 if w1 is None else w1.shape[0]),
-    )
+    pool, rows = make_pool.__wrapped__(a.shape[0], routers.shape[1], setting.rpartition("/")[0]), x.shape[0]
+    shapes = (rows, pool.experts), (len(routers), pool.columns), (rows, pool.columns)
+    g, p, z = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    widths = b.shape[0], a.shape[0], 0 if w1 is None else w1.shape[0]
+    y, h, u = (x.new_empty(rows, width) for width in widths)
+    return y, g, p, h, z, u
 
 
 @backward_op.register_fake
@@ -168,15 +164,12 @@ class _LoRAMoE(torch.autograd.Function):
     def backward(ctx, dy, dg, dp):
         x, h, z, u, w1, w2, a, b, routers, offsets = ctx.saved_tensors  # asked for once, as checkpointing requires
         needed = ctx.needs_input_grad
-        if dp is None:
-            dp = z.new_zeros(routers.shape[:2])
-        if dy is None:
-            dy = x.new_zeros(x.shape[0], b.shape[0])
+        dp = z.new_zeros(routers.shape[:2]) if dp is None else dp
+        dy = x.new_zeros(x.shape[0], b.shape[0]) if dy is None else dy
         rest = x, h, z, u, w1, w2, a, b, routers, offsets, *ctx.static, needed[0]
         as_op = torch.compiler.is_compiling() or is_batched(dy) or is_batched(dp)
         dx, da, db, drouters = (backward_op if as_op else backward)(dy, dp, *rest)
-        dbase = dy if needed[1] else None
-        return dx if needed[0] else None, dbase, None, None, None, None, da, db, drouters, None, None, None
+        return (dx if needed[0] else None, dy if needed[1] else None, *[None] * 4, da, db, drouters, None, None, None)
 
 
 def check_type(x: Tensor) -> None:

@@ -28,9 +28,8 @@ class Gating:
         if self.name in ("ase", "naive-shared") and self.shared == 0:
             raise UserError(f"gating {self.name!r} needs shared experts but S = 0: use 'topk' or 'topk-renorm'")
         if self.name in ("topk", "topk-renorm") and self.shared > 0:
-            raise UserError(
-                f"gating {self.name!r} knows no shared experts but S = {self.shared}: use 'ase' or 'naive-shared'"
-            )
+            remedy = "use 'ase' or 'naive-shared'"
+            raise UserError(f"gating {self.name!r} knows no shared experts but S = {self.shared}: {remedy}")
         if self.k < 1 or self.shared < 0:
             raise UserError(f"gating {self.name!r}: k = {self.k} sparse and S = {self.shared} shared experts")
 

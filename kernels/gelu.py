@@ -88,18 +88,9 @@ def gelu_kernel(u, a, a_stride, T, F, BACKWARD: tl.constexpr, BM: tl.constexpr, 
     tl.store(target, result.to(a.dtype.element_ty), inside)
 
 
-def gelu(u: Tensor, a: Tensor) -> None:
-    """Write gelu(u) into ``a`` (T, F), with any row stride; u (T, F) is contiguous."""
-    _launch(u, a, backward=False)
-
-
-def gelu_backward(u: Tensor, da: Tensor) -> None:
-    """Overwrite ``da`` (T, F), with any row stride, by du; u (T, F) is contiguous."""
-    _launch(u, da, backward=True)
-
-
-def _launch(u: Tensor, a: Tensor, backward: bool) -> None:
+def gelu(u: Tensor, a: Tensor, backward: bool = False) -> None:
+    """Write gelu(u) into ``a`` (T, F), or overwrite da in it by du; ``a`` has any row stride, u (T, F) is contiguous."""
     tokens, width = u.shape
     gelu_kernel[(ceil_div(tokens, BM) * ceil_div(width, BN),)](
         u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True
-    )  # fmt: skip
+    )

@@ -42,14 +42,13 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> 
     (width, d), rank = w.shape, a.shape[0]
     w, a, b = w.to(x.dtype), a.to(x.dtype), b.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    with torch.cuda.device_of(x):
-        if columns_pay(d, width):
-            inner = x.new_empty(x.shape[0], d + rank)
-            inner[:, :d] = x
-            torch.mm(x, a.t(), out=inner[:, d:])
-            return F.linear(inner, torch.cat([w, b], 1), bias), inner
-        h = F.linear(x, a)
-        return F.linear(x, w, bias).addmm_(h, b.t()), h
+    if columns_pay(d, width):
+        inner = x.new_empty(x.shape[0], d + rank)
+        inner[:, :d] = x
+        torch.mm(x, a.t(), out=inner[:, d:])
+        return F.linear(inner, torch.cat([w, b], 1), bias), inner
+    h = F.linear(x, a)
+    return F.linear(x, w, bias).addmm_(h, b.t()), h
 
 
 def backward(
@@ -58,17 +57,16 @@ def backward(
     """(dx, dA, dB), the last two in the types of A and B; x (T, d) and h (T, r) may be columns of [x | H]. dx is empty
     unless it is needed."""
     (width, d), small, up = w.shape, a.to(x.dtype), b.to(x.dtype)
-    with torch.cuda.device_of(x):
-        if not needs_dx:
-            dx, dh = x.new_empty(0), torch.mm(dy, up)
-        elif columns_pay(d, width):
-            grad = torch.mm(dy, torch.cat([w.to(x.dtype), up], 1))
-            dh = grad[:, d:]
-            dx = torch.addmm(grad[:, :d], dh, small)
-        else:
-            dh = torch.mm(dy, up)
-            dx = torch.mm(dy, w.to(x.dtype)).addmm_(dh, small)
-        return dx, torch.mm(dh.t(), x).to(a.dtype), torch.mm(dy.t(), h).to(b.dtype)
+    if not needs_dx:
+        dx, dh = x.new_empty(0), torch.mm(dy, up)
+    elif columns_pay(d, width):
+        grad = torch.mm(dy, torch.cat([w.to(x.dtype), up], 1))
+        dh = grad[:, d:]
+        dx = torch.addmm(grad[:, :d], dh, small)
+    else:
+        dh = torch.mm(dy, up)
+        dx = torch.mm(dy, w.to(x.dtype)).addmm_(dh, small)
+    return dx, torch.mm(dh.t(), x).to(a.dtype), torch.mm(dy.t(), h).to(b.dtype)
 
 
 forward_op = torch.library.custom_op("fastmoe_lora::lora_linear", forward, mutates_args=())

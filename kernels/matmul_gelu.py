@@ -127,21 +127,14 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: T
     bm, bn, bk = sizes["BM"], sizes["BN"], sizes["BK"]
     tiles = triton.cdiv(len(x), bm) * triton.cdiv(result.shape[1], bn)
     blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn // 2), (bm, bn // 2)
-    matrices = _described((x, weight, u, result), blocks)
+    matrices: tuple[Tensor | TensorDescriptor, ...] = x, weight, u, result
+    if has_descriptors(x.device) and all(map(_describable, (x, weight, u, result))):
+        matrices = tuple(map(TensorDescriptor.from_tensor, (x, weight, u, result), blocks))
     matmul_gelu_kernel[(min(tiles, 2 * multiprocessors(x.device)),)](
         *matrices[:2], x if bias is None else bias, *matrices[2:],  # x stands for the bias, of which the type is read
         x.stride(0), weight.stride(0), result.stride(0), *x.shape, result.shape[1], u.shape[1],
         BACKWARD=backward, **sizes,
     )  # fmt: skip
-
-
-def _described(
-    matrices: tuple[Tensor, ...], blocks: tuple[tuple[int, int], ...]
-) -> tuple[Tensor | TensorDescriptor, ...]:
-    """Descriptors of the matrices, or the matrices themselves if not all can be described."""
-    if not all(has_descriptors(matrix.device) and _describable(matrix) for matrix in matrices):
-        return matrices
-    return tuple(TensorDescriptor.from_tensor(*pair) for pair in zip(matrices, blocks, strict=True))
 
 
 def _describable(matrix: Tensor) -> bool:

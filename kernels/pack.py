@@ -28,17 +28,14 @@ def aligned(columns: int) -> int:
 
 
 def up_reference(w2: Tensor | None, b: Tensor, dtype: torch.dtype) -> Tensor:
-    padded = torch.nn.functional.pad(b, (0, aligned(b.shape[1]) - b.shape[1]))
-    return torch.cat([m.to(dtype) for m in (w2, padded) if m is not None], 1)
+    return torch.cat([m.to(dtype) for m in (w2, _padded(b.t()).t()) if m is not None], 1)
 
 
 def down_reference(w1: Tensor | None, a: Tensor, routers: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = routers.flatten(0, 1)
-    parts = [w1, _padded_rows(a), _padded_rows(rows)]
-    return torch.cat([m.to(dtype) for m in parts if m is not None])
+    return torch.cat([m.to(dtype) for m in (w1, _padded(a), _padded(routers.flatten(0, 1))) if m is not None])
 
 
-def _padded_rows(matrix: Tensor) -> Tensor:
+def _padded(matrix: Tensor) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, 0, 0, aligned(len(matrix)) - len(matrix)))
 
 

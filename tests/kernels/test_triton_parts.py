@@ -18,7 +18,7 @@ from kernels import Gating, TaskSegments, reference  # noqa: E402
 from kernels.expand import expand, expand_reference  # noqa: E402
 from kernels.gate_backward import gate_backward, gate_backward_reference  # noqa: E402
 from kernels.gating import make_pool  # noqa: E402
-from kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference  # noqa: E402
+from kernels.gelu import gelu, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.pack import aligned, pack_forward  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
 from kernels.segments import ceil_div  # noqa: E402
@@ -259,7 +259,7 @@ class TestKernelsBesideOtherColumns:
         for part in (bent, far):  # apart, or the error of the large would hide that of the small
             assert_as_good_as(gelu_reference, (u[:, part],), target[:, part].contiguous())
         target.copy_(i.dy.repeat(1, 3))
-        gelu_backward(u, target)
+        gelu(u, target, backward=True)
         for part in (bent, far):
             given = u[:, part], i.dy.repeat(1, 3)[:, part]
             assert_as_good_as(gelu_backward_reference, given, target[:, part].contiguous())

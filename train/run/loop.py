@@ -15,7 +15,6 @@ from tqdm import tqdm
 from fastmoe_lora import RoutingStatistics
 from fastmoe_lora.ranks import world_size
 from kernels import UserError
-from kernels.nvtx import spanned
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import batch_ids, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
@@ -102,7 +101,7 @@ def fit(run: Run) -> float:
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
     with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
-        for batch in pace.watch(spanned("data", on_device(loader, run.device))):
+        for batch in pace.watch(on_device(loader, run.device)):
             with routes.recorded(run):
                 losses = step(batch)
             run.step += 1

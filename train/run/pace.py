@@ -4,9 +4,23 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from kernels.nvtx import span
+
 T = TypeVar("T")
 
 STARVED = 0.3  # share of the time from which waiting for data is worth a hint
+
+
+def waiting(batches: Iterable[T]) -> Iterator[T]:
+    """The batches; the wait for each is a range in a profiler's timeline."""
+    source = iter(batches)
+    while True:
+        with span("data"):
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+        yield batch
 
 
 class Pace:
@@ -19,8 +33,8 @@ class Pace:
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time that each took to come counts as waiting."""
-        source, asked = iter(batches), time.perf_counter()
-        for batch in source:
+        asked = time.perf_counter()
+        for batch in waiting(batches):
             self._ready = time.perf_counter()
             if self.steps >= 0:
                 self.waited += self._ready - asked
