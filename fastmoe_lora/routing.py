@@ -298,7 +298,7 @@ class Routing:
         there are several tasks.
         """
         entered = getattr(self._local, "entered", None)
-        if entered is None and recomputing():
+        if entered is None and self._open and recomputing():
             opened = list(self._open)
             entered = tuple(opened) if len(opened) == 1 else None
         batch = None if entered is None else entered[0]
