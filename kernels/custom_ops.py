@@ -203,6 +203,5 @@ def lora_moe(
     else:
         frozen = None, *((None, None) if len(base) == 1 else base[0]), *base[-1]
     arguments = (x, *frozen, *lora, routers, segments.offsets, segments.length, f"{gating.text}/{algorithm}")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return _LoRAMoE.apply(*arguments)
-    return forward(*arguments)[:3]
+    run = _LoRAMoE.apply if torch.compiler.is_compiling() or torch.is_grad_enabled() else forward
+    return run(*arguments)[:3]

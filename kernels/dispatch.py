@@ -37,9 +37,7 @@ RESOLVED: dict[tuple[str, torch.device], str] = {}
 def _resolve_uncached(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f"unknown kernel {kernel!r}: choose among {', '.join(KERNELS)}")
-    if kernel == "reference":
-        return kernel
-    obstacle = _obstacle(device)
+    obstacle = "reference" if kernel == "reference" else _obstacle(device)
     if kernel == "triton" and obstacle:
         raise UserError(f"--kernel=triton: {obstacle}")
     return "reference" if obstacle or device.type == "cpu" and kernel == "auto" else "triton"

@@ -34,18 +34,11 @@ def gate_backward_reference(
     dgated = dy @ b
     dh = (dgated * g.repeat_interleave(rank, dim=1)).to(h.dtype)
     dg = (h * dgated).to(z.dtype).unflatten(1, (-1, rank)).sum(-1)[:, : z.shape[1]]
-    if gating.name in ("ase", "topk-renorm"):
-        dz = _softmax_backward(g, dg)
-    else:
-        dz = _softmax_backward(p, dg * reference.top_k_mask(z, gating.k))
+    m, over = (1, g) if gating.name in ("ase", "topk-renorm") else (reference.top_k_mask(z, gating.k), p)
     assert segments.counts is not None
     c = torch.cat([row.expand(n, -1) / n for n, row in zip(segments.counts, dp, strict=True)])
-    dz = dz + _softmax_backward(p, c)
+    dz = over * (dg * m - (over * dg * m).sum(-1, keepdim=True)) + p * (c - (p * c).sum(-1, keepdim=True))
     return dh, dz, (h * g.repeat_interleave(rank, dim=1)).to(h.dtype)
-
-
-def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    return p * (dp - (p * dp).sum(-1, keepdim=True))
 
 
 @triton.jit

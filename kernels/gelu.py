@@ -89,7 +89,7 @@ def gelu_kernel(u, a, a_stride, T, F, BACKWARD: tl.constexpr, BM: tl.constexpr, 
 
 
 def gelu(u: Tensor, a: Tensor, backward: bool = False) -> None:
-    """Write gelu(u) into ``a`` (T, F), or overwrite da in it by du; ``a`` has any row stride, u (T, F) is contiguous."""
+    """Write gelu(u) into ``a`` (T, F), or overwrite da in it by du. It has any row stride, u (T, F) is contiguous."""
     tokens, width = u.shape
     gelu_kernel[(ceil_div(tokens, BM) * ceil_div(width, BN),)](
         u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True

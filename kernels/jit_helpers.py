@@ -60,12 +60,6 @@ def softmax(z, keep):
 
 
 @triton.jit
-def softmax_backward(p, dp):
-    """The gradient of logits from that of their softmax p."""
-    return p * (dp - tl.sum(p * dp, 1)[:, None])
-
-
-@triton.jit
 def gates(z, m, N: tl.constexpr, SHARED: tl.constexpr, GATING: tl.constexpr):
     """(g, p), both (BM, NP): the gates under the selection m and the softmax over all router columns."""
     columns = tl.broadcast_to(tl.arange(0, z.shape[1])[None, :], z.shape)
@@ -91,11 +85,10 @@ def gates_backward(z, g, dg, c, C: tl.constexpr, GATING: tl.constexpr):
     through = tl.where(columns < C, g * dg, 0.0)
     passed = tl.sum(through, 1)[:, None]
     p = softmax(z, columns < C)
+    weight = p
     if GATING == "ase" or GATING == "topk-renorm":
-        dz = through - g * passed
-    else:
-        dz = through - p * passed
-    return dz + softmax_backward(p, tl.broadcast_to(c, p.shape))
+        weight = g
+    return through - weight * passed + p * (c - tl.sum(p * c, 1)[:, None])
 
 
 @triton.jit

@@ -22,8 +22,6 @@ from kernels.jit_helpers import block_of_task, gates, mark, per_rank, rows_of_bl
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def route_shrink_reference(
     x: Tensor, a: Tensor, routers: Tensor, segments: TaskSegments, gating: Gating
@@ -95,7 +93,7 @@ def route_shrink_kernel(
 
 def route_shrink(
     x: Tensor, a: Tensor, routers: tuple[Tensor, Tensor | None], gated: Tensor, segments: TaskSegments, pool: Pool
-) -> Outputs:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(H (T, R) in x's type, z (T, C), g (T, N), P (tasks, C)); H' is written into ``gated``.
 
     x (T, d) and ``gated`` (T, at least R) have any row stride; columns of ``gated`` beyond R become 0. ``a`` (R, d) and

@@ -40,9 +40,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         found = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     if found not in TABLES:
-        warnings.warn(
-            f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)", stacklevel=2
-        )
+        fault = f"no tile sizes were tuned for {found}, the default ones are used (python -m bench.tune)"
+        warnings.warn(fault, stacklevel=2)
     return found
 
 
@@ -83,8 +82,6 @@ def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
 
 
 def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
-    """The one of :data:`kernels.lora_moe.ALGORITHMS` that was fastest for as many tokens as x has, on x's device.
-
-    ``deterministic`` takes the one for large batches whatever the number of tokens.
-    """
+    """The one of :data:`kernels.custom_ops.ALGORITHMS` that was fastest for as many tokens as x has, on x's device;
+    ``deterministic`` takes the one for large batches whatever the number."""
     return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]

@@ -11,7 +11,7 @@ Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA; e
 FLOPs: 2 T D R; 2 T d (R + 2C).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -113,8 +113,7 @@ def reduce_kernel(
     tl.store(routers + number - shared, total, (number >= shared) & (number < shared + TASKS * router_size))
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """fp32 partial sums of dB, dA and dW: (chunks, D, R), (chunks, R, d) and (chunks, C, d), views of one buffer in
     which the numbers of a chunk lie side by side. A chunk is up to ``chunk`` tokens of one task."""
 
