@@ -58,8 +58,12 @@ class LightHead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(n, prefix + h*w, width) -> (n, channels, h*patch, w*patch)."""
-        x = F.gelu(_to_grid(self.unfold(self.norm(tokens)), grid))
-        x = F.gelu(self.mix(F.pixel_shuffle(x, self.patch // 2)))
+        x, side = F.gelu(_to_grid(self.unfold(self.norm(tokens)), grid)), self.patch // 2
+        if len(x):
+            x = F.pixel_shuffle(x, side)
+        else:  # a task without images, of which PyTorch's backward pass returns another shape
+            x = x.reshape(0, self.HIDDEN, grid[0] * side, grid[1] * side)
+        x = F.gelu(self.mix(x))
         return F.interpolate(self.predict(x), scale_factor=2, mode="bilinear")
 
 

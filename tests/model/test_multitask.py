@@ -111,3 +111,15 @@ def test_heads_run_channels_last(name):
     prediction = head(torch.randn(2, 1 + 4 * 4, 24), (4, 4))
     assert prediction.is_contiguous(memory_format=torch.channels_last)
     assert len(orders) >= 2 and all(orders)
+
+
+@pytest.mark.parametrize("head", ["light", "up"])
+def test_a_task_without_images_has_gradients_of_zero(head):
+    """Batches of partially labelled sets hold every task, also with no image."""
+    model = MultiTaskViT(ViT(ViTConfig(width=16, depth=1, heads=1, patch=8), 16), {"seg": 3, "edge": 1}, head)
+    index = {"seg": torch.tensor([0, 1]), "edge": torch.tensor([], dtype=torch.int64)}
+    predictions = model.eval()(torch.rand(2, 3, 16, 16), index)
+    assert predictions["edge"].shape == (0, 1, 16, 16)
+    sum(prediction.sum() for prediction in predictions.values()).backward()
+    assert all(parameter.grad.eq(0).all() for parameter in model.heads["edge"].parameters())
+    assert any(parameter.grad.ne(0).any() for parameter in model.heads["seg"].parameters())
