@@ -157,12 +157,12 @@ def _computes_ffn(module: nn.Module, names: tuple[str, ...]) -> bool:
     if kind not in _KNOWN:
         with torch.inference_mode(False), torch.no_grad():
             twin = copy.deepcopy(module).to("meta").to_empty(device="cpu").double().eval()
-            chance = torch.Generator().manual_seed(0)
+            chance = torch.Generator("cpu").manual_seed(0)
             for parameter in twin.parameters():
                 parameter.normal_(generator=chance)
             pair: list[Any] = [twin.get_submodule(name) for name in (names[0], names[2])]
             weights = tuple((linear.weight, linear.bias) for linear in pair)
-            x = torch.randn(2, 3, weights[0][0].shape[1], dtype=torch.float64, generator=chance)
+            x = torch.randn(2, 3, weights[0][0].shape[1], dtype=torch.float64, device="cpu", generator=chance)
             y = twin(x)
             _KNOWN[kind] = isinstance(y, Tensor) and torch.allclose(y, frozen(x, weights))
     return _KNOWN[kind]
