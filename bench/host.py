@@ -158,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.host replaces launches: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what no launch fills holds anything, and a CPU multiplies tiny numbers slowly
     rows = measured(chosen.config, chosen.seconds)
     print(table(rows))
     keep(chosen.out, json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
