@@ -4,7 +4,8 @@
 
 ViT-B's width in fp16, in Triton's interpreter. A byte counts once per launch, since repeats are assumed to hit
 the L2. Views are free. Bytes per token are the slope between two numbers of tokens, so that weights do not count: they
-are read, cast and packed in each pass, whatever its number of tokens. A peer whose kernels are autotuned is counted
+are read, cast and packed in each pass, whatever its number of tokens. Nor do the partial sums of weight_grad, which are
+as many for both numbers, as they are for all large ones. A peer whose kernels are autotuned is counted
 with its first configuration.
 """
 
@@ -26,7 +27,7 @@ from bench.peers.base import Forward, Peer
 from bench.traffic import Traffic, counting
 from train.output.tables import format_table
 
-WIDTH, TOKENS = 768, (160, 480)
+WIDTH, TOKENS = 768, (60, 120)
 CONFIGS = ("16/3/1/4", "32/6/2/2", "64/12/4/1")
 LARGE_CONFIGS = ("64/12/4/16", "64/12/4/64")
 LARGE_PEERS = ("dense", "grouped-mm", "scattermoe")
