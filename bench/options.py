@@ -41,9 +41,9 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def pools(text: str) -> list[str]:
-    """The type of a flag that takes pools N/k/S/r, separated by commas."""
+    """The type of a flag that takes pools N/k/S/r, separated by commas; " gelu" may follow one."""
     try:
-        return [name for name in text.split(",") if MoEConfig.parse(name)]
+        return [name for name in text.split(",") if MoEConfig.parse(name.removesuffix(" gelu"))]
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -80,9 +80,15 @@ def test_every_kernel_compiles_without_spills_within_shared_memory(pool, dtypes,
         assert_promises(row)
 
 
-@pytest.fixture(scope="module", params=["aot.json", "aot-3.6.json"])
+# Those of the other targets are compiled by pytest -m long.
+COMMITTED = {"aot.json": ("sm_80", "sm_90"), "aot-3.6.json": ("sm_90",)}
+
+
+@pytest.fixture(scope="module", params=COMMITTED)
 def committed(request):
-    return json.loads((ROOT / "bench" / "results" / request.param).read_text())["rows"]
+    rows = json.loads((ROOT / "bench" / "results" / request.param).read_text())["rows"]
+    assert {row["target"] for row in rows} == set(COMMITTED[request.param])
+    return rows
 
 
 def test_committed_results_keep_the_promises(committed):
@@ -93,17 +99,20 @@ def test_committed_results_keep_the_promises(committed):
 def test_committed_results_are_of_every_launch(committed):
     measured = [tuple(row[name] for name in ("kernel", "pool", "dtype", "target")) for row in committed]
     pairs = [(kernel, pool) for kernel, pools in aot.KERNELS.items() for pool in pools]
-    assert sorted(measured) == sorted((*pair, *rest) for pair, *rest in product(pairs, aot.DTYPES, aot.TARGETS))
+    targets = {row["target"] for row in committed}
+    assert sorted(measured) == sorted((*pair, *rest) for pair, *rest in product(pairs, aot.DTYPES, targets))
 
 
 def tile_of(sizes):
     return "x".join(str(n) for name, n in sizes.items() if name.startswith("B"))
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_committed_results_are_of_the_tiles_that_ship(target, committed, monkeypatch):
     """Of every row that the table has for this architecture, its own or the default's. The tiles of kernels/grouped are
     in none; grouped/test_aot.py compares them."""
+    if target not in {row["target"] for row in committed}:
+        pytest.skip(f"not compiled for {target} with this Triton")
     monkeypatch.setattr(tiles, "architecture", lambda device: target)
     measured = set()
     for row in (row for row in committed if row["target"] == target and row["kernel"] not in GROUPED_LAUNCHES):
