@@ -127,9 +127,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: T
     bm, bn, bk = sizes["BM"], sizes["BN"], sizes["BK"]
     tiles = triton.cdiv(len(x), bm) * triton.cdiv(result.shape[1], bn)
     blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn // 2), (bm, bn // 2)
-    matrices: tuple[Tensor | TensorDescriptor, ...] = x, weight, u, result
-    if has_descriptors(x.device) and all(map(_describable, (x, weight, u, result))):
-        matrices = tuple(map(TensorDescriptor.from_tensor, (x, weight, u, result), blocks))
+    matrices = _described((x, weight, u, result), blocks)
     matmul_gelu_kernel[(min(tiles, 2 * multiprocessors(x.device)),)](
         *matrices[:2], x if bias is None else bias, *matrices[2:],  # x stands for the bias, of which the type is read
         x.stride(0), weight.stride(0), result.stride(0), *x.shape, result.shape[1], u.shape[1],
@@ -137,7 +135,10 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: T
     )  # fmt: skip
 
 
-def _describable(matrix: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes and do not overlap."""
-    step = matrix.stride(0) * matrix.element_size()
-    return matrix.numel() > 0 and matrix.stride(0) >= matrix.shape[1] and not (step | matrix.data_ptr()) % 16
+def _described(matrices: tuple[Tensor, ...], blocks: tuple) -> tuple[Tensor | TensorDescriptor, ...]:
+    """Descriptors of the matrices, or these themselves if rows of one overlap or begin at no multiple of 16 bytes."""
+    for matrix in matrices:
+        start = (matrix.stride(0) * matrix.element_size() | matrix.data_ptr()) % 16
+        if start or matrix.numel() == 0 or matrix.stride(0) < matrix.shape[1] or not has_descriptors(matrix.device):
+            return matrices
+    return tuple(map(TensorDescriptor.from_tensor, matrices, blocks))
