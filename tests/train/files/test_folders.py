@@ -56,9 +56,9 @@ def test_a_run_takes_over_its_folder_where_the_record_was_lost(tmp_path):
 
 def test_a_damaged_record_says_nothing(tmp_path):
     (tmp_path / ".written").write_bytes(b"\xff\xfe no tab\n\nlast")
-    claim(tmp_path, "train", ["last"])
+    assert claim(tmp_path, "train", ["last"]) == tmp_path
     (tmp_path / "last").touch()
-    claim(tmp_path, "train", ["last"])
+    assert claim(tmp_path, "train", ["last"]) == tmp_path, "the record was written anew"
 
 
 def test_default_folders_are_unique(tmp_path):
