@@ -146,7 +146,8 @@ def classifier():
     return hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=3))
 
 
-DATA = [{"pixel_values": torch.rand(3, 16, 16), "labels": i % 3} for i in range(4)]
+PIXELS = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+DATA = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(PIXELS)]
 
 
 def batch():
