@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train.datasets.batches import Batch
 from train.run.start import Run
-from train.run.step import set_learning_rate, update
+from train.run.step import StepResult, set_learning_rate, update
 
 WARM_UP = 3  # steps before the recording, in which libraries choose their kernels and the optimiser makes its state
 
@@ -26,14 +26,15 @@ class GraphedStep:
         for group in run.optimizer.param_groups:
             group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=run.device), True
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> StepResult:
         if self.graph is None:
             self._record(batch)
         self._fill(batch)
         set_learning_rate(self.run)
         assert self.graph is not None
         self.graph.replay()
-        return self.losses.clone()
+        extras = {name: value.clone() for name, value in self.result.extras.items()}
+        return StepResult(self.result.losses.clone(), extras)
 
     def _record(self, batch: Batch) -> None:
         self.batch = batch.to(self.run.device)
@@ -46,7 +47,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.losses = update(self.run, self.batch)
+            self.result = update(self.run, self.batch)
         restore()
 
     def _fill(self, batch: Batch) -> None:

@@ -103,9 +103,9 @@ def fit(run: Run) -> float:
     with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
         for batch in pace.watch(on_device(loader, run.device)):
             with routes.recorded(run):
-                losses = step(batch)
+                result = step(batch)
             run.step += 1
-            run.losses.add(run.step, losses)
+            run.losses.add(run.step, result.losses)
             pace.step()
             bar.update()
             evaluates = every and run.step % every == 0 and run.step < run.total

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -17,8 +18,17 @@ from train.run.start import Run
 from train.tasks import TASKS
 
 
-def training_step(run: Run, batch: Batch) -> Tensor:
-    """One optimiser step; returns the unweighted losses, one per task in the model's order, still on the device.
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, still on the device: the unweighted losses, one per task in the model's order, and further
+    numbers by the name that the record gives them, each a tensor without dimensions."""
+
+    losses: Tensor
+    extras: dict[str, Tensor]
+
+
+def training_step(run: Run, batch: Batch) -> StepResult:
+    """One optimiser step.
 
     With ``accumulate`` the batch goes through the model in so many parts, whose gradients add up. Each part then has
     batch-norm statistics and a mutual-information loss of its own; everything else is as for the whole batch. With
@@ -39,7 +49,7 @@ def set_learning_rate(run: Run) -> None:
             group["lr"] = own
 
 
-def update(run: Run, batch: Batch) -> Tensor:
+def update(run: Run, batch: Batch) -> StepResult:
     """:func:`training_step` at the learning rate that is set."""
     s = run.settings
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if s.on_nonfinite == "skip" else []
@@ -48,10 +58,14 @@ def update(run: Run, batch: Batch) -> Tensor:
     for number, part in enumerate(parts):
         with reducing(run, number == len(parts) - 1):
             shares.append(backward(run, part, totals))
-    losses = over_ranks(reduce(operator.add, shares))
+    losses = over_ranks(reduce(operator.add, (share.losses for share in shares)))
+    extras = {name: reduce(operator.add, (share.extras[name] for share in shares)) for name in shares[0].extras}
+    if run.scaler.is_enabled():
+        extras["loss_scale"] = run.scaler.scale(losses.new_ones(()))
     with span("optimiser"):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
+        extras["gradient_norm"] = norm  # before clipping
         # The scaler itself skips a step whose scaled gradients overflow.
         if buffers and not (losses.isfinite().all() and (norm.isfinite() or run.scaler.is_enabled())):
             for buffer, before in buffers:
@@ -59,7 +73,7 @@ def update(run: Run, batch: Batch) -> Tensor:
         else:
             run.scaler.step(run.optimizer)
         run.scaler.update()
-    return losses
+    return StepResult(losses, extras)
 
 
 def whole_totals(run: Run, batch: Batch) -> dict[str, Tensor]:
@@ -82,8 +96,8 @@ def reducing(run: Run, last: bool) -> Iterator[None]:
             yield
 
 
-def backward(run: Run, part: Batch, totals: dict[str, Tensor]) -> Tensor:
-    """Adds the part's share of the gradient; returns its share of the losses.
+def backward(run: Run, part: Batch, totals: dict[str, Tensor]) -> StepResult:
+    """Adds the part's share of the gradient; returns its share of the losses and of the regularisers.
 
     DistributedDataParallel divides by the number of processes, of which every one has the same regulariser.
     """
@@ -94,8 +108,10 @@ def backward(run: Run, part: Batch, totals: dict[str, Tensor]) -> Tensor:
         shares = {task: TASKS[task].loss(y, part.labels[task], totals[task]) for task, y in predictions.items()}
         objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in shares.items()))
         objective = objective * world_size()
-        for name, regulariser in run.model.regularisers().items():
-            objective = objective + s.regulariser_weights[name] / s.accumulate * regulariser
+        regularisers = {name: value / s.accumulate for name, value in run.model.regularisers().items()}
+        for name, regulariser in regularisers.items():
+            objective = objective + s.regulariser_weights[name] * regulariser
     with span("backward"):
         run.scaler.scale(objective).backward()
-    return torch.stack([shares[task] for task in run.model.tasks]).detach()
+    losses = torch.stack([shares[task] for task in run.model.tasks]).detach()
+    return StepResult(losses, {name: value.detach() for name, value in regularisers.items()})

@@ -38,10 +38,11 @@ with processes():
     run.optimizer.step = lambda *_: None
     steps = []
     for batch in train_loader(run.data[0], settings.task_names, settings.batch_size, range(2), settings.seed, 0):
-        losses = training_step(run, batch)
+        result = training_step(run, batch)
         gradients = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-        steps.append({"losses": losses, "gradients": gradients, "buffers": buffers})
+        numbers = {"losses": result.losses, "extras": result.extras}
+        steps.append({**numbers, "gradients": gradients, "buffers": buffers})
     if leads():
         torch.save(steps, sys.argv[1])
 """

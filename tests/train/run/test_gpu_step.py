@@ -26,7 +26,7 @@ def weights_after(graphs, out):
     losses = []
     for batch in train_loader(run.data[0], run.settings.task_names, 4, range(8), 0, 0):
         batch = batch.to(run.device)
-        losses.append(step(batch) if graphs else training_step(run, batch))
+        losses.append((step(batch) if graphs else training_step(run, batch)).losses)
         run.step += 1
     return torch.stack(losses), {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 

@@ -47,7 +47,7 @@ def test_the_residual_stream_is_fp32(precision, frozen, tmp_path):
     for block in run.model.vit.blocks:
         block.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     (batch,) = train_loader(run.data[0], run.settings.task_names, 4, range(1), 0, 0)
-    losses = training_step(run, batch)
+    losses = training_step(run, batch).losses
     assert seen == [torch.float32] * 4 and losses.dtype == torch.float32 and losses.isfinite().all()
 
 
