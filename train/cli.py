@@ -166,7 +166,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where it is available)")
     group.add_argument(
-        "--tracker", choices=CHOICES["tracker"], help="where loss curves go beside losses.csv (tensorboard)"
+        "--tracker", choices=CHOICES["tracker"], help="where curves go beside metrics.jsonl (tensorboard)"
     )
     group.add_argument("--nvtx", action="store_true", help="mark the parts of a step with NVTX ranges for a profiler")
     group.add_argument("--out", metavar="DIR", help="folder of the run (runs/NAME)")

@@ -11,11 +11,11 @@ from train.cli import Parser, guarded, new_folder
 from train.files.atomic import write_json
 from train.files.folders import claim
 from train.output.tables import format_table
-from train.run.losses import Row, read_losses
+from train.run.record import Row, read_record
 
 DESCRIPTION = """\
 Compare the losses of two runs step by step: kernels, numbers of processes, versions of the code, machines.
-A RUN is an output folder of python -m train, or its losses.csv. OUT receives lossdiff.json and lossdiff.png.
+A RUN is an output folder of python -m train, or its metrics.jsonl. OUT receives lossdiff.json and lossdiff.png.
 Exit status: 0; 1 if the losses differ and --assert-equal, or differ by more than --rtol; 2 a user's mistake."""
 
 
@@ -37,14 +37,6 @@ def build_parser() -> Parser:
     allowed.add_argument("--rtol", type=float, metavar="X", help="relative difference that no loss may exceed")
     parser.add_argument("--out", metavar="DIR", help=new_folder("runs/lossdiff"))
     return parser
-
-
-def read_run(given: str) -> tuple[tuple[str, ...], dict[int, Row]]:
-    """(tasks, {step: losses}) of a run's folder or of a losses.csv."""
-    path = Path(given) / "losses.csv" if Path(given).is_dir() else Path(given)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the output folder of python -m train")
-    return read_losses(path, sys.maxsize)
 
 
 def relative(a: float, b: float) -> float:
@@ -80,7 +72,8 @@ def draw(path: Path, tasks: tuple[str, ...], names: list[str], runs: tuple[dict[
 
 
 def run(options: Namespace) -> int:
-    (tasks, one), (others, other) = map(read_run, options.runs)
+    records = [read_record(Path(given)) for given in options.runs]
+    (tasks, others), (one, other) = (record.tasks for record in records), (record.losses for record in records)
     if tasks != others:
         raise UserError(f"the runs have other tasks, {', '.join(tasks)} and {', '.join(others)}: give runs of the same")
     common = one.keys() & other.keys()

@@ -15,7 +15,7 @@ from train.output.tables import format_table
 from train.run import checkpoint
 from train.run.build import load_checkpoint
 from train.run.course import WRITTEN, draw_routing, read_course
-from train.run.routes import NAME
+from train.run.record import NAME
 
 CONFLICT_BATCHES = 8
 CONFLICT = ("conflict.png", "conflict.json")

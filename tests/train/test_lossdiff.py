@@ -7,6 +7,7 @@ import pytest
 
 from train.cli import main as train
 from train.lossdiff import compare, main, relative
+from train.run.record import NAME
 
 QUICK = ["--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=4", "--workers", "0", "--steps", "4"]
 
@@ -33,15 +34,15 @@ def test_equal_runs(allowed, runs, tmp_path, capsys):
     ("allowed", "status"), [([], 0), (["--assert-equal"], 1), (["--rtol", "1e-9"], 1), (["--rtol", "9"], 0)]
 )
 def test_other_runs(allowed, status, runs, tmp_path, capsys):
-    assert main([str(runs / "one"), str(runs / "other" / "losses.csv"), *allowed, "--out", str(tmp_path)]) == status
+    assert main([str(runs / "one"), str(runs / "other" / NAME), *allowed, "--out", str(tmp_path)]) == status
     printed = capsys.readouterr()
     assert printed.out.count("step 1 ") == 5
     assert ("the losses differ: seg by " in printed.err) == bool(status)
 
 
 def test_a_shorter_run_is_not_equal(runs, tmp_path, capsys):
-    path = tmp_path / "losses.csv"
-    path.write_text("".join((runs / "one" / "losses.csv").read_text().splitlines(keepends=True)[:3]))
+    path = tmp_path / NAME
+    path.write_text("".join((runs / "one" / NAME).read_text().splitlines(keepends=True)[:2]))
     argv = [str(runs / "one"), str(path), "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     assert main([*argv, "--assert-equal"]) == 1
@@ -61,17 +62,16 @@ def test_the_first_step_and_the_largest_difference_by_hand():
     ("second", "message"),
     [
         ("missing", "missing does not exist: give the output folder"),
-        ("step,seg\n1,0.5\n", "the runs have other tasks"),
-        ("step,seg,parts,sal,normals,edge\n9,1,1,1,1,1\n", "the runs have no step in common"),
-        ("colour\n", "losses.csv cannot be read"),
+        (["seg"], "the runs have other tasks"),
+        (["seg", "parts", "sal", "normals", "edge"], "the runs have no step in common"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(second, message, runs, tmp_path, capsys):
-    path = tmp_path / "losses.csv"
+    path = tmp_path / NAME
     if second == "missing":
         path = tmp_path / "missing"
     else:
-        path.write_text(second)
+        path.write_text(json.dumps({"kind": "step", "step": 9} | {f"loss/{task}": 0.5 for task in second}) + "\n")
     assert main([str(runs / "one"), str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from train.cli import guarded, main
+from train.run.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [f".{path.stem}" for path in (ROOT / "train").glob("[a-z]*.py") if path.stem != "cli"]
@@ -110,7 +111,7 @@ def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
 def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(fault, tmp_path, capfd, monkeypatch):
     """TensorBoard writes in a thread, whose exceptions are tracebacks by themselves."""
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if fault == "full disk":
@@ -119,9 +120,9 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(fault, tmp_path
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", full)
     hook = threading.excepthook
     assert main([*QUICK, "--quiet", "--steps", "30", "--out", str(tmp_path / "run")]) == 0
-    warning = "warning: --tracker tensorboard ends here ([Errno 28] No space left on device); losses.csv goes on\n"
+    warning = "warning: --tracker tensorboard ends here ([Errno 28] No space left on device); metrics.jsonl goes on\n"
     assert capfd.readouterr().err == warning and threading.excepthook is hook
-    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 31
+    assert len(read_record(tmp_path / "run").losses) == 30
 
 
 def test_weights_and_biases_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):

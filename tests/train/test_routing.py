@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastmoe_lora import RoutingStatistics
-from kernels import UserError
 from train.cli import main as train
 from train.datasets.batches import train_loader
 from train.evaluation.conflict import gradient_cosines
@@ -15,6 +14,7 @@ from train.routing import main
 from train.run import checkpoint
 from train.run.build import build_data, load_checkpoint
 from train.run.course import mutual_information
+from train.run.record import NAME, read_lines, read_record
 from train.run.routes import read_routing
 from train.tasks import TASKS
 
@@ -47,8 +47,12 @@ def recorded(tmp_path_factory):
     return out
 
 
+def routing_lines(run):
+    return [line for line in read_lines(run / NAME) if line["kind"] == "routing"]
+
+
 def test_every_third_step_is_recorded_and_the_losses_do_not_change(recorded, tmp_path):
-    tasks, moments = read_routing(recorded / "routing.csv")
+    tasks, moments = read_routing(recorded)
     assert tasks == ("seg", "sal", "edge") and [*moments] == [1, 3, 6, 7]
     for mass, frequency in moments.values():
         assert mass.shape == frequency.shape == (4, 3, 6)
@@ -56,8 +60,8 @@ def test_every_third_step_is_recorded_and_the_losses_do_not_change(recorded, tmp
         torch.testing.assert_close(frequency.sum(-1), torch.full((4, 3), 3.0, dtype=torch.float64), rtol=0, atol=1e-5)
         assert (frequency[..., -1] == 1).all()  # the shared expert
     assert train([*TINY, "--steps", "7", "--out", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "losses.csv").read_text() == (recorded / "losses.csv").read_text()
-    assert not (tmp_path / "run" / "routing.csv").exists()
+    assert read_record(tmp_path / "run").losses == read_record(recorded).losses
+    assert not routing_lines(tmp_path / "run")
 
 
 def test_what_is_recorded_is_the_routing_of_the_training_batch(recorded, tmp_path):
@@ -67,7 +71,7 @@ def test_what_is_recorded_is_the_routing_of_the_training_batch(recorded, tmp_pat
     (batch,) = train_loader(build_data(settings)[0], model.tasks, 4, range(1), settings.seed, 0)
     model.routing.statistics = RoutingStatistics()
     model(batch.images, batch.index)
-    mass, frequency = read_routing(recorded / "routing.csv")[1][1]
+    mass, frequency = read_routing(recorded)[1][1]
     for ours, theirs in zip((mass, frequency), model.routing.statistics.compute(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)  # six digits
 
@@ -78,23 +82,20 @@ def test_a_resumed_run_records_what_one_does_that_was_not(recorded, tmp_path):
     (out / "last").unlink()
     (out / "last").symlink_to("step-4")
     (out / "results.json").unlink()
-    text = (out / "routing.csv").read_text()
-    (out / "routing.csv").write_text(text[: text.rindex("\n7,") + 9])  # cut short
+    text = (out / NAME).read_text()
+    (out / NAME).write_text(text[: text.rindex('"frequency"')])  # cut short
     assert train([*TINY, "--steps", "7", "--set", "routing_every=3", "--resume", "--out", str(out)]) == 0
-    assert (out / "routing.csv").read_text() == text
+    assert routing_lines(out) == routing_lines(recorded)
     for path in (out / "last", out / "results.json", *out.glob("step-*")):
         path.rename(tmp_path / path.name)
     assert train([*TINY, "--steps", "2", "--resume", "--out", str(out)]) == 0  # from step 0
-    assert not (out / "routing.csv").exists()
+    assert not routing_lines(out) and [*read_record(out).losses] == [1, 2]
 
 
 def test_a_record_that_a_kill_cut_short_leaves_the_others_readable(recorded, tmp_path):
-    text = (recorded / "routing.csv").read_text()
-    (tmp_path / "cut.csv").write_text(text[: text.rindex("\n7,1,") + 9])  # layer 0 is whole, a line of layer 1 is not
-    assert [*read_routing(tmp_path / "cut.csv")[1]] == [1, 3, 6]
-    (tmp_path / "head.csv").write_text(text.splitlines(keepends=True)[0])
-    with pytest.raises(UserError, match="holds no record yet"):
-        read_routing(tmp_path / "head.csv")
+    text = (recorded / NAME).read_text()
+    (tmp_path / NAME).write_text(text[: text.rindex('"frequency"')])
+    assert [*read_routing(tmp_path)[1]] == [1, 3, 6]
 
 
 def test_it_is_drawn_and_written_down(recorded, tmp_path, capsys):
@@ -138,7 +139,7 @@ def test_cosines_are_those_of_each_tasks_gradient_alone(recorded):
 
 
 def test_mistakes_are_one_line(recorded, tiny_scenes_run, tmp_path, capsys, error_of):
-    assert "routing.csv does not exist: train with --set routing_every=N" in error_of(main, tiny_scenes_run)
+    assert "metrics.jsonl has no routing: train with --set routing_every=N" in error_of(main, tiny_scenes_run)
     assert "is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
     assert "has no experts in its backbone" in error_of(main, tmp_path / "plain")

@@ -147,7 +147,7 @@ class Settings:
     cuda_graphs: bool = False
     on_nonfinite: str = "stop"
     eval_every: int = 5
-    routing_every: int = 0  # steps between two records in routing.csv; 0: none
+    routing_every: int = 0  # steps between two records of the routing; 0: none
     checkpoint_every: int = 0
     keep: int = 1
     scenes: int = 12_800
@@ -157,6 +157,7 @@ class Settings:
     device: str = ""
     nvtx: bool = False
     tracker: str = "tensorboard"
+    wandb_project: str = "fastmoe_lora"
     out: str = ""
 
     def __post_init__(self) -> None:

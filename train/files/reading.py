@@ -80,10 +80,10 @@ def require_schema(path: Path, value: Any, schema: Any, name: str = "the content
 
 
 def parse_lines(path: Path, lines: Iterable[str], parse: Callable[[str], T]) -> list[T]:
-    """``parse`` of each of the ``lines`` below the heading of ``path``. Damaged ones, for which it raises ValueError,
+    """``parse`` of each of the ``lines`` of ``path``. Damaged ones, for which it raises ValueError,
     are left out and named on stderr."""
     parsed, damaged = [], []
-    for number, line in enumerate(lines, start=2):
+    for number, line in enumerate(lines, start=1):
         try:
             parsed.append(parse(line))
         except ValueError:

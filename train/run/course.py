@@ -13,7 +13,7 @@ from train.output.routing import save_curves, save_maps
 from train.output.tables import format_table
 from train.run import checkpoint
 from train.run.backbone import settings_of
-from train.run.routes import NAME, read_routing
+from train.run.routes import read_routing
 
 EARLY = 3 / 40  # of the training; the paper shows epochs 1, 3 and 40
 WRITTEN = ("fig4.png", "gate_mass.png", "routing.json")
@@ -41,7 +41,7 @@ def read_course(folder: Path) -> Course:
     config = settings_of(checkpoint.find(folder)).moe_config
     if not config:
         raise UserError(f"{folder} has no experts in its backbone: give a run with --moe N/k/S/r")
-    return Course(config, *read_routing(folder / NAME))
+    return Course(config, *read_routing(folder))
 
 
 def draw_routing(course: Course, out: Path) -> str:

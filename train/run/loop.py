@@ -27,8 +27,8 @@ from train.run import checkpoint, routes, schedule
 from train.run.build import kernel_of
 from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
-from train.run.losses import NotFiniteError
 from train.run.pace import Pace
+from train.run.record import NAME, NotFiniteError
 from train.run.start import (
     Run,
     begin_files,
@@ -41,7 +41,7 @@ from train.run.start import (
 )
 from train.run.step import training_step
 from train.run.stopping import TerminatedError
-from train.run.tracking import Tracker, tracker
+from train.run.tracking import tracker
 from train.run.transfer import on_device
 from train.tasks import Metrics
 
@@ -74,8 +74,8 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
             run.commands.append({"from_step": run.step, "command": command, "changed": changed})
             if leads():
                 begin_files(run)
-                routes.begin(run, folder)
-            return finish(run, fit(run))
+            with tracker(run) as run.record.board:
+                return finish(run, fit(run))
 
 
 @contextmanager
@@ -100,17 +100,17 @@ def fit(run: Run) -> float:
     every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
-    with tracker(run) as board, progress_bar(run) as bar, run.stopping.held():
+    with progress_bar(run) as bar, run.stopping.held():
         for batch in pace.watch(on_device(loader, run.device)):
             with routes.recorded(run):
-                result = step(batch)
+                rate, result = run.learning_rate, step(batch)
             run.step += 1
-            run.losses.add(run.step, result.losses)
+            run.record.add_step(run.step, result.losses, result.extras, rate)
             pace.step()
             bar.update()
             evaluates = every and run.step % every == 0 and run.step < run.total
             if run.step % REPORT_EVERY == 0 or run.step == run.total:
-                report_losses(run, pace, board, bar)
+                report(run, pace, bar)
             ends = agreed(run.stopping.requested)  # a SIGTERM that arrives from here on ends the next step
             if evaluates or is_due(run) or ends:
                 save(run)
@@ -118,7 +118,7 @@ def fit(run: Run) -> float:
                 raise TerminatedError
             if evaluates:
                 with run.stopping.held(False):
-                    log_metrics(run, board, score(run, f"step {run.step}")[0])
+                    record_scores(run, score(run, f"step {run.step}")[0])
     if pace.hint:
         print(f"note      {pace.hint}")
     return pace.speed
@@ -131,14 +131,14 @@ def is_due(run: Run) -> bool:
 
 
 def progress_bar(run: Run) -> tqdm:
-    """Drawn on terminals only; elsewhere :func:`report_losses` prints lines."""
+    """Drawn on terminals only; elsewhere :func:`report` prints lines."""
     return counter("train", run.total, run.step, "step")
 
 
-def flush_losses(run: Run) -> None:
-    """Write the losses; UserError for one that is not finite, which names task, images and remedy."""
+def flush(run: Run) -> None:
+    """Write the record; UserError for one that is not finite, which names task, images and remedy."""
     try:
-        run.losses.flush()
+        run.record.flush()
     except NotFiniteError as error:
         if run.settings.on_nonfinite == "skip":
             return
@@ -150,26 +150,21 @@ def flush_losses(run: Run) -> None:
         ) from None
 
 
-def report_losses(run: Run, pace: Pace, board: Tracker, bar: tqdm) -> None:
-    """Show and log the losses of the last steps; a loss that is not finite ends the run."""
-    flush_losses(run)
-    losses = run.losses.mean(REPORT_EVERY)
+def report(run: Run, pace: Pace, bar: tqdm) -> None:
+    """Record the last steps and show their losses; a loss that is not finite ends the run."""
+    speeds = {"images_per_second": pace.speed, "images_per_second_without_waiting": pace.appetite}
+    run.record.add("pace", run.step, speeds)
+    flush(run)
+    losses = run.record.mean(REPORT_EVERY)
     text = "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items()) + f"  {pace.speed:.0f} images/s"
     bar.set_postfix_str(text, refresh=False)
     if bar.disable and (run.step % max(run.total // 10, REPORT_EVERY) == 0 or run.step == run.total):
         print(f"step {run.step:>6}/{run.total}  {text}", flush=True)
-    for task, loss in losses.items():
-        board(f"loss/{task}", loss, run.step)
-    board("images_per_second", pace.speed, run.step)
-    board("images_per_second_without_waiting", pace.appetite, run.step)
-    board("lr", run.optimizer.param_groups[-1]["lr"], run.step)
 
 
-def log_metrics(run: Run, board: Tracker, metrics: Metrics) -> None:
-    for task, values in metrics.items():
-        for name, value in values.items():
-            if value is not None:
-                board(f"{task}/{name}", value, run.step)
+def record_scores(run: Run, scores: Metrics) -> None:
+    run.record.add_scores(run.step, scores)
+    flush(run)
 
 
 def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
@@ -191,7 +186,7 @@ def constant_baseline(run: Run) -> Metrics:
 
 def save(run: Run) -> None:
     """Write a checkpoint, whose losses and weights are finite."""
-    flush_losses(run)
+    flush(run)
     if not leads():
         return
     settings = asdict(run.settings) | {"out": ""}
@@ -203,6 +198,7 @@ def save(run: Run) -> None:
 def finish(run: Run, speed: float) -> dict[str, Any]:
     """Score, draw, write results.json and print the table."""
     metrics, routing = score(run, "evaluate")
+    record_scores(run, metrics)
     results = results_of(run, speed, metrics)
     if not leads():
         return results
@@ -210,7 +206,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
     write_json(run.out / "results.json", results)
     columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
     print(f"\n{score_table(columns)}\n{count_images(run)}\n")
-    names = ["results.json", "last", "losses.csv", "predictions.png", "routing.png", routes.NAME, "tensorboard"]
+    names = ["results.json", "last", NAME, "predictions.png", "routing.png", "tensorboard"]
     print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results
 
@@ -241,10 +237,10 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "seed": s.seed,
         "processes": world_size(),
         "steps": run.step,
-        "skipped_steps": run.losses.skipped,
+        "skipped_steps": run.record.skipped,
         "images_per_second": round(speed, 2),
         "parameters": {"total": total, "trainable": trainable},
-        "final_losses": run.losses.mean(LOSS_WINDOW),
+        "final_losses": run.record.mean(LOSS_WINDOW),
         "metrics": metrics,
         "metrics_constant": run.baselines["constant"],
         "metrics_untrained": run.baselines["untrained"],

@@ -1,7 +1,7 @@
-"""routing.csv: which experts the routers chose at some steps of the training.
+"""Routing over a training: which experts the routers chose at some of its steps, in the run's record.
 
-A row per step, layer, task and measure, and a column per expert, shared ones last. ``mass`` is the mean gate over the
-task's tokens of that step's batch, ``frequency`` the share of them that selected the expert.
+``mass`` is the mean gate over a task's tokens of that step's batch, ``frequency`` the share of them that selected the
+expert: lists by layer and expert, shared experts last, of each task.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,10 @@ from torch import Tensor
 from fastmoe_lora import RoutingStatistics
 from kernels import UserError
 from train.evaluation.validate import merged
-from train.files.atomic import append_lines, whole_lines, write_text
-from train.files.reading import parse_lines, reading
-from train.run.distributed import leads
+from train.files.reading import reading
+from train.run.record import NAME, read_lines
 from train.run.start import Run
 
-NAME = "routing.csv"
 MEASURES = ("mass", "frequency")
 
 
@@ -31,7 +29,7 @@ def is_due(run: Run) -> bool:
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """A block with the training step to come, whose routing is written if it is due. Other steps cost nothing."""
+    """A block with the training step to come, whose routing is recorded if it is due. Other steps cost nothing."""
     routing = run.model.routing
     if routing is None or not is_due(run):
         yield
@@ -42,56 +40,28 @@ def recorded(run: Run) -> Iterator[None]:
         statistics = merged(routing.statistics)
     finally:
         routing.statistics = None
-    if leads():
-        _append(run.out / NAME, run.step + 1, run.model.tasks, statistics)
+    tables = {}
+    for measure, values in zip(MEASURES, statistics.compute(), strict=True):  # (layers, tasks, experts)
+        tables[measure] = {task: rounded(values[:, i]) for i, task in enumerate(run.model.tasks)}
+    run.record.add("routing", run.step + 1, tables)
 
 
-def begin(run: Run, folder: Path | None) -> None:
-    """Takes over what was recorded up to the checkpoint ``folder`` that the run continues, and nothing else."""
-    path, kept = run.out / NAME, []
-    if folder and (given := folder.parent / NAME).exists():
-        with reading(given):
-            head, *rows = whole_lines(given) or [""]
-        steps = parse_lines(given, rows, lambda row: (int(row.partition(",")[0]), row))
-        kept = [row for step, row in steps if step <= run.step]
-    if kept:
-        write_text(path, "".join([head, *kept]))
-    else:
-        path.unlink(missing_ok=True)
+def rounded(values: Tensor) -> list[list[float]]:
+    """To six digits."""
+    return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
 
 
-def read_routing(path: Path) -> tuple[tuple[str, ...], dict[int, tuple[Tensor, Tensor]]]:
+def read_routing(run: Path) -> tuple[tuple[str, ...], dict[int, tuple[Tensor, Tensor]]]:
     """(tasks, {step: (mass, frequency)}), both (layers, tasks, experts); NaN for a task without tokens."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: train with --set routing_every=N to record routing")
+    path = run / NAME
+    lines = [line for line in read_lines(path) if line["kind"] == "routing"] if path.exists() else []
+    if not lines:
+        raise UserError(f"{path} has no routing: train with --set routing_every=N to record it")
     with reading(path):
-        rows = [line.rstrip().split(",") for line in whole_lines(path)][1:]
-        blocks: dict[int, list[list[str]]] = {}
-        for row in rows:
-            blocks.setdefault(int(row[0]), []).append(row)
-        first = next(iter(blocks.values()), [])
-        tasks = tuple(dict.fromkeys(row[2] for row in first))
-        found = {step: _tables(block, len(tasks)) for step, block in blocks.items() if len(block) == len(first)}
-    if not found:
-        raise UserError(f"{path} holds no record yet: wait for the first step")
-    return tasks, found
+        tasks = tuple(lines[0]["mass"])
+        tables = {line["step"]: [_table(line[measure], tasks) for measure in MEASURES] for line in lines}
+    return tasks, {step: (mass, frequency) for step, (mass, frequency) in tables.items()}
 
 
-def _tables(block: list[list[str]], tasks: int) -> tuple[Tensor, Tensor]:
-    """(mass, frequency) of one step."""
-    values = torch.tensor([[float(cell) for cell in row[4:]] for row in block], dtype=torch.float64)
-    mass, frequency = values.view(-1, tasks, len(MEASURES), values.shape[1]).unbind(2)
-    return mass, frequency
-
-
-def _append(path: Path, step: int, tasks: tuple[str, ...], statistics: RoutingStatistics) -> None:
-    both = torch.stack(statistics.compute(), dim=2)  # (layers, tasks, measures, experts)
-    lines = [
-        f"{step},{layer},{task},{measure}," + ",".join(f"{value:.6g}" for value in values)
-        for layer, of_tasks in enumerate(both.tolist())
-        for task, measures in zip(tasks, of_tasks, strict=True)
-        for measure, values in zip(MEASURES, measures, strict=True)
-    ]
-    if not path.exists():
-        lines.insert(0, "step,layer,task,measure," + ",".join(map(str, range(both.shape[-1]))))
-    append_lines(path, lines)
+def _table(of_tasks: dict[str, list[list[float]]], tasks: tuple[str, ...]) -> Tensor:
+    return torch.tensor([of_tasks[task] for task in tasks], dtype=torch.float64).transpose(0, 1)

@@ -17,22 +17,12 @@ from train.files.atomic import make_folder, probe, remove_partials, write_text
 from train.files.folders import claim, lock, require_own, resolved
 from train.run import build, checkpoint, schedule
 from train.run.distributed import from_leader, leads, parallel
-from train.run.losses import LossLog, read_losses
+from train.run.record import NAME, Line, Record, read_lines
 from train.run.stopping import Stopping
 from train.tasks import Metrics
 
 OWNER = "train"
-WRITTEN = (
-    "results.json",
-    "last",
-    "losses.csv",
-    "predictions.png",
-    "routing.png",
-    "routing.csv",
-    "skipped.txt",
-    "tensorboard",
-    "wandb",
-)
+WRITTEN = ("results.json", "last", NAME, "predictions.png", "routing.png", "skipped.txt", "tensorboard", "wandb")
 
 
 @dataclass
@@ -52,7 +42,7 @@ class Run:
     parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    losses: LossLog
+    record: Record
     lock: IO[str] | None
     step: int = 0
     baselines: dict[str, Metrics] = field(default_factory=dict)
@@ -63,6 +53,11 @@ class Run:
     @property
     def total(self) -> int:
         return schedule.total_steps(self.settings, len(self.data[0]))
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the step to come."""
+        return schedule.learning_rate(self.settings, self.step, self.total)
 
     def computing(self) -> torch.autocast:
         """A block in which products are computed in the type of --precision. Norms, softmax, losses and the residual
@@ -113,13 +108,13 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
         model.compile_training()
     out = from_leader(lambda: claim_folder(settings, folder))
     held = lock(out) if leads() else None
-    for name in ("*.png", "*.csv", "*.json") if held else ():  # as a killed run left them
+    for name in ("*.png", "*.json", "*.jsonl") if held else ():  # as a killed run left them
         remove_partials(out, name)
     # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
-    losses = LossLog(out / "losses.csv" if leads() else None, model.tasks, earlier_losses(folder, model.tasks))
+    record = Record(out / NAME if leads() else None, model.tasks, earlier_lines(folder, model.tasks))
     optimizer = build.build_optimizer(settings, model)
-    run = Run(settings, out, device, data, images, model, parallel(model), optimizer, scaler, losses, held)
+    run = Run(settings, out, device, data, images, model, parallel(model), optimizer, scaler, record, held)
     print(announce(run), flush=True)
     return run
 
@@ -156,11 +151,11 @@ def claim_folder(settings: Settings, folder: Path | None) -> Path:
     return out
 
 
-def earlier_losses(folder: Path | None, tasks: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
-    """The losses of the steps before the checkpoint ``folder``, as far as they are known."""
-    if folder is None or not (path := folder.parent / "losses.csv").exists():
-        return {}
-    return read_losses(path, checkpoint.read_state(folder).step, tasks)[1]
+def earlier_lines(folder: Path | None, tasks: tuple[str, ...]) -> list[Line]:
+    """The record of the steps before the checkpoint ``folder``, as far as they are known."""
+    if folder is None or not (path := folder.parent / NAME).exists():
+        return []
+    return read_lines(path, tasks, until=checkpoint.read_state(folder).step)
 
 
 def resume_from(run: Run, folder: Path, state: checkpoint.State) -> list[str]:
@@ -191,8 +186,8 @@ def finished(run: Run) -> Results | None:
 
 
 def begin_files(run: Run) -> None:
-    """Start losses.csv from the steps before, and say which images are left out."""
-    run.losses.begin()
+    """Start the record from the steps before, and say which images are left out."""
+    run.record.begin()
     skipped = [fault for dataset in run.data for fault in dataset.skipped]
     if skipped:
         write_text(run.out / "skipped.txt", "\n".join(skipped) + "\n")

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoe_lora.ranks import over_ranks, world_size
 from kernels.nvtx import span
 from train.datasets.batches import Batch
-from train.run import schedule
 from train.run.start import Run
 from train.tasks import TASKS
 
@@ -40,9 +39,8 @@ def training_step(run: Run, batch: Batch) -> StepResult:
 
 def set_learning_rate(run: Run) -> None:
     """That of the step to come; where it is a tensor, since a CUDA graph reads it, the tensor is filled."""
-    rate = schedule.learning_rate(run.settings, run.step, run.total)
     for group in run.optimizer.param_groups:
-        own = rate * group.get("lr_scale", 1.0)
+        own = run.learning_rate * group.get("lr_scale", 1.0)
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(own)
         else:

@@ -43,15 +43,15 @@ def test_what_no_command_wrote_is_refused_by_name(kind, tmp_path):
 
 def test_a_run_takes_over_its_folder_where_the_record_was_lost(tmp_path):
     """Copies may leave out hidden files; other commands may have written into the copy since."""
-    (tmp_path / "losses.csv").touch()
+    (tmp_path / "metrics.jsonl").touch()
     claim(tmp_path, "train.compare", ["table.txt"])
-    with pytest.raises(UserError, match="losses.csv was not written by train"):
-        claim(tmp_path, "train", ["losses.csv", "skipped.txt"])
-    claim(tmp_path, "train", ["losses.csv", "routing.csv"], adopt=True)
-    claim(tmp_path, "train", ["losses.csv"])
+    with pytest.raises(UserError, match="metrics.jsonl was not written by train"):
+        claim(tmp_path, "train", ["metrics.jsonl", "skipped.txt"])
+    claim(tmp_path, "train", ["metrics.jsonl", "results.json"], adopt=True)
+    claim(tmp_path, "train", ["metrics.jsonl"])
     (tmp_path / "skipped.txt").touch()
     with pytest.raises(UserError, match="skipped.txt was not written by train"):
-        claim(tmp_path, "train", ["losses.csv", "skipped.txt"], adopt=True)
+        claim(tmp_path, "train", ["metrics.jsonl", "skipped.txt"], adopt=True)
 
 
 def test_a_damaged_record_says_nothing(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from train.run import checkpoint
-from train.run.losses import read_losses
+from train.run.record import read_record
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--image-size", "32", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
@@ -110,12 +110,12 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for n in (1, 2):
         said = finished(launch(n, "-m", "train", *QUICK, "--steps", "6", "--out", folder / str(n)))
-        assert said.count("results.json, last, losses.csv") == 1, "one process speaks"
+        assert said.count("results.json, last, metrics.jsonl") == 1, "one process speaks"
     return {n: folder / str(n) for n in (1, 2)}
 
 
 def assert_alike(one, other):
-    rows = [torch.tensor(list(read_losses(out / "losses.csv", 100)[1].values())) for out in (one, other)]
+    rows = [torch.tensor(list(read_record(out).losses.values())) for out in (one, other)]
     torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-5)
     results = [json.loads((out / "results.json").read_text()) for out in (one, other)]
     for task, scores in results[0]["metrics"].items():
@@ -169,7 +169,7 @@ def test_what_ends_torchrun_ends_all_processes_with_one_checkpoint(number, tmp_p
     """It passes SIGTERM on. Where it is killed they would go on without it, and hold the folder's lock."""
     out = tmp_path / "run"
     process = launch(2, "-m", "train", *QUICK, "--steps", "3000", "--out", out)
-    while not (out / "losses.csv").exists() or len((out / "losses.csv").read_text().splitlines()) < 11:
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 11:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     process.send_signal(number)

@@ -11,7 +11,7 @@ from kernels.dispatch import RESOLVED
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.losses import read_losses
+from train.run.record import read_record
 from train.run.start import set_up
 from train.run.step import training_step
 
@@ -104,7 +104,7 @@ def test_a_compiled_run_follows_an_eager_one(backend, tmp_path, monkeypatch):
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         assert main([*quick, *flags, "--out", str(tmp_path / name)]) == 0
     assert len(graphs) == 6, "the backbone and five heads"
-    losses = [list(read_losses(tmp_path / name / "losses.csv", 3)[1].values()) for name in ("eager", "compiled")]
+    losses = [list(read_record(tmp_path / name).losses.values()) for name in ("eager", "compiled")]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from train.datasets.base import Source, open_dataset
 from train.datasets.files import Access
 from train.datasets.sampler import BatchSampler
 from train.run.build import build_data, build_model
-from train.run.losses import read_losses
+from train.run.record import read_record
 from train.tasks import DEFAULT_TASKS
 
 IMAGES = 120
@@ -74,7 +74,7 @@ def test_images_that_alone_lack_a_label_are_shown_as_often_as_others(tree):
 def test_random_labels_train_in_small_batches(random_labels, tmp_path):
     out = tmp_path / "run"
     assert main(["--data", str(random_labels), *QUICK, "--batch-size", "8", "--steps", "1", "--out", str(out)]) == 0
-    _, losses = read_losses(out / "losses.csv", 1)
+    losses = read_record(out).losses
     assert len(build_data(settings_of(random_labels))[0].groups) > 24
     assert list(losses) == [1] and np.isfinite(losses[1]).all()
 

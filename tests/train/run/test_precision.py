@@ -8,7 +8,7 @@ from model import VITS, ViT
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
-from train.run.losses import read_losses
+from train.run.record import read_record
 from train.run.start import set_up
 from train.run.step import training_step
 
@@ -55,7 +55,7 @@ def test_the_residual_stream_is_fp32(precision, frozen, tmp_path):
 def test_losses_follow_those_of_fp32(precision, frozen, tmp_path):
     for name in ("fp32", precision):
         assert main([*frozen, "--precision", name, "--steps", "4", "--out", str(tmp_path / name)]) == 0
-    rows = [torch.tensor(list(read_losses(tmp_path / n / "losses.csv", 4)[1].values())) for n in ("fp32", precision)]
+    rows = [torch.tensor(list(read_record(tmp_path / n).losses.values())) for n in ("fp32", precision)]
     torch.testing.assert_close(rows[1], rows[0], rtol=0.02 if precision == "bf16" else 0.003, atol=0)
 
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_has_the_same_bits(precision, frozen, tmp_path):
     assert main(["--resume", "--out", str(out)]) == 0
     ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (tmp_path / "whole", out))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (tmp_path / "whole" / "losses.csv").read_bytes() == (out / "losses.csv").read_bytes()
+    assert read_record(tmp_path / "whole").losses == read_record(out).losses
 
 
 def test_a_step_whose_scaled_gradients_overflow_is_skipped_by_the_scaler(frozen, tmp_path):

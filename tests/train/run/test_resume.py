@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import random
 import shutil
@@ -18,14 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels import UserError
 from train.cli import main
 from train.compare import main as compare
 from train.datasets.batches import batch_ids
 from train.evaluation.results import finished_results
 from train.run import checkpoint, loop, start
 from train.run.backbone import settings_of
-from train.run.losses import LossLog, NotFiniteError, read_losses
+from train.run.record import NAME, read_lines, read_record
 from train.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,7 +43,8 @@ def assert_same(*runs):
     ours, theirs = (load_file(out / "last" / "model.safetensors") for out in runs)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert runs[0].joinpath("losses.csv").read_bytes() == runs[1].joinpath("losses.csv").read_bytes()
+    kept = ([line for line in read_lines(out / NAME) if line["kind"] != "pace"] for out in runs)
+    assert next(kept) == next(kept)
     one, other = (json.loads((out / "results.json").read_text()) for out in runs)
     for key in ("metrics", "metrics_untrained", "metrics_constant", "final_losses", "steps"):
         assert one[key] == other[key]
@@ -86,7 +85,7 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(whole, tmp_path):
     out = tmp_path / "preempted"
     flags = [*QUICK, "--workers", "2", "--steps", "40", "--keep", "2", "--out", str(out)]
     process = begin(*flags)
-    while not (out / "losses.csv").exists() or len((out / "losses.csv").read_text().splitlines()) < 11:
+    while not (out / NAME).exists() or len((out / NAME).read_text().splitlines()) < 11:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
@@ -171,7 +170,7 @@ def test_a_run_whose_link_was_lost_continues_from_its_newest_checkpoint(last, co
         (copied / "last").symlink_to("step-3")
     elif last == "text":
         (copied / "last").write_text("step-4")
-    losses = (copied / "losses.csv").read_text()
+    before = (copied / NAME).read_text()
     assert main([*QUICK, "--out", str(copied), "--steps", "4"]) == 2
     assert "already holds a run: continue it with --resume" in capsys.readouterr().err
     assert main(["--resume", "--out", str(copied), "--steps", "3", "--lr", "0.1"]) == 2
@@ -179,7 +178,7 @@ def test_a_run_whose_link_was_lost_continues_from_its_newest_checkpoint(last, co
     assert main(["--resume", "--out", str(copied), "--steps", "5", "--keep", "9"]) == 0
     said = capsys.readouterr().out
     assert f"resumed   from step 4 of {copied}/step-4" in said and ("last is lost" in said) == (last == "absent")
-    assert (copied / "losses.csv").read_text().startswith(losses) and (copied / "step-4").is_dir()
+    assert (copied / NAME).read_text().startswith(before) and (copied / "step-4").is_dir()
     assert os.readlink(copied / "last") == "step-5"
 
 
@@ -213,7 +212,7 @@ def test_what_a_disk_cannot_do_is_found_before_training(tmp_path, capsys, monkey
     assert "Operation not permitted" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["routing.csv", "losses.csv", "predictions.png", "tensorboard", "step-2"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.png", "tensorboard", "step-2"])
 def test_a_run_replaces_nothing_that_it_did_not_write(name, tmp_path, capsys):
     (tmp_path / name).mkdir() if name == "step-2" else (tmp_path / name).write_text("mine")
     assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 2
@@ -230,16 +229,16 @@ def test_a_resumed_run_replaces_nothing_either(copied, capsys):
     assert main(["--resume", "--out", str(copied), "--steps", "5"]) == 0
 
 
-def test_a_full_disk_under_the_losses_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_under_the_record_is_one_line(tmp_path, capsys, monkeypatch):
     def full(path, mode="r", *arguments, real=Path.open, **options):
-        if (path.name, mode) == ("losses.csv", "a"):
+        if (path.name, mode) == (NAME, "a"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, mode, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", full)
     assert main([*QUICK, "--steps", "2", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: cannot write {tmp_path}/losses.csv (No space left on device): free some space")
+    assert error.startswith(f"error: cannot write {tmp_path}/metrics.jsonl (No space left on device): free some space")
     assert error.count("\n") == 1
 
 
@@ -266,7 +265,7 @@ def test_signals_that_are_ignored_stay_ignored():
 def test_two_runs_cannot_share_a_folder(tmp_path):
     out = tmp_path / "shared"
     first = begin(*QUICK, "--steps", "2000", "--out", str(out))
-    while not (out / "losses.csv").exists():
+    while not (out / NAME).exists():
         assert first.poll() is None
         time.sleep(0.01)
     second = begin(*QUICK, "--steps", "2000", "--out", str(out))
@@ -282,7 +281,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 def test_a_run_and_its_workers_end_together_without_a_traceback(victim, tmp_path):
     """They hold the run's stderr, so that it ends only when they have. By themselves they look up every 5 seconds."""
     process = begin(*QUICK, "--workers", "2", "--steps", "2000", "--out", str(tmp_path))
-    while not (tmp_path / "losses.csv").exists() or len((tmp_path / "losses.csv").read_text().splitlines()) < 11:
+    while not (tmp_path / NAME).exists() or len((tmp_path / NAME).read_text().splitlines()) < 11:
         assert process.poll() is None
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -343,7 +342,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert main([*QUICK, "--steps", "8", "--on-nonfinite", "skip", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["skipped_steps"] == 1
-    _, rows = read_losses(tmp_path / "losses.csv", 8)
+    rows = read_record(tmp_path).losses
     assert [step for step, row in rows.items() if row[0] != row[0]] == [4]
     assert all(value == value for value in results["final_losses"].values())
 
@@ -377,8 +376,8 @@ def test_what_gives_a_run_its_meaning_cannot_change(tmp_path, capsys, pascal_cop
     assert main(["--resume", "--out", str(out), "--steps", "2", "--data", str(moved)]) == 0, "the same tree elsewhere"
     lists = Path("ImageSets/Context/train.txt")
     fewer = "".join((moved / lists).read_text().splitlines(keepends=True)[1:]).encode()
-    losses = (out / "losses.csv").read_text() + "3,0.5\n"  # of a step after the checkpoint
-    (out / "losses.csv").write_text(losses)
+    recorded = (out / NAME).read_text() + '{"kind": "pace", "step": 3}\n'  # of a step after the checkpoint
+    (out / NAME).write_text(recorded)
     for file, content in (
         (lists, fewer),
         (Path("semseg/VOC12/2009_000001.png"), (moved / "semseg/VOC12/2009_000000.png").read_bytes()),
@@ -389,7 +388,7 @@ def test_what_gives_a_run_its_meaning_cannot_change(tmp_path, capsys, pascal_cop
         capsys.readouterr()
         assert main(["--resume", "--out", str(out), "--steps", "3", "--data", str(moved)]) == 2
         assert "the images or labels are not those that" in capsys.readouterr().err
-        assert (out / "losses.csv").read_text() == losses, "a refused command changes nothing"
+        assert (out / NAME).read_text() == recorded, "a refused command changes nothing"
         (moved / file).write_bytes(before)
 
 
@@ -424,36 +423,3 @@ def test_a_data_set_is_not_written_to(below, tmp_path, capsys, pascal_copy, monk
     monkeypatch.chdir(pascal_copy)
     assert main([*QUICK, "--steps", "1"]) == 2
     assert sorted(pascal_copy.rglob("*")) == before
-
-
-def test_a_mean_is_over_the_steps_that_have_a_label_of_the_task():
-    log = LossLog(None, ("seg", "edge", "sal"), {1: (3.0, 0.0, 0.0), 2: (5.0, 4.0, 0.0), 3: (7.0, 2.0, 0.0)})
-    assert log.mean(3) == {"seg": 5.0, "edge": 3.0, "sal": 0.0}
-    assert all(map(math.isnan, LossLog(None, ("seg",), {}).mean(3).values()))
-
-
-def test_the_log_keeps_every_number(tmp_path):
-    path = tmp_path / "losses.csv"
-    log = LossLog(path, ("seg", "edge"), {})
-    log.begin()
-    losses = torch.rand(5, 2)
-    for step, row in enumerate(losses, 1):
-        log.add(step, row)
-    log.flush()
-    with path.open("a") as file:
-        file.write("6,0.25,0.")  # cut short by a kill
-    tasks, rows = read_losses(path, 4)
-    assert tasks == ("seg", "edge") and list(rows) == [1, 2, 3, 4]
-    assert torch.equal(torch.tensor(list(rows.values())), losses[:4])
-    again = LossLog(path, tasks, rows)
-    again.begin()
-    again.add(5, losses[4])
-    again.flush()
-    assert read_losses(path, 9)[1] == {step: tuple(row) for step, row in enumerate(losses.tolist(), 1)}
-    assert again.mean(2) == pytest.approx(dict(zip(tasks, losses[3:].mean(0).tolist(), strict=True)))
-    again.add(6, torch.tensor([1.0, torch.inf]))
-    with pytest.raises(NotFiniteError, match="^the loss of edge is inf at step 6$"):
-        again.flush()
-    path.write_text("colour\n")
-    with pytest.raises(UserError, match="is not a table of losses"):
-        read_losses(path, 1)
