@@ -114,10 +114,12 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
     driver.set_active(Deviceless(target))
     JITFunction.run, tiles.architecture = record, lambda device: target  # type: ignore[assignment]  # restored below
+    tiles.tile.cache_clear()
     try:
         yield launches
     finally:
         JITFunction.run, tiles.architecture = run, architecture
+        tiles.tile.cache_clear()
 
 
 def compiled(kernel: str, pool: str, dtype: str, target: str, counts: tuple[int, ...] = COUNTS) -> Launch:

@@ -1,5 +1,6 @@
 """Every launch of kernels/experts over sorted blocks on random tensors, for programs that compile them one by one."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from bench.launches import parse_pool
 from kernels import Experts
 from kernels.experts.products import Layer, combine, expand, layers, shrink, weight_grad
 from kernels.experts.sort import BLOCK, Sorted, sort
-from kernels.segments import TaskSegments, ceil_div
+from kernels.segments import TaskSegments
 
 # LoRA pools of N/k/S/r, and slices of a hidden layer: experts with GELU, biases and a set for each task.
 GROUPED_POOLS = ("64/12/4/16", "64/12/4/64", "16/4/2/256 gelu")
@@ -54,7 +55,7 @@ def make_call(pool: str, segments: TaskSegments, width: int, like: Tensor) -> Ca
     order = sort(g[None], segments, slots, sets)
     if like.is_meta:
         ids = len(order.ends)
-        blocks = ceil_div(ceil_div(tokens * slots, ids), BLOCK)
+        blocks = math.ceil(math.ceil(tokens * slots / ids) / BLOCK)
         order = replace(order, ends=torch.arange(1, ids + 1, dtype=torch.int32) * blocks)
     places = len(order.rows)
     x, rows = normal(tokens, width), normal(tokens, width)

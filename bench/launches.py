@@ -15,7 +15,7 @@ from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
 from kernels.pack import aligned, pack_backward, pack_forward, split_reference
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
-from kernels.weight_grad import Parts, empty_parts, reduce, weight_grad_a, weight_grad_b
+from kernels.weight_grad import Parts, empty_parts, reduce, weight_grad
 
 Tensors = dict[str, Tensor]
 # The published pools have 64 ranks, the others 128 and 256; together they cover every entry of kernels/tables.json.
@@ -30,10 +30,12 @@ LAUNCHES: dict[str, Callable[[Tensors, TaskSegments, Pool], object]] = {
     "gate_backward": lambda t, segments, pool: gate_backward(
         t["buffer"][:, t["wide"].shape[1] :], aligned(pool.ranks), (t["h"], t["z"]), t["dp"], segments, pool
     ),
-    "weight_grad_a": lambda t, segments, pool: weight_grad_a(
+    "weight_grad_a": lambda t, segments, pool: weight_grad(
         t["x"], t["h"], t["dz"], _parts(t, segments, pool), segments, pool
     ),
-    "weight_grad_b": lambda t, segments, pool: weight_grad_b(t["x"], t["h"], _parts(t, segments, pool), segments, pool),
+    "weight_grad_b": lambda t, segments, pool: weight_grad(
+        t["x"], t["h"], None, _parts(t, segments, pool), segments, pool
+    ),
     "reduce": lambda t, segments, pool: reduce(_parts(t, segments, pool), segments),
     "matmul_gelu": lambda t, segments, pool: matmul_gelu(
         t["x"], t["w1"], t["b1"], t["buffer"][:, : t["wide"].shape[1]], pool

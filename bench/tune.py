@@ -118,7 +118,7 @@ def tune_kernel(kernel: str, row: Table, device: torch.device) -> None:
 
         def time(candidate, tile=tile, limit=limit, pool=pool):
             tile[limit] = list(candidate)
-            tiles.options.cache_clear()
+            tiles.tile.cache_clear()
             return time_launch(kernel, pool, device)
 
         present = tuple(tile[limit])

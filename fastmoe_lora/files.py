@@ -241,7 +241,7 @@ def _layers(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _parameter(layer: Any, name: str, part: str) -> Tensor:
-    return getattr(layer, layer.adapters.sets[name].parameter(part))
+    return getattr(layer, layer.adapters.sets[name].names[part])
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         f"{site}.{part}": _parameter(layer, name, part)
         for site, layer in layers.items()
         for part in PARTS
-        if hasattr(layer, layer.adapters.sets[name].parameter(part))
+        if hasattr(layer, layer.adapters.sets[name].names[part])
     }
     saved = next((layer.adapters.selection.saved.get(name, ()) for layer in layers.values()), ())
     for site, module in model.named_modules():

@@ -6,7 +6,6 @@ NAME, is ``lora_A_NAME`` and so on. A pass reads the parameters, nothing else.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -17,10 +16,8 @@ from torch.nn import functional as F
 
 from fastmoe_lora.config import MoEConfig
 from fastmoe_lora.routing import Routing, Selection
-from kernels import TaskSegments, lora_moe, resolve_kernel
-from kernels.gating import fits_one_tile
+from kernels import TaskSegments, lora_moe, nvtx
 from kernels.lora_linear import lora_linear
-from kernels.nvtx import span
 from kernels.reference import Linear
 
 PARTS = ("lora_A", "lora_B", "routers")
@@ -36,10 +33,10 @@ class Adapter:
     dropout: float = 0.0  # of the adapters' input in training
     config: MoEConfig | None = None  # of experts
     layer: int = 0  # among those of the routing
+    names: dict[str, str] = field(init=False, compare=False)  # of its parts in the layer
 
-    def parameter(self, part: str) -> str:
-        """The name of a part in the layer."""
-        return f"{part}_{self.name}" if self.name else part
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", {part: f"{part}_{self.name}" if self.name else part for part in PARTS})
 
 
 @dataclass
@@ -60,15 +57,13 @@ class LoRALinear:
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        adapter = active(self)
+        adapter = self.adapters.sets.get(self.adapters.selection.name)
         if adapter is None:
             return super().forward(x)  # type: ignore[misc]
         lora, drops = lora_of(self, adapter), adapter.dropout > 0 and self.training
         weights = None if drops else frozen_weights(self)
         if weights is not None:
-            tokens = x.to(compute_type(weights)).reshape(-1, x.shape[-1])
-            with full_precision(x.device.type):
-                return lora_linear(tokens, weights[0], lora).view(*x.shape[:-1], len(weights[0][0]))
+            return lora_linear(x.reshape(-1, x.shape[-1]), weights[0], lora).view(*x.shape[:-1], len(weights[0][0]))
         y = super().forward(x)  # type: ignore[misc]
         a, b = (weight.to(y.dtype) for weight in lora)
         return y + F.linear(F.linear(F.dropout(x.to(y.dtype), adapter.dropout, drops), a), b)
@@ -78,7 +73,7 @@ class LoRALinear:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        ranks = [len(getattr(self, adapter.parameter("lora_A"))) for adapter in self.adapters.sets.values()]
+        ranks = [len(getattr(self, adapter.names["lora_A"])) for adapter in self.adapters.sets.values()]
         return f"{super().extra_repr()}, lora_rank={'/'.join(map(str, ranks))}"  # type: ignore[misc]
 
 
@@ -87,9 +82,9 @@ class LoRAMoE:
 
     ``base`` is the layer's own forward pass, from (.., d_in) to (.., d_out): a whole FFN, or one linear layer of it.
     The tasks share the experts; the open batch of the routing says which rows of x belong to which task. Base and
-    experts are one operation if Triton's kernels run, the base is a frozen FFN with GELU or a linear layer wider than
-    its input, without hooks inside, no token is padding, and the pool fits one register tile. Else the base runs first
-    and the experts beside it. For a padding token y = base(x).
+    experts are one operation if the base is a frozen FFN with GELU or a linear layer wider than its input, without
+    hooks inside, and no token is padding. Else the base runs first and the experts beside it. For a padding token
+    y = base(x).
     """
 
     prefix = "LoRAMoE"
@@ -98,35 +93,31 @@ class LoRAMoE:
     one_task: Tensor  # [0, 1]: the offsets of a pass of one task
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        adapter = active(self)
+        adapter = self.adapters.sets.get(self.adapters.selection.name)
         if adapter is None:
             return super().forward(x, *rest, **named)  # type: ignore[misc]
         routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()
         assert config is not None
         batch, real = routing.current(), None
-        segments = TaskSegments(self.one_task, (rows,), rows)
+        segments = TaskSegments(self.one_task, 1, (rows,), rows)
         if batch is not None:
             segments, real = batch.segments(x)
         drops = adapter.dropout > 0 and self.training
-        weights = None if rest or named or drops or real is not None else fused_weights(self, adapter, x.device)
+        tokens = x.reshape(-1, x.shape[-1])
+        weights = None if rest or named or drops or real is not None else frozen_weights(self)
         if weights is None:
-            with span("ffn"):
+            with nvtx.span("ffn"):
                 output = super().forward(x, *rest, **named)  # type: ignore[misc]
             output = output.reshape(-1, output.shape[-1])
-            tokens = x.to(output.dtype).reshape(-1, x.shape[-1])
-        else:
-            tokens = x.to(compute_type(weights)).reshape(-1, x.shape[-1])
-        if drops:
-            tokens = F.dropout(tokens, adapter.dropout)
+            tokens = F.dropout(tokens.to(output.dtype), adapter.dropout, drops)
         base = weights or (output if real is None else output[real])
-        # Autocast would compute the fp32 logits in half precision; lora_moe casts A and B itself.
-        with full_precision(x.device.type), span("experts"):
+        with nvtx.span("experts"):
             y, gates, mean_probs = lora_moe(
                 tokens if real is None else tokens[real], base, lora_of(self, adapter),
-                getattr(self, adapter.parameter("routers")), segments, config.gating,
-                routing.kernel, routing.deterministic,
+                getattr(self, adapter.names["routers"]), segments, config.gating, routing.kernel, routing.deterministic,
             )  # fmt: skip
-        routing.record(batch, adapter.layer, mean_probs, gates, segments)
+        if batch is not None or routing.statistics is not None:
+            routing.record(batch, adapter.layer, mean_probs, gates, segments)
         return (y if real is None else output.index_copy(0, real, y)).view(*x.shape[:-1], y.shape[-1])
 
     def __setstate__(self, state: dict) -> None:
@@ -163,51 +154,25 @@ def add_adapter(layer: Any, adapter: Adapter, rank: int, shape: tuple[int, int])
         values["lora_A"] = nn.init.kaiming_uniform_(torch.empty(rank, shape[0], **make), a=math.sqrt(5))
         values["lora_B"] = torch.zeros(shape[1], rank, **make)
         for part, value in values.items():
-            layer.register_parameter(adapter.parameter(part), nn.Parameter(value))
+            layer.register_parameter(adapter.names[part], nn.Parameter(value))
 
 
 def drop_adapters(layer: Any) -> None:
     """Forget all sets."""
     for adapter in layer.adapters.sets.values():
-        for part in PARTS:
-            layer._parameters.pop(adapter.parameter(part), None)
+        for name in adapter.names.values():
+            layer._parameters.pop(name, None)
     layer._buffers.pop("one_task", None)
     layer._non_persistent_buffers_set.discard("one_task")
     del layer.adapters
 
 
-def active(layer: Any) -> Adapter | None:
-    """The set that this thread uses; None where the layer has none of that name."""
-    name = layer.adapters.selection.name
-    return None if name is None else layer.adapters.sets.get(name)
-
-
 def lora_of(layer: Any, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """(A, B), B with the scale."""
-    a, b = getattr(layer, adapter.parameter("lora_A")), getattr(layer, adapter.parameter("lora_B"))
+    a, b = getattr(layer, adapter.names["lora_A"]), getattr(layer, adapter.names["lora_B"])
     if adapter.alpha is None:
         return a, b
     return a, b * (adapter.alpha / (adapter.config.rank if adapter.config else a.shape[0]))
-
-
-def compute_type(weights: tuple[Linear, ...]) -> torch.dtype:
-    """Autocast's type, else that of the frozen weights."""
-    weight = weights[0][0]
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def full_precision(kind: str) -> AbstractContextManager[Any]:
-    """A context without autocast, which takes the host ten times as long to leave as to ask for."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def fused_weights(layer: Any, adapter: Adapter, device: torch.device) -> tuple[Linear, ...] | None:
-    """The frozen weights that the kernels compute the base from; None if it must run by itself."""
-    assert adapter.config is not None
-    if not fits_one_tile(adapter.config.experts, adapter.config.rank):
-        return None
-    return frozen_weights(layer) if resolve_kernel(adapter.routing.kernel, device) == "triton" else None
 
 
 def frozen_weights(layer: Any) -> tuple[Linear, ...] | None:
@@ -231,23 +196,18 @@ def plain_ffn(ffn: nn.Module, inner: tuple[str, ...], drops: bool = True) -> boo
             return False
         if "forward" in part.__dict__:
             return False
-        if name == inner[1]:
-            known = _is_exact_gelu(part)
+        if isinstance(part, nn.GELU):
+            known = name == inner[1] and part.approximate == "none"
+        elif type(part).__name__ == "GELUActivation":  # of Hugging Face, which calls the function kept in `act`
+            known = name == inner[1] and getattr(part, "act", None) is F.gelu
         elif name in inner:
-            known = type(part) is nn.Linear
+            known = name != inner[1] and type(part) is nn.Linear
         else:
             inactive = isinstance(part, nn.Dropout) and not (drops and part.p and part.training)
             known = inactive or isinstance(part, nn.Identity)
         if not known:
             return False
     return True
-
-
-def _is_exact_gelu(act: nn.Module) -> bool:
-    """Whether ``act`` is torch's GELU, or that of Hugging Face, which calls the function kept in ``act``."""
-    if isinstance(act, nn.GELU):
-        return act.approximate == "none"
-    return type(act).__name__ == "GELUActivation" and getattr(act, "act", None) is F.gelu
 
 
 def read_old_names(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastmoe_lora.ranks import over_ranks
 from kernels import TaskSegments, UserError
-from kernels.segments import offsets_of, total
+from kernels.segments import offsets_of
 
 
 def mutual_information_loss(mean_probs: Tensor, share: Tensor | None = None) -> Tensor:
@@ -138,7 +138,13 @@ def _segments(x: Tensor, offsets: Tensor, counts: tuple[int, ...], length: int) 
         raise UserError(f"torch.export needs equally many images of every task, not {counts}")
     rows = None if torch.compiler.is_compiling() and not exporting else counts
     on_device = offsets if offsets.device == x.device else offsets.to(x.device, non_blocking=True)
-    return TaskSegments(on_device, rows and tuple(n * length for n in rows), length)
+    return TaskSegments(on_device, len(offsets) - 1, rows and tuple(n * length for n in rows), length)
+
+
+def _total(counts: tuple[int, ...]) -> int:
+    """Their sum. Under torch.export they may be symbols, of which a program cannot hold a sum."""
+    equal = all(count == counts[0] for count in counts)
+    return counts[0] * len(counts) if equal else sum(counts)
 
 
 def recomputing() -> bool:
@@ -251,8 +257,8 @@ class Routing:
         """
         images = self._checked(images)
         if mask is None:
-            return self._opened(Batch(self, images, total(images)))
-        if mask.ndim != 2 or len(mask) != total(images):
+            return self._opened(Batch(self, images, _total(images)))
+        if mask.ndim != 2 or len(mask) != _total(images):
             raise UserError(f"a mask of shape {tuple(mask.shape)} for {sum(images)} images: it is (images, tokens)")
         counts = tuple(int(part.sum()) for part in mask.ne(0).cpu().split(list(images)))
         batch = Batch(self, counts, len(mask))

@@ -24,6 +24,7 @@ Backward does not write to its inputs, so it may run twice. A compiled pass call
 an eager one as functions: torch.library's dispatch costs the host about as much as the launches.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,35 +33,43 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton import knobs
 
+from kernels import nvtx
 from kernels.errors import UserError
 from kernels.expand import expand
 from kernels.gate_backward import gate_backward
 from kernels.gating import Gating, Pool, make_pool
 from kernels.gelu import gelu
 from kernels.matmul_gelu import matmul_gelu, matmul_gelu_backward
-from kernels.nvtx import span
-from kernels.pack import aligned, pack_backward, pack_forward
+from kernels.pack import pack_backward, pack_forward
 from kernels.reference import Linear
 from kernels.route_shrink import route_shrink
 from kernels.segments import TaskSegments
-from kernels.tiles import ffn_algorithm
+from kernels.tiles import LARGE, ffn_algorithm
 from kernels.vmap import is_batched, looped
-from kernels.weight_grad import weight_grads
+from kernels.weight_grad import empty_parts, reduce, weight_grad
 
 ALGORITHMS = ("columns", "fused")
 DETERMINISTIC = "deterministic"  # the table's algorithm, the same for every number of tokens
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    """``matrix``, copied unless the elements of a row are adjacent; rows may have any stride."""
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+def check_type(dtype: torch.dtype) -> None:
+    """UserError if the kernels do not compute in this type."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {dtype}; use --kernel=reference")
+    if dtype == torch.bfloat16 and knobs.runtime.interpret:
+        raise UserError("Triton's interpreter multiplies bf16 wrongly: use fp32 or fp16 with it, or a GPU")
 
 
-def _parse(setting: str, x: Tensor, a: Tensor, routers: Tensor) -> tuple[Pool, str]:
+@cache
+def _parse(
+    setting: str, ranks: int, columns: int, device: torch.device, dtype: torch.dtype, large: bool
+) -> tuple[Pool, str]:
+    """The pool, and the algorithm of an FFN over at least LARGE tokens or fewer."""
+    check_type(dtype)
     gating, _, algorithm = setting.rpartition("/")
     if algorithm not in ALGORITHMS:
-        algorithm = ffn_algorithm(x, algorithm == DETERMINISTIC)
-    return make_pool(a.shape[0], routers.shape[1], gating), algorithm
+        algorithm = ffn_algorithm(device, large or algorithm == DETERMINISTIC)
+    return make_pool(ranks, columns, gating), algorithm
 
 
 def forward(
@@ -69,18 +78,19 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, g, P, H, z, u). ``base`` beside any module; (w2, b2) for a linear layer; (w1, b1, w2, b2) for an FFN.
     ``setting`` is gating and algorithm as one text."""
-    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
-    x, dtype, u = _rows(x), x.dtype, x.new_empty(len(x), 0)
+    segments = TaskSegments(offsets, len(routers), None, length)
+    pool, algorithm = _parse(setting, len(a), routers.shape[1], x.device, x.dtype, len(x) >= LARGE)
+    x, dtype, u = x.contiguous(), x.dtype, x.new_empty(len(x), 0)
     with torch.cuda.device_of(x):
         up, down, parts, scales = pack_forward(w2, (a, b, routers), dtype)
         hidden = 0 if w2 is None else w2.shape[1]
         inner = x.new_empty(len(x), up.shape[1])
         act, gated = inner[:, :hidden], inner[:, hidden:]
-        with span("route"):
+        with nvtx.span("route"):
             h, z, g, p = route_shrink(x, down, (parts, scales), gated, segments, pool)
-        with span("ffn"):
+        with nvtx.span("ffn"):
             if base is not None:
-                return expand(_rows(base), gated, up, pool), g, p, h, z, u
+                return expand(base.contiguous(), gated, up, pool), g, p, h, z, u
             if w1 is None:
                 act.copy_(x)
             elif algorithm == "fused":
@@ -97,14 +107,16 @@ def backward(
     a: Tensor, b: Tensor, routers: Tensor, offsets: Tensor, length: int, setting: str, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dA, dB, dW), the last three in the types of their parameters; dx is empty unless it is needed."""
-    segments, pool, algorithm = TaskSegments(offsets, None, length), *_parse(setting, x, a, routers)
-    dy, x, dp = _rows(dy), _rows(x), dp.contiguous()
+    segments = TaskSegments(offsets, len(routers), None, length)
+    pool, algorithm = _parse(setting, len(a), routers.shape[1], x.device, x.dtype, len(x) >= LARGE)
+    dy, x, dp = dy.contiguous(), x.contiguous(), dp.contiguous()
     if not needs_dx:  # dH' = dY B alone
         w1 = w2 = None
     with torch.cuda.device_of(x):
         up, down = pack_backward((w1, w2), (a, b, routers), x.dtype)
-        hidden, width, ranks = 0 if w2 is None else w2.shape[1], up.shape[1], aligned(pool.ranks)
-        grad = x.new_empty(len(x), width + aligned(segments.tasks * pool.columns))
+        hidden, width = 0 if w2 is None else w2.shape[1], up.shape[1]
+        # [du | dH | dz], one column for each row of down; the gradient of a linear layer's input stands before them.
+        grad = x.new_empty(len(x), len(down) + (hidden if w1 is None else 0))
         if w1 is not None and algorithm == "fused":
             matmul_gelu_backward(dy, up, u, grad[:, :width], pool)
         else:
@@ -112,9 +124,12 @@ def backward(
             if w1 is not None:
                 gelu(u, grad[:, :hidden], backward=True)
         del up  # its memory serves for the partial sums
-        dz, gated = gate_backward(grad[:, hidden:], ranks, (h, z), dp, segments, pool)
+        dz, gated = gate_backward(grad[:, hidden:], width - hidden, (h, z), dp, segments, pool)
         dh = grad[:, hidden : hidden + pool.ranks]
-        da, db, drouters = weight_grads((dy, x), (gated, dh), dz, segments, pool)
+        parts = empty_parts(dy, x, dh, segments, pool)
+        weight_grad(dy, gated, None, parts, segments, pool)
+        weight_grad(x, dh, dz, parts, segments, pool)
+        da, db, drouters = reduce(parts, segments)
         if not needs_dx:
             dx = x.new_empty(0)
         elif w1 is None and w2 is not None:
@@ -172,14 +187,6 @@ class _LoRAMoE(torch.autograd.Function):
         return (dx if needed[0] else None, dy if needed[1] else None, *[None] * 4, da, db, drouters, None, None, None)
 
 
-def check_type(x: Tensor) -> None:
-    """UserError if the kernels do not compute in x's type."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"--kernel=triton computes in fp32, fp16 or bf16, not in {x.dtype}; use --kernel=reference")
-    if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
-        raise UserError("Triton's interpreter multiplies bf16 wrongly: use fp32 or fp16 with it, or a GPU")
-
-
 def lora_moe(
     x: Tensor,
     base: Tensor | tuple[Linear, ...],
@@ -196,7 +203,6 @@ def lora_moe(
     ``algorithm`` is one of ALGORITHMS; by default the table's for this number of tokens, with ``deterministic`` the
     same for every number.
     """
-    check_type(x)
     algorithm = algorithm or (DETERMINISTIC if deterministic else "")
     if isinstance(base, Tensor):
         frozen: tuple[Any, ...] = base, None, None, None, None

@@ -2,17 +2,18 @@
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import nvtx, reference
 from kernels.errors import UserError
 from kernels.experts import reference as experts_reference
 from kernels.experts.reference import ACTIVATIONS, Experts
 from kernels.gating import Gating, fits_one_tile
 from kernels.reference import Linear
-from kernels.segments import TaskSegments, total
+from kernels.segments import TaskSegments
 
 KERNELS = ("auto", "triton", "reference")
 Expected = dict[str, tuple[Tensor | None, tuple[int, ...]]]  # tensors by name, with the shapes they must have
@@ -24,17 +25,6 @@ def resolve_kernel(kernel: str, device: torch.device) -> str:
     ``auto`` is triton on a GPU that can run it, else the reference. An implementation asked for by name either runs or
     ends in a :class:`UserError`; there is no silent fallback.
     """
-    if torch.compiler.is_compiling():  # a graph that depends on what is cached would be compiled twice
-        return _resolve_uncached(kernel, device)
-    if (kernel, device) not in RESOLVED:
-        RESOLVED[kernel, device] = _resolve_uncached(kernel, device)
-    return RESOLVED[kernel, device]
-
-
-RESOLVED: dict[tuple[str, torch.device], str] = {}
-
-
-def _resolve_uncached(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f"unknown kernel {kernel!r}: choose among {', '.join(KERNELS)}")
     obstacle = "reference" if kernel == "reference" else _obstacle(device)
@@ -55,6 +45,16 @@ def _obstacle(device: torch.device) -> str:
     return ""
 
 
+def choose_family(kernel: str, device: torch.device, experts: int, rank: int) -> str:
+    """What computes a pool: the ``"reference"``, the kernels of ``"one tile"`` or those of a ``"large pool"``."""
+    if resolve_kernel(kernel, device) == "reference":
+        return "reference"
+    return "one tile" if fits_one_tile(experts, rank) else "large pool"
+
+
+known_family = cache(choose_family)  # of eager passes; a graph that depends on what is cached would be compiled twice
+
+
 def lora_moe(
     x: Tensor,
     base: Tensor | tuple[Linear, ...],
@@ -69,8 +69,8 @@ def lora_moe(
 
     x (T, d) and base (T, D) share a floating type, ``lora`` is (A (R, d), B (D, R)), ``routers`` (tasks, C, d); the
     parameters may be fp32 masters. ``base`` may instead be the frozen layer whose output it is, with which the kernels
-    fuse the experts: ((W, b),) of a linear layer, or ((W1, b1), (W2, b2)) of an FFN with GELU. The gates are for
-    statistics.
+    fuse the experts: ((W, b),) of a linear layer, or ((W1, b1), (W2, b2)) of an FFN with GELU. Its weights are cast to
+    x's type, or all to that of autocast. The gates are for statistics.
 
     ValueError if shapes do not fit each other, UserError if ``kernel="triton"`` cannot run. A pool that exceeds one
     register tile (:func:`kernels.gating.fits_one_tile`) runs as a mixture of experts without activation and biases.
@@ -78,20 +78,29 @@ def lora_moe(
     kernels a token's bits do not depend on the other tokens of the batch. cuBLAS may still choose its kernel by the
     number of tokens.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # which would compute the fp32 logits in half precision
+        tokens = x if isinstance(base, Tensor) else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return lora_moe(tokens, base, lora, routers, segments, gating, kernel, deterministic)
     check(x, base, lora, routers, segments, gating)
-    if resolve_kernel(kernel, x.device) == "reference":
+    experts = routers.shape[1] + gating.unrouted
+    choose = choose_family if torch.compiler.is_compiling() else known_family
+    family = choose(kernel, x.device, experts, len(lora[0]) // experts)
+    if family == "one tile":
+        from kernels import custom_ops  # imports Triton, which not every machine has
+
+        return custom_ops.lora_moe(x, base, lora, routers, segments, gating, deterministic)
+    if not isinstance(base, Tensor):
+        with nvtx.span("ffn"):
+            base = reference.frozen(x, base)
+    if family == "reference":
         y, g, p = reference.lora_moe(x, base, lora, routers, segments, gating)
         return y, g.detach(), p
-    from kernels import custom_ops  # imports Triton, which not every machine has
-
-    experts = gating.experts(routers.shape[1])
-    if fits_one_tile(experts, len(lora[0]) // experts):
-        return custom_ops.lora_moe(x, base, lora, routers, segments, gating, deterministic)
     from kernels.experts import custom_ops as experts_ops
 
     z = reference.router_logits(x, routers, segments)
-    output = base if isinstance(base, Tensor) else reference.frozen(x, base)
-    return experts_ops.expert_mixture(x, output, Experts(lora[0][None], lora[1][None]), z, segments, gating)
+    return experts_ops.expert_mixture(x, base, Experts(lora[0][None], lora[1][None]), z, segments, gating)
 
 
 def expert_mixture(
@@ -114,7 +123,8 @@ def expert_mixture(
     default it is chosen by pool and widths. Errors as in :func:`lora_moe`.
     """
     check_experts(x, base, experts, z, segments, gating)
-    if resolve_kernel(kernel, x.device) == "reference":
+    choose, number = choose_family if torch.compiler.is_compiling() else known_family, z.shape[-1] + gating.unrouted
+    if choose(kernel, x.device, number, experts.down.shape[1] // number) == "reference":
         y, g, p = experts_reference.expert_mixture(x, base, experts, z, segments, gating)
         return y, g.detach(), p
     from kernels.experts import custom_ops as experts_ops  # imports Triton
@@ -149,7 +159,7 @@ def check(
             outer = b.shape[0] if number == len(base) else weight.shape[0]
             expected |= {f"W{number}": (weight, (outer, inner)), f"b{number}": (bias, (outer,))}
             inner = outer
-    _check(x, expected, "routers", gating.experts(columns), segments, gating)
+    _check(x, expected, "routers", columns + gating.unrouted, segments, gating)
 
 
 def check_experts(
@@ -157,7 +167,7 @@ def check_experts(
 ) -> None:
     """The same for :func:`expert_mixture`."""
     (tokens, d), (*readers, _, columns), (sets, ranks, _) = x.shape, z.shape, experts.down.shape
-    number, width = gating.experts(columns), experts.up.shape[1]
+    number, width = columns + gating.unrouted, experts.up.shape[1]
     sets = sets if sets == 1 else segments.tasks
     expected: Expected = {
         "x": (x, (tokens, d)),
@@ -188,5 +198,6 @@ def _check(x: Tensor, expected: Expected, logits: str, experts: int, segments: T
         raise ValueError(f"k = {gating.k}, but {logits} of shape {shapes[logits]} have {sparse} sparse experts")
     if shapes["A"][-2] % experts:
         raise ValueError(f"A of shape {shapes['A']} has no equally many rows for each of {experts} experts")
-    if segments.counts is not None and total(segments.counts) != len(x):
+    exporting = torch.compiler.is_exporting()  # counts are symbols, of which a program cannot hold a sum
+    if segments.counts is not None and not exporting and sum(segments.counts) != len(x):
         raise ValueError(f"segments of {segments.counts} rows for x of shape {shapes['x']}: they must add up")

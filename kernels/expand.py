@@ -7,6 +7,8 @@ is small and stays in the L2.
 Bytes: T (D es + R es) read, T D es written. FLOPs: 2 T D R.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from kernels.gating import Pool
 from kernels.jit_helpers import rows_of_block
-from kernels.segments import ceil_div
 from kernels.tiles import tile
 
 
@@ -43,8 +44,8 @@ def expand_kernel(
 def expand(base: Tensor, gated: Tensor, b: Tensor, pool: Pool) -> Tensor:
     """y (T, D) from base (T, D), H' = ``gated`` (T, R) and b (D, R), all of one type, with any row strides."""
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    sizes = tile("expand", base, pool)
-    expand_kernel[(ceil_div(len(base), sizes["BM"]),)](
+    sizes = tile("expand", base.device, base.dtype, pool)
+    expand_kernel[(math.ceil(len(base) / sizes["BM"]),)](
         base, gated, b, y, len(base), base.stride(0), gated.stride(0), b.stride(0), len(b), **pool.constants, **sizes
     )
     return y

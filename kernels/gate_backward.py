@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.gating import Gating, Pool
-from kernels.jit_helpers import block_of_task, gates, gates_backward, marks, per_rank, rows_of_block, sum_ranks
+from kernels.jit_helpers import block_of_task, gates, gates_backward, marks, per_rank, rows_of_block
 from kernels.segments import TaskSegments
 from kernels.tiles import tile
 
@@ -58,7 +58,7 @@ def gate_backward_kernel(
     dh = (dgated * per_rank(gate, RANK)).to(buffer.dtype.element_ty)
     tl.store(row_of_buffer + offs_r, dh, inside & (offs_r < padded_ranks))
     hidden = tl.load(h + rows * (N * RANK) + offs_r, here, 0.0)
-    dgate = sum_ranks(hidden.to(tl.float32) * dgated, NP, RANK)
+    dgate = tl.sum(tl.reshape(hidden.to(tl.float32) * dgated, (BM, NP, RANK)), 2)
     gated_tile = (hidden.to(tl.float32) * per_rank(gate, RANK)).to(hidden.dtype)
     tl.store(gated + rows * (N * RANK) + offs_r, gated_tile, here)
 
@@ -91,7 +91,7 @@ def gate_backward(
     """
     h, z = saved
     dz = h.new_empty(len(z), 2 * z.shape[1]) if h.dtype == torch.bfloat16 else torch.empty_like(z)
-    gated, sizes = torch.empty_like(h), tile("gate_backward", h, pool)
+    gated, sizes = torch.empty_like(h), tile("gate_backward", h.device, h.dtype, pool)
     gate_backward_kernel[(segments.blocks(len(h), sizes["BM"]),)](
         h, z, dp, segments.offsets, buffer, dz, gated,
         segments.length, buffer.stride(0), padded_ranks, buffer.shape[1] - padded_ranks,

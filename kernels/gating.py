@@ -1,6 +1,6 @@
 """The four gatings, how router logits become gates, and the pool of experts that kernels are specialised for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from kernels.errors import UserError
@@ -21,6 +21,8 @@ class Gating:
     name: str
     k: int
     shared: int
+    text: str = field(init=False, repr=False, compare=False)  # "name/k/S", which operators take
+    unrouted: int = field(init=False, repr=False, compare=False)  # shared experts without a logit: their gate is fixed
 
     def __post_init__(self) -> None:
         if self.name not in GATINGS:
@@ -32,11 +34,8 @@ class Gating:
             raise UserError(f"gating {self.name!r} knows no shared experts but S = {self.shared}: {remedy}")
         if self.k < 1 or self.shared < 0:
             raise UserError(f"gating {self.name!r}: k = {self.k} sparse and S = {self.shared} shared experts")
-
-    @property
-    def text(self) -> str:
-        """``"name/k/S"``, which operators take."""
-        return f"{self.name}/{self.k}/{self.shared}"
+        object.__setattr__(self, "text", f"{self.name}/{self.k}/{self.shared}")
+        object.__setattr__(self, "unrouted", self.shared if self.name == "naive-shared" else 0)
 
     @classmethod
     def parse(cls, text: str) -> "Gating":
@@ -50,12 +49,8 @@ class Gating:
         return self.k + self.shared
 
     def router_columns(self, experts: int) -> int:
-        """Logits per token for a pool of ``experts``: a shared expert whose gate is fixed has none."""
-        return experts - self.shared if self.name == "naive-shared" else experts
-
-    def experts(self, columns: int) -> int:
-        """The inverse of :meth:`router_columns`."""
-        return columns + self.shared if self.name == "naive-shared" else columns
+        """Logits per token for a pool of ``experts``."""
+        return experts - self.unrouted
 
 
 def next_power_of_two(n: int) -> int:
@@ -113,5 +108,5 @@ class Pool:
 def make_pool(ranks: int, columns: int, gating: str) -> Pool:
     """From R, C and the text of the gating; made once, not for every launch."""
     known = Gating.parse(gating)
-    experts = known.experts(columns)
+    experts = columns + known.unrouted
     return Pool(experts, columns, ranks // experts, known)

@@ -18,13 +18,13 @@ PyTorch returns NaN. NaN stays NaN and -0 stays -0. For every finite fp16 and bf
 Bytes: T F es read and written; backward T 2F es read, T F es written.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels.segments import ceil_div
 
 BM, BN = 8, 512
 
@@ -91,6 +91,6 @@ def gelu_kernel(u, a, a_stride, T, F, BACKWARD: tl.constexpr, BM: tl.constexpr, 
 def gelu(u: Tensor, a: Tensor, backward: bool = False) -> None:
     """Write gelu(u) into ``a`` (T, F), or overwrite da in it by du. It has any row stride, u (T, F) is contiguous."""
     tokens, width = u.shape
-    gelu_kernel[(ceil_div(tokens, BM) * ceil_div(width, BN),)](
+    gelu_kernel[(math.ceil(tokens / BM) * math.ceil(width / BN),)](
         u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True
     )

@@ -1,4 +1,4 @@
-"""Functions that kernels call: selection, gates, sums over ranks, products with an fp32 operand.
+"""Functions that kernels call: selection, gates, products with an fp32 operand.
 
 Tiles are BM tokens by NP columns (see Pool), fp32, in registers. A padded column is never selected and has gate 0.
 """
@@ -96,12 +96,6 @@ def per_rank(g, RANK: tl.constexpr):
     """(BM, NP) -> (BM, NP * RANK): every gate repeated for each row of its expert."""
     deep = tl.broadcast_to(tl.expand_dims(g, 2), (g.shape[0], g.shape[1], RANK))
     return tl.reshape(deep, (g.shape[0], g.shape[1] * RANK))
-
-
-@triton.jit
-def sum_ranks(values, NP: tl.constexpr, RANK: tl.constexpr):
-    """(BM, NP * RANK) -> (BM, NP): sums over the rows of each expert."""
-    return tl.sum(tl.reshape(values, (values.shape[0], NP, RANK)), 2)
 
 
 @triton.jit

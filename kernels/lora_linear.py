@@ -111,8 +111,12 @@ class _LoRALinear(torch.autograd.Function):
 def lora_linear(x: Tensor, linear: Linear, lora: tuple[Tensor, Tensor]) -> Tensor:
     """y (T, D) of x (T, d), as :func:`lora_linear_reference`; differentiable in x and ``lora``, not in ``linear``.
 
-    x has any floating type, to which the weights are cast in the pass.
+    x has any floating type, to which the weights are cast in the pass; autocast casts x too.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return lora_linear(x.to(torch.get_autocast_dtype(kind)), linear, lora)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return _LoRALinear.apply(x, *linear, *lora)
     return forward(x, *linear, *lora)[0]

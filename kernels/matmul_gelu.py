@@ -14,6 +14,8 @@ kernel makes, which take an allocation for each launch.
 Bytes: T (d es + 2 F es), backward T (D es + F es + (F + R) es); weights from the L2. FLOPs: 2 T d F; 2 T D (F + R).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -123,9 +125,9 @@ def matmul_gelu_backward(dy: Tensor, weight: Tensor, u: Tensor, grad: Tensor, po
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, result: Tensor, pool: Pool) -> None:
-    sizes, backward = tile("matmul_gelu", x, pool), bias is None
+    sizes, backward = tile("matmul_gelu", x.device, x.dtype, pool), bias is None
     bm, bn, bk = sizes["BM"], sizes["BN"], sizes["BK"]
-    tiles = triton.cdiv(len(x), bm) * triton.cdiv(result.shape[1], bn)
+    tiles = math.ceil(len(x) / bm) * math.ceil(result.shape[1] / bn)
     blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn // 2), (bm, bn // 2)
     matrices = _described((x, weight, u, result), blocks)
     matmul_gelu_kernel[(min(tiles, 2 * multiprocessors(x.device)),)](

@@ -12,19 +12,19 @@ Nothing that is packed outlives the pass: an adapted layer depends on its parame
 Bytes: every parameter read and written once.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kernels.segments import ceil_div
 
 BM, BN = 8, 512
 
 
 def aligned(columns: int) -> int:
     """``columns`` rounded up to a multiple of 8."""
-    return -(-columns // 8) * 8
+    return columns + -columns % 8
 
 
 def up_reference(w2: Tensor | None, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,8 +118,7 @@ def pack_forward(
         scales = router_scales(routers, dtype) if dtype == torch.float16 else None
     if down is None and w2 is None and b.dtype == dtype:
         return b.contiguous(), typed, parts, scales
-    up = _empty_up(w2, b, dtype)
-    _launch((w2, b, up), (None, a, routers, scales), down, ranks, split=dtype != torch.float32)
+    up = _launch((w2, b), (None, a, routers, scales), down, ranks, dtype, split=dtype != torch.float32)
     return up, typed, parts, scales
 
 
@@ -129,41 +128,35 @@ def pack_backward(
     """(up, down) in ``dtype``, from (W1 (F, d), W2 (D, F)) and (A, B, routers)."""
     (w1, w2), (a, b, routers) = frozen, adapters
     (ranks, d), rows = a.shape, routers.shape[0] * routers.shape[1]
-    hidden = 0 if w1 is None else len(w1)
-    padding = aligned(ranks) - ranks + aligned(rows) - rows
-    make = a.new_zeros if padding else a.new_empty
-    down = make(hidden + aligned(ranks) + aligned(rows), d, dtype=dtype)
-    up = _empty_up(w2, b, dtype)
-    _launch((w2, b, up), (w1, a, routers, None), down, hidden + aligned(ranks))
-    return up, down
-
-
-def _empty_up(w2: Tensor | None, b: Tensor, dtype: torch.dtype) -> Tensor:
-    width, ranks = b.shape
-    make = b.new_empty if ranks == aligned(ranks) else b.new_zeros
-    return make(width, aligned(ranks) + (0 if w2 is None else w2.shape[1]), dtype=dtype)
+    router_row = ranks + -ranks % 8 + (0 if w1 is None else len(w1))
+    make = a.new_zeros if ranks % 8 or rows % 8 else a.new_empty
+    down = make(router_row + rows + -rows % 8, d, dtype=dtype)
+    return _launch((w2, b), (w1, a, routers, None), down, router_row, dtype), down
 
 
 def _launch(
-    columns: tuple[Tensor | None, Tensor, Tensor],
+    columns: tuple[Tensor | None, Tensor],
     rows: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     down: Tensor | None,
     router_row: int,
+    dtype: torch.dtype,
     split: bool = False,
-) -> None:
-    """Fill ``up`` of ``columns`` (w2, b, up) and ``down`` from ``rows`` (w1, a, routers, scales), the routers from
+) -> Tensor:
+    """up, of ``columns`` (w2, b). Fills ``down`` from ``rows`` (w1, a, routers, scales), the routers from
     ``router_row`` on; ``split`` writes them twice, high and low."""
-    (w2, b, up), (w1, a, routers, scales) = columns, rows
+    (w2, b), (w1, a, routers, scales) = columns, rows
     (width, ranks), d = b.shape, a.shape[1]
     inner, hidden = 0 if w2 is None else w2.shape[1], 0 if w1 is None else len(w1)
+    up = (b.new_zeros if ranks % 8 else b.new_empty)(width, inner + ranks + -ranks % 8, dtype=dtype)
     router_rows = routers.shape[0] * routers.shape[1]
     copied = [(width, inner), (width, ranks)]
     if down is not None:
         copied += [(hidden, d), (ranks, d), (router_rows, d)]
-    pack_kernel[(sum(ceil_div(height, BM) * ceil_div(across, BN) for height, across in copied),)](
+    pack_kernel[(sum(math.ceil(height / BM) * math.ceil(across / BN) for height, across in copied),)](
         b if w2 is None else w2.contiguous(), b.contiguous(), up, a if w1 is None else w1.contiguous(), a.contiguous(),
         routers.contiguous(), routers if scales is None else scales, up if down is None else down,
         width, inner, ranks, up.stride(0), d, hidden, router_row, router_rows, routers.shape[1],
         W2=w2 is not None, DOWN=down is not None, W1=w1 is not None, SPLIT=split, SCALED=scales is not None,
         BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    return up

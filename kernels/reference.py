@@ -90,9 +90,9 @@ def mean_probs(z: Tensor, segments: TaskSegments) -> Tensor:
 
 def frozen(x: Tensor, linears: tuple[Linear, ...]) -> Tensor:
     """The frozen layer beside the experts: one linear layer, or the two of an FFN with GELU between them."""
-    if len(linears) == 1:
-        return F.linear(x, *linears[0])
-    return F.linear(F.gelu(F.linear(x, *linears[0])), *linears[1])
+    first, *second = [(w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in linears]
+    y = F.linear(x, *first)
+    return F.linear(F.gelu(y), *second[0]) if second else y
 
 
 def lora_moe(

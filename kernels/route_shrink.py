@@ -103,7 +103,7 @@ def route_shrink(
     h = x.new_empty(tokens, pool.ranks)
     z = x.new_empty(tokens, pool.columns, dtype=torch.float32)
     g = x.new_empty(tokens, pool.experts, dtype=torch.float32)
-    sizes = tile("route_shrink", x, pool)
+    sizes = tile("route_shrink", x.device, x.dtype, pool)
     blocks = segments.blocks(tokens, sizes["BM"])
     means = (x.new_empty if blocks else x.new_zeros)(segments.tasks, max(blocks, 1), pool.columns, dtype=torch.float32)
     route_shrink_kernel[(blocks,)](

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up; triton.cdiv takes ten times as long on the host."""
-    return -(-a // b)
-
-
 @dataclass(frozen=True, eq=False)
 class TaskSegments:
     """Task t owns the rows ``offsets[t] * length .. offsets[t + 1] * length``; it may have none.
@@ -20,17 +15,14 @@ class TaskSegments:
     """
 
     offsets: Tensor
+    tasks: int
     counts: tuple[int, ...] | None = None
     length: int = 1
 
     @staticmethod
     def of(counts: tuple[int, ...], device: torch.device) -> "TaskSegments":
         """The segments of ``counts`` rows per task."""
-        return TaskSegments(offsets_of(counts, device), counts)
-
-    @property
-    def tasks(self) -> int:
-        return self.offsets.shape[0] - 1
+        return TaskSegments(offsets_of(counts, device), len(counts), counts)
 
     def blocks(self, rows: int, block: int) -> int:
         """At least as many blocks of ``block`` rows as ``rows`` rows in segments need; no block spans two tasks."""
@@ -40,12 +32,6 @@ class TaskSegments:
         """The task of each of ``rows`` rows, int64, on the device; a pass of any composition computes the same."""
         number = torch.arange(rows, device=self.offsets.device)
         return torch.bucketize(number, self.offsets[1:-1] * self.length, right=True)
-
-
-def total(counts: tuple[int, ...]) -> int:
-    """Their sum. Under torch.export they may be symbols, of which a program cannot hold a sum."""
-    equal = all(count == counts[0] for count in counts)
-    return counts[0] * len(counts) if equal else sum(counts)
 
 
 def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:

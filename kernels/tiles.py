@@ -16,7 +16,6 @@ from functools import cache
 from importlib import resources
 
 import torch
-from torch import Tensor
 
 from kernels.errors import UserError
 from kernels.gating import MOST_RANKS, Pool, fits_one_tile
@@ -61,27 +60,21 @@ def _row(name: str, device: torch.device) -> dict:
     return TABLES.get(architecture(device), {}).get(name, TABLES["default"][name])
 
 
-def tile(kernel: str, x: Tensor, pool: Pool) -> dict[str, int]:
-    """Tile sizes and Triton's options, by name, for a launch over tokens of x's type and device."""
-    return options(kernel, architecture(x.device), x.element_size(), pool)
-
-
 @cache
-def options(kernel: str, name: str, size: int, pool: Pool) -> dict[str, int]:
-    """Those of architecture ``name`` and elements of ``size`` bytes; looked up once, not for every launch."""
+def tile(kernel: str, device: torch.device, dtype: torch.dtype, pool: Pool) -> dict[str, int]:
+    """Tile sizes and Triton's options, by name, for a launch over tokens; looked up once, not for every launch."""
     if not fits_one_tile(pool.experts, pool.rank):
         raise UserError(
             f"one register tile takes up to N*r = {MOST_RANKS} expert rows, N padded to a power of two, and ranks that "
             f"are powers of two; {pool.experts} experts of rank {pool.rank} need kernels.lora_moe, which has no limit"
         )
-    rows = TABLES.get(name, {}).get(kernel, TABLES["default"][kernel])[str(size)]
+    rows = _row(kernel, device)[str(dtype.itemsize)]
     *sizes, warps, stages = rows[str(min(limit for limit in map(int, rows) if pool.tile_columns <= limit))]
     # The default of FP fusion (a * b + c with one rounding) differs between versions of Triton.
     rest = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return dict(zip(NAMES[kernel], sizes, strict=True)) | rest
 
 
-def ffn_algorithm(x: Tensor, deterministic: bool = False) -> str:
-    """The one of :data:`kernels.custom_ops.ALGORITHMS` that was fastest for as many tokens as x has, on x's device;
-    ``deterministic`` takes the one for large batches whatever the number."""
-    return _row("ffn", x.device)["large" if deterministic or len(x) >= LARGE else "small"]
+def ffn_algorithm(device: torch.device, large: bool) -> str:
+    """The one of :data:`kernels.custom_ops.ALGORITHMS` that was fastest for at least LARGE tokens, or for fewer."""
+    return _row("ffn", device)["large" if large else "small"]

@@ -11,6 +11,7 @@ Bytes: T (D es + tiles R es) read for dB, T (d es + tiles (R es + 4C)) for dA; e
 FLOPs: 2 T D R; 2 T d (R + 2C).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from kernels.gating import Pool
 from kernels.jit_helpers import block_of_task, dot_exact
-from kernels.segments import TaskSegments, ceil_div
+from kernels.segments import TaskSegments
 from kernels.tiles import multiprocessors, tile
 
 BP, BN = 8, 256  # partial sums and numbers that a program of reduce adds at a time
@@ -125,11 +126,11 @@ class Parts(NamedTuple):
 
 def empty_parts(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool: Pool) -> Parts:
     """About one program for each multiprocessor computes the wider product; it has at least four steps."""
-    sizes = tile("weight_grad_b", dh, pool), tile("weight_grad_a", dh, pool)
-    tiles = max(ceil_div(wide.shape[1], size["BW"]) for wide, size in zip((dy, x), sizes, strict=True))
+    sizes = [tile(name, dh.device, dh.dtype, pool) for name in ("weight_grad_b", "weight_grad_a")]
+    tiles = max(math.ceil(wide.shape[1] / size["BW"]) for wide, size in zip((dy, x), sizes, strict=True))
     rows, step = len(x), max(size["BT"] for size in sizes)
     wanted = max(1, min(multiprocessors(x.device) // tiles - segments.tasks + 1, rows // (4 * step)))
-    chunk = max(1, ceil_div(rows, wanted))
+    chunk = max(1, math.ceil(rows / wanted))
     shapes = (dy.shape[1], dh.shape[1]), (dh.shape[1], x.shape[1]), (pool.columns, x.shape[1])
     numbers = [height * width for height, width in shapes]
     parts = dh.new_empty(max(1, segments.blocks(rows, chunk)), sum(numbers), dtype=torch.float32)
@@ -137,33 +138,26 @@ def empty_parts(dy: Tensor, x: Tensor, dh: Tensor, segments: TaskSegments, pool:
     return Parts(db, da, drouters, chunk)
 
 
-def weight_grad_b(dy: Tensor, gated: Tensor, parts: Parts, segments: TaskSegments, pool: Pool) -> None:
-    """Fill dB of ``parts`` from dy (T, D), with any row stride, and H' = ``gated`` (T, R)."""
-    sizes = tile("weight_grad_b", gated, pool)
-    chunks, width, _ = parts.db.shape
-    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
-        dy, gated, gated, segments.offsets, parts.db, parts.db, segments.length, dy.stride(0), gated.stride(0),
-        width, parts.chunk, *parts.db.stride(),
-        **pool.constants, TASKS=segments.tasks, ROUTERS=False, **sizes,
-    )  # fmt: skip
+def weight_grad(
+    wide: Tensor, narrow: Tensor, dz: Tensor | None, parts: Parts, segments: TaskSegments, pool: Pool
+) -> None:
+    """Fill dB of ``parts`` from dy (T, D) and H' (T, R), or, with dz, dA and dW from x (T, d) and dH (T, R).
 
-
-def weight_grad_a(x: Tensor, dh: Tensor, dz: Tensor, parts: Parts, segments: TaskSegments, pool: Pool) -> None:
-    """Fill dA and dW of ``parts`` from x (T, d) and dh (T, R), with any row strides, and dz of
-    :func:`kernels.gate_backward.gate_backward`."""
-    sizes = tile("weight_grad_a", dh, pool)
-    chunks, _, width = parts.da.shape
-    weight_grad_kernel[(ceil_div(width, sizes["BW"]), chunks)](
-        x, dh, dz, segments.offsets, parts.da, parts.drouters, segments.length, x.stride(0), dh.stride(0),
-        width, parts.chunk, parts.da.stride(0), 1, width,
-        **pool.constants, TASKS=segments.tasks, ROUTERS=True, **sizes,
+    ``wide`` and ``narrow`` have any row strides; dz is that of :func:`kernels.gate_backward.gate_backward`.
+    """
+    name, product = ("weight_grad_b", parts.db) if dz is None else ("weight_grad_a", parts.da.mT)
+    sizes, (chunks, width, _) = tile(name, narrow.device, narrow.dtype, pool), product.shape
+    weight_grad_kernel[(math.ceil(width / sizes["BW"]), chunks)](
+        wide, narrow, narrow if dz is None else dz, segments.offsets, product, parts.drouters,
+        segments.length, wide.stride(0), narrow.stride(0), width, parts.chunk, *product.stride(),
+        **pool.constants, TASKS=segments.tasks, ROUTERS=dz is not None, **sizes,
     )  # fmt: skip
 
 
 def reduce_reference(parts: Parts, segments: TaskSegments) -> tuple[Tensor, Tensor, Tensor]:
     """(dA, dB, dW)."""
     assert segments.counts is not None
-    chunks = [ceil_div(count, parts.chunk) for count in segments.counts]
+    chunks = [math.ceil(count / parts.chunk) for count in segments.counts]
     used = sum(chunks)
     drouters = torch.stack([part.sum(0) for part in parts.drouters[:used].split(chunks)])
     return parts.da[:used].sum(0), parts.db[:used].sum(0), drouters
@@ -175,19 +169,8 @@ def reduce(parts: Parts, segments: TaskSegments) -> tuple[Tensor, Tensor, Tensor
     tasks, chunks = segments.tasks, len(db)
     sums = da.new_empty(da.shape[1:]), db.new_empty(db.shape[1:]), da.new_empty(tasks, *drouters.shape[1:])
     sizes = sums[1].numel(), sums[0].numel(), sums[2].numel() // tasks
-    reduce_kernel[(ceil_div(sizes[0] + sizes[1] + tasks * sizes[2], BN),)](
+    reduce_kernel[(math.ceil((sizes[0] + sizes[1] + tasks * sizes[2]) / BN),)](
         db, segments.offsets, sums[1], sums[0], sums[2], segments.length, parts.chunk, chunks, *sizes,
-        TASKS=tasks, ROUNDS=ceil_div(chunks, BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
+        TASKS=tasks, ROUNDS=math.ceil(chunks / BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return sums
-
-
-def weight_grads(
-    wide: tuple[Tensor, Tensor], narrow: tuple[Tensor, Tensor], dz: Tensor, segments: TaskSegments, pool: Pool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dA (R, d), dB (D, R), dW (tasks, C, d)) fp32 from (dY, x), (H', dH) and dz."""
-    (dy, x), (gated, dh) = wide, narrow
-    parts = empty_parts(dy, x, dh, segments, pool)
-    weight_grad_b(dy, gated, parts, segments, pool)
-    weight_grad_a(x, dh, dz, parts, segments, pool)
-    return reduce(parts, segments)

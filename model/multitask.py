@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_lora import Routing
-from kernels.nvtx import span
+from kernels import nvtx
 from model.base import MultiTaskModel
 from model.heads import HEADS
 from model.vit import ViT
@@ -44,12 +44,12 @@ class MultiTaskViT(MultiTaskModel):
         if index is None:
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
         grid = self.vit.grid(images)
-        with span("backbone"), self.batch(index):
+        with nvtx.span("backbone"), self.batch(index):
             pairs = self.embed_pairs(images, index)
             encode = self._encode if self.training else self.vit.encode
             runs = encode(pairs, grid).split([len(index[task]) if task in index else 0 for task in self.tasks])
         heads = self._heads if self.training else dict(self.heads.items())
-        with span("heads"):
+        with nvtx.span("heads"):
             return {task: heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index}
 
     def batch(self, index: Mapping[str, Tensor]) -> AbstractContextManager[Any]:

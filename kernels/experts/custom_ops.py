@@ -153,7 +153,7 @@ def _parse(
     down, up = (weight.to(x.dtype).contiguous() for weight in weights[:2])
     hidden_bias, output_bias = (None if bias is None else bias.contiguous() for bias in weights[2:])
     experts, (offsets, counts, length) = Experts(down, up, hidden_bias, output_bias, activation), segments
-    known = TaskSegments(offsets, tuple(counts) if counts else None, length)
+    known = TaskSegments(offsets, len(offsets) - 1, tuple(counts) if counts else None, length)
     return experts, known, make_pool(down.shape[1], z.shape[2], gating), algorithm
 
 
@@ -207,7 +207,7 @@ backward_op = torch.library.custom_op("fastmoe_lora::expert_mixture_backward", b
 def _(x, base, z, down, up, hidden_bias, output_bias, offsets, counts, length, setting):
     text, _, algorithm = setting.rsplit("/", 2)
     (readers, tokens, columns), gating, ranks = z.shape, Gating.parse(text), down.shape[1]
-    experts, pairs, u = gating.experts(columns), readers * tokens * gating.slots, (len(x), ranks)
+    experts, pairs, u = columns + gating.unrouted, readers * tokens * gating.slots, (len(x), ranks)
     if algorithm == "grouped":
         u = most_blocks(pairs, len(down) * experts) * BLOCK, ranks // experts
     g, p = z.new_empty(readers, tokens, experts), z.new_empty(readers, len(offsets) - 1, columns)
@@ -258,16 +258,16 @@ def expert_mixture(
     algorithm: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`kernels.experts.reference.expert_mixture`, in fp32, fp16 or bf16; g has no gradient."""
-    check_type(x)
+    check_type(x.dtype)
     if algorithm not in ("", *ALGORITHMS):
         raise UserError(f"unknown algorithm {algorithm!r}: choose among {', '.join(ALGORITHMS)}")
     one, z = z.ndim == 2, z.float()
     if one:
         z, base = z[None], None if base is None else base[None]
-    algorithm = algorithm or choose(experts, gating.experts(z.shape[2]), gating, len(z))
+    algorithm = algorithm or choose(experts, z.shape[2] + gating.unrouted, gating, len(z))
     weights = experts.down, experts.up, experts.hidden_bias, experts.output_bias
     counts = None if experts.sets == 1 else segments.counts  # one graph serves every composition of a batch
-    static = counts, segments.length, f"{gating.name}/{gating.k}/{gating.shared}/{experts.activation}/{algorithm}"
+    static = counts, segments.length, f"{gating.text}/{experts.activation}/{algorithm}"
     run = _ExpertMixture.apply if torch.compiler.is_compiling() or torch.is_grad_enabled() else forward
     y, g, p = run(x, base, z, *weights, segments.offsets, *static)[:3]
     return (y.squeeze(0), g.squeeze(0), p.squeeze(0)) if one else (y, g, p)

@@ -16,6 +16,8 @@ one product with [B | c]^T adds them. Backward writes H' again, for dB. Rows are
 their length is a multiple of 16. Bytes: (G + 1) T R es + G T 4N; backward 2 (G + 1) T R es + G T 8N.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from kernels.experts.reference import activate
 from kernels.gating import Pool, next_power_of_two
 from kernels.gelu import gelu_derivative, gelu_value
 from kernels.jit_helpers import block_of_task, gates, gates_backward, rows_of_block, select
-from kernels.segments import TaskSegments, ceil_div
+from kernels.segments import TaskSegments
 
 TILE, MOST_ROWS = 2048, 64  # logits that a program of route keeps in registers; tokens at most
 BM, COLUMNS = 8, 256  # tokens and columns of a tile of gate
@@ -152,7 +154,7 @@ def gate_options(tokens: int, experts: int, rank: int) -> tuple[tuple[int, int],
     columns = min(COLUMNS, divisor if divisor >= NARROWEST else next_power_of_two(rank))
     beside = min(COLUMNS // columns, next_power_of_two(experts))
     sizes = {"BM": BM, "BE": beside, "BR": columns}
-    return (ceil_div(tokens, BM), ceil_div(experts, beside)), sizes | {"num_warps": 4, "enable_fp_fusion": True}
+    return (math.ceil(tokens / BM), math.ceil(experts / beside)), sizes | {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def gate(u: Tensor, g: Tensor, activation: str, biases: bool, dgated: Tensor | None = None) -> tuple[Tensor, ...]:

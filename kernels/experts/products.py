@@ -17,6 +17,7 @@ combine M (K + 2) D es; backward M K (r + d) es, (M K + T) d es. weight_grad M K
 es. FLOPs: 2 M K r d or 2 M K r D each.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor
 from kernels.experts.reference import Experts, activate
 from kernels.experts.sort import Sorted, expert_of_block, tile
 from kernels.gelu import gelu_derivative, gelu_value
-from kernels.segments import ceil_div
 from kernels.tiles import multiprocessors
 
 BT, COLUMNS = 16, 128  # tile of combine
@@ -201,7 +201,7 @@ def expand(hidden: Tensor, layer: Layer, g: Tensor, order: Sorted) -> Tensor:
     """O (places, width of ``layer``) in the type of ``hidden`` (places, r), undefined at empty places."""
     rank, width = layer.weight.shape[2:]
     out, sizes = hidden.new_empty(len(hidden), width), tile("expand", hidden.element_size(), rank)
-    expand_kernel[(order.blocks * ceil_div(width, sizes["BN"]),)](
+    expand_kernel[(order.blocks * math.ceil(width / sizes["BN"]),)](
         hidden, layer.weight, layer.bias, g, order.rows, order.ends, out, *layer.weight.stride(), width,
         **order.constants(), RANK=rank, **sizes,
     )  # fmt: skip
@@ -213,7 +213,7 @@ def combine(out: Tensor, base: Tensor | None, tokens: int, order: Sorted) -> Ten
     gates. ``base`` has any row stride."""
     (rows, slots), width = order.places.shape, out.shape[1]
     y, stride = out.new_empty(tokens, width), 0 if base is None else base.stride(0)
-    combine_kernel[(ceil_div(tokens, BT) * ceil_div(width, COLUMNS),)](
+    combine_kernel[(math.ceil(tokens / BT) * math.ceil(width / COLUMNS),)](
         out, base, order.places, y, tokens, stride, rows // max(1, tokens), width,
         SLOTS=slots, BT=BT, BN=COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -280,7 +280,7 @@ def weight_grad(
     """
     rank, width = weight.shape[2:]
     sizes = tile("weight_grad", narrow.element_size(), rank)
-    tiles, ids = ceil_div(width, sizes["BW"]) * ceil_div(rank, sizes["BR"]), len(order.ends)
+    tiles, ids = math.ceil(width / sizes["BW"]) * math.ceil(rank / sizes["BR"]), len(order.ends)
     parts = max(1, min(MOST_PARTS, 4 * multiprocessors(wide.device) // (tiles * ids)))
     strides, device = (weight.numel(), *weight.stride()), weight.device
     product = torch.empty_strided((parts, *weight.shape), strides, dtype=torch.float32, device=device)

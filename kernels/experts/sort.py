@@ -13,6 +13,7 @@ The number of places is static, so nothing waits for the device. Bytes: 8 M N re
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from kernels.gating import next_power_of_two
 from kernels.jit_helpers import block_of_task, rows_of_block
-from kernels.segments import TaskSegments, ceil_div
+from kernels.segments import TaskSegments
 
 BLOCK = 64  # places that are computed by one program; Hopper's wgmma takes 64 rows
 CHUNK, PART = 32, 1024  # rows of a count, counts of a step of the prefix
@@ -72,7 +73,7 @@ def sort_reference(g: Tensor, segments: TaskSegments, slots: int, sets: int) -> 
         row = (chosen[:, expert] & (slot[:, expert] < slots) & (task == number)).nonzero()[:, 0]
         place = ends[-1] * BLOCK + torch.arange(len(row))
         rows[place], places[row, slot[row, expert]] = row.int(), place.int()
-        ends.append(ends[-1] + ceil_div(len(row), BLOCK))
+        ends.append(ends[-1] + math.ceil(len(row) / BLOCK))
     return Sorted(rows, places, torch.tensor(ends[1:], dtype=torch.int32), experts)
 
 

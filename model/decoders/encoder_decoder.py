@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import UserError
-from kernels.nvtx import span
+from kernels import UserError, nvtx
 from model.base import MultiTaskModel
 from model.decoders.base import Decoder, Features, Frame
 from model.multitask import MultiTaskViT
@@ -60,9 +59,9 @@ class EncoderDecoder(MultiTaskModel):
         """Predictions by task; see :class:`MultiTaskModel`."""
         if index is None:
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
-        with torch.no_grad(), span("encoder"):
+        with torch.no_grad(), nvtx.span("encoder"):
             features = self._encode(images, index)
-        with span("decoder"):
+        with nvtx.span("decoder"):
             predictions = self.decoder(features)
             return {task: F.interpolate(y, images.shape[-2:], mode="bilinear") for task, y in predictions.items()}
 

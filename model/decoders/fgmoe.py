@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels import Gating, TaskSegments, expert_mixture
-from kernels.nvtx import span
+from kernels import Gating, TaskSegments, expert_mixture, nvtx
 from kernels.reference import router_logits
 from model.decoders.base import Decoder, Features, Frame, in_compute_type, maps_of, tokens_of
 from model.decoders.config import FGConfig
@@ -42,18 +41,18 @@ class Trunk(Decoder):
         """Predictions at the resolution of the features."""
         tasks = [task for task in self.tasks if task in features.index]
         grid = features.maps[0].shape[-2:]
-        with span("aggregate"):
+        with nvtx.span("aggregate"):
             f = self.norm(self.reduce(torch.cat([tokens_of(tap) for tap in features.maps], dim=-1)))
             f_maps = maps_of(f, grid)
-        with span("mixers"):
+        with nvtx.span("mixers"):
             x = [self.mixers[task](f_maps[features.index[task]]) for task in tasks]
         cells = grid.numel()
         counts = tuple(len(features.index[t]) * cells if t in features.index else 0 for t in self.tasks)
-        with span("experts"):
+        with nvtx.span("experts"):
             sums = self.own(torch.cat([tokens_of(each) for each in x]), TaskSegments.of(counts, f.device))
             common = self.common(f, features, cells)
             sums = sums if common is None else sums + common
-        with span("heads"):
+        with nvtx.span("heads"):
             runs = sums.split([len(features.index[task]) * cells for task in tasks])
             return {task: self.heads[task](maps_of(run, grid)) for task, run in zip(tasks, runs, strict=True)}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmoe_lora.ranks import over_ranks
-from kernels.nvtx import span
+from kernels import nvtx
 from kernels.reference import gates
 from model.decoders.base import Decoder, Features, Frame
 from model.decoders.config import MLoREConfig
@@ -187,7 +187,7 @@ class MLoRE(Decoder):
         predictions = {}
         for task in (task for task in self.tasks if task in features.index):
             levels = []
-            with span(f"mlore {task}"):
+            with nvtx.span(f"mlore {task}"):
                 for i, tap in enumerate(reduced):
                     x = tap[features.index[task]]
                     for j, block in enumerate(cast(nn.ModuleList, self.levels[i])):

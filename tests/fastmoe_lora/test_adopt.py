@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from fastmoe_lora import LoRALinear, LoRAMoE, RoutingStatistics, adapt, merge, parameter_groups, remove, routing_of
-from fastmoe_lora.layers import fused_weights
+from fastmoe_lora.layers import frozen_weights
 from kernels import UserError
-from kernels.dispatch import RESOLVED
+from kernels.dispatch import choose_family, known_family
 
 TASKS, IMAGES, MOE = 2, [2, 1], "4/2/1/2"
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -113,7 +113,7 @@ LLAMA = LlamaConfig(
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    RESOLVED.clear()  # another test may have asked for a kernel without the interpreter
+    known_family.cache_clear()  # another test may have asked for a kernel without the interpreter
 
 
 @pytest.fixture
@@ -156,7 +156,10 @@ def run(model, images, counts=IMAGES):
 
 
 def fused(layer):
-    return fused_weights(layer, layer.adapters.sets[""], layer.lora_A.device) is not None
+    """Whether base and experts are one operation of the kernels."""
+    kernel, config = layer.adapters.sets[""].routing.kernel, layer.adapters.sets[""].config
+    family = choose_family(kernel, layer.lora_A.device, config.experts, config.rank)
+    return frozen_weights(layer) is not None and family == "one tile"
 
 
 class TestBackbones:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 from torch import nn  # noqa: E402
 
 from fastmoe_lora import MoEConfig, RoutingStatistics, adapt, adapters_off, routing_of, use_adapters  # noqa: E402
-from kernels.dispatch import RESOLVED  # noqa: E402
+from kernels.dispatch import known_family  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
 IMAGES, TOKENS, WIDTH = (1, 0, 2), 5, 16
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the modules h
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield

@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, adapt, routing_of  # noqa: E402
-from fastmoe_lora.layers import fused_weights  # noqa: E402
+from fastmoe_lora.layers import frozen_weights  # noqa: E402
 from kernels import GATINGS, custom_ops  # noqa: E402
-from kernels.dispatch import RESOLVED  # noqa: E402
+from kernels.dispatch import choose_family, known_family  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
 WIDTH, OUT, TOKENS, IMAGES = 12, 20, 5, (2, 0, 3)
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the modules h
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
     torch.manual_seed(0)
 
 
@@ -66,7 +66,10 @@ def layer_on(base, gating="ase", kernel="triton", frozen=True, **options):
 
 
 def fused(layer):
-    return fused_weights(layer, layer.adapters.sets[""], layer.lora_A.device) is not None
+    """Whether base and experts are one operation of the kernels."""
+    kernel, config = layer.adapters.sets[""].routing.kernel, layer.adapters.sets[""].config
+    family = choose_family(kernel, layer.lora_A.device, config.experts, config.rank)
+    return frozen_weights(layer) is not None and family == "one tile"
 
 
 def run(layer, x):

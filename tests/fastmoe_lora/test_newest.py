@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import adapt  # noqa: E402
 from kernels import Gating, TaskSegments, reference  # noqa: E402
-from kernels.dispatch import RESOLVED  # noqa: E402
+from kernels.dispatch import known_family  # noqa: E402
 from model.vit import Mlp  # noqa: E402
 
 WIDTH = 16
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the modules h
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()
+    known_family.cache_clear()
 
 
 def lora():

@@ -166,7 +166,7 @@ def test_compiled_twelve_compositions_of_a_batch_are_at_most_two_graphs(layer, k
 
     @torch.compile(fullgraph=True, backend=backend)
     def compiled(x, offsets):
-        return made(x, TaskSegments(offsets, None, 1))
+        return made(x, TaskSegments(offsets, len(offsets) - 1, None, 1))
 
     for step in range(12):
         counts = (step, TOKENS - step, 0) if step % 2 else (0, step, TOKENS - step)
@@ -187,7 +187,9 @@ def test_compiled_through_aot_autograd_it_has_the_same_bits(layer):
     made = Layer(layer, "triton")
     torch._dynamo.reset()
     segments = TaskSegments.of(COUNTS, DEVICE)
-    compiled = torch.compile(lambda x: made(x, TaskSegments(segments.offsets)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: made(x, TaskSegments(segments.offsets, segments.tasks)), fullgraph=True, backend="aot_eager"
+    )
     actual, expected = compiled(made.x), made()
     assert_same_bits(actual, expected)
     assert_same_bits(gradients(actual, made.leaves), gradients(expected, made.leaves))

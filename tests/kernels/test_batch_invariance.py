@@ -5,6 +5,7 @@ number of tokens, are made by loops that treat every row alike.
 """
 
 import os
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -84,6 +85,6 @@ def test_a_token_has_the_same_bits_in_every_batch(site, dtype):
 
 def test_the_algorithm_and_the_tiles_do_not_depend_on_the_number_of_tokens(monkeypatch):
     monkeypatch.setitem(tiles.TABLES["default"], "ffn", {"small": "fused", "large": "columns"})
-    few, many = torch.empty(1, 8), torch.empty(tiles.LARGE, 8)
-    assert tiles.ffn_algorithm(few) == "fused" and tiles.ffn_algorithm(many) == "columns"
-    assert tiles.ffn_algorithm(few, deterministic=True) == tiles.ffn_algorithm(many, deterministic=True) == "columns"
+    parse = partial(custom_ops._parse.__wrapped__, ranks=64, columns=16, device=CPU, dtype=torch.float32)
+    assert [parse("ase/3/1/", large=large)[1] for large in (False, True)] == ["fused", "columns"]
+    assert [parse("ase/3/1/deterministic", large=large)[1] for large in (False, True)] == ["columns", "columns"]

@@ -21,7 +21,7 @@ from kernels.gate_backward import gate_backward, gate_backward_reference  # noqa
 from kernels.gating import Pool  # noqa: E402
 from kernels.pack import aligned  # noqa: E402
 from kernels.route_shrink import marked_reference  # noqa: E402
-from kernels.weight_grad import weight_grad_a_reference, weight_grads  # noqa: E402
+from kernels.weight_grad import empty_parts, reduce, weight_grad, weight_grad_a_reference  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -89,7 +89,10 @@ def test_router_gradients_are_those_of_an_unrounded_dz(name, shape, scale):
     right = gate_backward_reference(*given, segments, gating)
     assert dz.dtype == BF16 and dz.shape == (tokens, 2 * columns)
     assert (dz.double().unflatten(1, (2, -1)).sum(1) - right[1]).norm() <= SPLIT_ERROR * right[1].norm()
-    da, _, drouters = weight_grads((x, x), (gated, dh), dz, segments, pool)
+    parts = empty_parts(x, x, dh, segments, pool)
+    weight_grad(x, gated, None, parts, segments, pool)
+    weight_grad(x, dh, dz, parts, segments, pool)
+    da, _, drouters = reduce(parts, segments)
     exact_a, _ = weight_grad_a_reference(x.double(), dh.double(), right[1], segments)
     _, exact_routers = weight_grad_a_reference(x.double(), right[0], right[1], segments)
     assert (da.double() - exact_a).norm() <= 2e-6 * exact_a.norm()

@@ -1,5 +1,6 @@
 """Blocks of tasks that kernels find from the offsets on the device: every token once, whatever the composition."""
 
+import math
 import os
 
 import pytest
@@ -15,7 +16,7 @@ import triton.language as tl  # noqa: E402
 
 from kernels import Gating, TaskSegments, custom_ops, reference  # noqa: E402
 from kernels.jit_helpers import block_of_task  # noqa: E402
-from kernels.segments import ceil_div, offsets_of  # noqa: E402
+from kernels.segments import offsets_of  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu")
 pytestmark = pytest.mark.skipif(
@@ -48,8 +49,8 @@ compositions = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 @given(counts=compositions, length=st.integers(1, 3), block=st.integers(1, 7))
 def test_blocks_cover_every_row_once_in_order_and_never_span_two_tasks(counts, length, block):
     offsets, rows = offsets_of(tuple(counts), DEVICE), sum(counts) * length
-    blocks = found(TaskSegments(offsets, None, length), rows, block)
-    used = sum(ceil_div(count * length, block) for count in counts)
+    blocks = found(TaskSegments(offsets, len(offsets) - 1, None, length), rows, block)
+    used = sum(math.ceil(count * length / block) for count in counts)
     expected, begin = [], 0
     for task, count in enumerate(counts):
         end = begin + count * length
@@ -79,7 +80,7 @@ def test_the_grid_of_a_batch_fits_every_composition(data, counts):
 @few
 @given(counts=compositions.filter(any), length=st.integers(1, 3))
 def test_the_task_of_each_row(counts, length):
-    segments = TaskSegments(offsets_of(tuple(counts), DEVICE), None, length)
+    segments = TaskSegments(offsets_of(tuple(counts), DEVICE), len(counts), None, length)
     expected = [task for task, count in enumerate(counts) for _ in range(count * length)]
     assert segments.task_of_rows(len(expected)).tolist() == expected
 
@@ -123,7 +124,7 @@ def test_offsets_of_images_are_those_of_their_tokens(operation, images, known, l
     """``length`` rows for each image; without counts the offsets alone say what is whose, as in a compiled pass."""
     length = len(leaves[0]) // sum(images)
     tokens = tuple(n * length for n in images)
-    segments = TaskSegments(offsets_of(images, DEVICE), tokens if known else None, length)
+    segments = TaskSegments(offsets_of(images, DEVICE), len(images), tokens if known else None, length)
     expected = results(operation, leaves, TaskSegments.of(tokens, DEVICE))
     for actual, right in zip(results(operation, leaves, segments), expected, strict=True):
         if operation is custom_ops.lora_moe or known:

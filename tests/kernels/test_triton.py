@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, adapt  # noqa: E402
 from kernels import GATINGS, Gating, TaskSegments, UserError, custom_ops, lora_moe, resolve_kernel  # noqa: E402
-from kernels.dispatch import RESOLVED  # noqa: E402
+from kernels.dispatch import known_family  # noqa: E402
 from kernels.reference import router_logits, top_k_mask  # noqa: E402
 from model.vit import ViT, ViTConfig  # noqa: E402
 
@@ -585,9 +585,9 @@ class TestRefusals:
 class TestResolve:
     @pytest.fixture(autouse=True)
     def _forget(self):
-        RESOLVED.clear()
+        known_family.cache_clear()
         yield
-        RESOLVED.clear()
+        known_family.cache_clear()
 
     def test_auto_on_a_cpu_is_the_reference_even_where_triton_can_be_interpreted(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -4,6 +4,7 @@ That function in fp64 is what is right, and in the kernel's own type what is all
 and not what another kernel returned, so a mistake is found where it is made.
 """
 
+import math
 import os
 
 import pytest
@@ -21,15 +22,13 @@ from kernels.gating import make_pool  # noqa: E402
 from kernels.gelu import gelu, gelu_backward_reference, gelu_reference  # noqa: E402
 from kernels.pack import aligned, pack_forward  # noqa: E402
 from kernels.route_shrink import marked_reference, route_shrink, route_shrink_reference  # noqa: E402
-from kernels.segments import ceil_div  # noqa: E402
 from kernels.weight_grad import (  # noqa: E402
     Parts,
     empty_parts,
     reduce,
     reduce_reference,
-    weight_grad_a,
+    weight_grad,
     weight_grad_a_reference,
-    weight_grad_b,
     weight_grad_b_reference,
 )
 
@@ -132,8 +131,8 @@ def inputs(case, dtype, device):
 def reduced(i, dy, x, dh):
     """(dA, dB, dW), of which the kernel of each product fills its part."""
     parts = empty_parts(dy, x, dh, i.segments, i.pool)
-    weight_grad_b(dy, i.h, parts, i.segments, i.pool)
-    weight_grad_a(x, dh, split(i.dz, i.dtype), parts, i.segments, i.pool)
+    weight_grad(dy, i.h, None, parts, i.segments, i.pool)
+    weight_grad(x, dh, split(i.dz, i.dtype), parts, i.segments, i.pool)
     return reduce(parts, i.segments)
 
 
@@ -208,7 +207,7 @@ def test_reduce(counts, chunk, shape, device):
     """The partial sums of the three gradients: within rounding of fp64, and exactly where nothing is rounded."""
     (ranks, d, width), segments = shape, TaskSegments.of(counts, device)
     rng, chunks = torch.Generator().manual_seed(0), segments.blocks(sum(counts), chunk)
-    sizes, used = (width * ranks, ranks * d, 16 * d), sum(ceil_div(count, chunk) for count in counts)
+    sizes, used = (width * ranks, ranks * d, 16 * d), sum(math.ceil(count / chunk) for count in counts)
 
     def given(numbers):
         numbers[used:] = 0  # chunks beyond those of this composition, which weight_grad fills with zeros

@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from fastmoe_lora import MoEConfig, adapt  # noqa: E402
-from fastmoe_lora.layers import fused_weights
-from kernels.dispatch import RESOLVED  # noqa: E402
+from fastmoe_lora.layers import frozen_weights
+from kernels.dispatch import choose_family, known_family  # noqa: E402
 from model import VITS, MultiTaskViT, ViT  # noqa: E402
 
 CHANNELS = {"seg": 21, "parts": 7, "sal": 2, "normals": 3, "edge": 1}
@@ -29,7 +29,7 @@ CLOSE = 1e-5
 def _interpreted(monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
 
 
 def make(config):
@@ -61,8 +61,9 @@ def results(model, images, index):
 
 def fused(model):
     """Whether base and experts are one operation in every block."""
-    layers = [block.mlp for block in model.vit.blocks]
-    return all(fused_weights(layer, layer.adapters.sets[""], DEVICE) for layer in layers)
+    adapters = [block.mlp.adapters.sets[""] for block in model.vit.blocks]
+    families = {choose_family(each.routing.kernel, DEVICE, each.config.experts, each.config.rank) for each in adapters}
+    return families == {"one tile"} and all(frozen_weights(block.mlp) for block in model.vit.blocks)
 
 
 @pytest.mark.parametrize("labelled", ["all", "some"])

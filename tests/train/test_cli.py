@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
-from kernels.dispatch import RESOLVED
+from kernels.dispatch import known_family
 from model import VITS, ViT
 from train.cli import build_parser, main
 from train.config.settings import resolve_settings
@@ -80,7 +80,7 @@ def test_an_input_of_one_patch_trains_where_batch_norm_has_two_values(error_of, 
 
 def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    RESOLVED.clear()
+    known_family.cache_clear()
     assert main(["--kernel", "triton", "--device", "cpu", "--out", str(tmp_path / "run"), *QUICK]) == 2
     error = capsys.readouterr().err
     assert "no GPU in use (device cpu); set TRITON_INTERPRET=1" in error and error.count("\n") == 1

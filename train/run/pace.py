@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from kernels.nvtx import span
+from kernels import nvtx
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ def waiting(batches: Iterable[T]) -> Iterator[T]:
     """The batches; the wait for each is a range in a profiler's timeline."""
     source = iter(batches)
     while True:
-        with span("data"):
+        with nvtx.span("data"):
             try:
                 batch = next(source)
             except StopIteration:

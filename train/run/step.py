@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmoe_lora.ranks import over_ranks, world_size
-from kernels.nvtx import span
+from kernels import nvtx
 from train.datasets.batches import Batch
 from train.run.start import Run
 from train.tasks import TASKS
@@ -60,7 +60,7 @@ def update(run: Run, batch: Batch) -> StepResult:
     extras = {name: reduce(operator.add, (share.extras[name] for share in shares)) for name in shares[0].extras}
     if run.scaler.is_enabled():
         extras["loss_scale"] = run.scaler.scale(losses.new_ones(()))
-    with span("optimiser"):
+    with nvtx.span("optimiser"):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.clip_norm)
         extras["gradient_norm"] = norm  # before clipping
@@ -102,14 +102,14 @@ def backward(run: Run, part: Batch, totals: dict[str, Tensor]) -> StepResult:
     s = run.settings
     with run.computing():
         predictions = run.parallel(part.images, part.index)
-    with span("losses"):
+    with nvtx.span("losses"):
         shares = {task: TASKS[task].loss(y, part.labels[task], totals[task]) for task, y in predictions.items()}
         objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in shares.items()))
         objective = objective * world_size()
         regularisers = {name: value / s.accumulate for name, value in run.model.regularisers().items()}
         for name, regulariser in regularisers.items():
             objective = objective + s.regulariser_weights[name] * regulariser
-    with span("backward"):
+    with nvtx.span("backward"):
         run.scaler.scale(objective).backward()
     losses = torch.stack([shares[task] for task in run.model.tasks]).detach()
     return StepResult(losses, {name: value.detach() for name, value in regularisers.items()})

@@ -211,7 +211,7 @@ def test_one_set_of_weights_needs_no_counts_on_the_host(kernel, algorithm, make_
     t, images = mixture.leaves, torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     rest = mixture.gating, kernel, algorithm
     results = []
-    for segments in (TaskSegments.of(mixture.counts, t["x"].device), TaskSegments(images, None, 2)):
+    for segments in (TaskSegments.of(mixture.counts, t["x"].device), TaskSegments(images, len(images) - 1, None, 2)):
         y, g, p = expert_mixture(t["x"], t["base"], mixture.experts, t["z"], segments, *rest)
         results.append((y, g, p, *torch.autograd.grad((y, p), list(t.values()), mixture.cotangents())))
     for known, unknown in zip(*results, strict=True):
@@ -283,6 +283,6 @@ def test_settings_that_do_not_fit_are_refused(change, message, kernel, make_mixt
 
 def test_a_set_per_task_needs_counts(make_mixture):
     mixture = make_mixture(sets=3).to(torch.float32)
-    t, segments = mixture.leaves, TaskSegments(torch.tensor([0, 4, 4, 9], dtype=torch.int32))
+    t, segments = mixture.leaves, TaskSegments(torch.tensor([0, 4, 4, 9], dtype=torch.int32), 3)
     with pytest.raises(ValueError, match="A has a set for each of 3 tasks, but the segments have no counts"):
         expert_mixture(t["x"], t["base"], mixture.experts, t["z"], segments, mixture.gating)

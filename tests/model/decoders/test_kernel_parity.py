@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from kernels.dispatch import RESOLVED  # noqa: E402
+from kernels.dispatch import known_family  # noqa: E402
 from model import FGConfig, FGMoE  # noqa: E402
 from model.decoders import Features, Frame  # noqa: E402
 
@@ -24,7 +24,7 @@ CLOSE = 1e-5
 def _interpreted(monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
 
 
 def results(decoder, features):

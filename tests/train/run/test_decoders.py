@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kernels.dispatch import RESOLVED
+from kernels.dispatch import known_family
 from model import VITS, ViT
 from train.cli import main
 from train.compare import main as compare
@@ -69,7 +69,7 @@ def test_triton_trains_as_the_reference(encoder, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton's wheels are for Linux")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
     options, losses = ["--decoder", "fgmoe", "--fg", "2/1/2/1", "--tasks", "seg,edge", "--steps", "2"], {}
     options += ["--set", "decoder_width=32"]  # interpreted, the default takes half a minute
     for kernel in ("triton", "reference"):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.dispatch import RESOLVED
+from kernels.dispatch import known_family
 from train.cli import main, parse
 from train.config.settings import resolve_settings
 from train.datasets.batches import train_loader
@@ -45,7 +45,7 @@ def results_of(kernel, moe, folder):
 def test_two_steps_lose_the_same_under_both_kernels(moe, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()  # another test may have asked without the interpreter
+    known_family.cache_clear()  # another test may have asked without the interpreter
     triton, reference = (results_of(kernel, moe, tmp_path) for kernel in ("triton", "reference"))
     assert (triton["kernel"], reference["kernel"]) == ("triton", "reference")
     # Two steps of AdamW, whose first is as large for a gradient of 1e-8 as for one of 1: rounding may grow.
@@ -58,7 +58,7 @@ def test_training_over_a_frozen_backbone_follows_the_reference_step_by_step(vit_
     """The fused FFN, which must see the newest step of the fused optimiser."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    RESOLVED.clear()
+    known_family.cache_clear()
     curves = {}
     for kernel in ("triton", "reference"):
         settings = resolve_settings(
