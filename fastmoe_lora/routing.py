@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.module_tracker import ModuleTracker
 
 from fastmoe_lora.ranks import over_ranks
 from kernels import TaskSegments, UserError
@@ -147,9 +148,12 @@ def _total(counts: tuple[int, ...]) -> int:
     return counts[0] * len(counts) if equal else sum(counts)
 
 
+_tracker = ModuleTracker()  # says whether a backward pass runs
+
+
 def recomputing() -> bool:
     """Whether this thread runs a backward pass, in which checkpointing runs layers again; maybe, in a compiled one."""
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+    return torch.compiler.is_compiling() or _tracker.is_bw
 
 
 class Selection:
