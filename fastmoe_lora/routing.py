@@ -73,13 +73,18 @@ class Batch:
     """
 
     def __init__(self, routing: "Routing", counts: tuple[int, ...], size: int) -> None:
-        self.routing, self.counts, self.size = routing, counts, size
+        self.routing, self.counts = routing, counts
+        self._axis = torch.empty(size, device="meta")  # in a compiled pass its length is a symbol, an int a constant
         self.offsets = offsets_of(counts, routing.device)
         self.real: Tensor | None = None  # indices of the tokens that are no padding
         self.images: tuple[int, ...] = counts  # of a batch with padding, whose counts are tokens
         self.tokens = 0  # of such a batch, or of packed sequences, with the padding
         self._probs: dict[int, Tensor] = {}
         self._recording, self._fault = True, "saw no pass"
+
+    @property
+    def size(self) -> int:
+        return self._axis.shape[0]
 
     def segments(self, x: Tensor) -> tuple[TaskSegments, Tensor | None]:
         """(the segments of the rows of x (.., d), the indices of those rows if some others are padding)."""

@@ -19,7 +19,8 @@ def generated(mixin: Any, base: type) -> type:
     """The subclass of ``base`` whose methods are those of ``mixin`` first; the same one every time. Its name begins
     with ``mixin.prefix``."""
     if (mixin, base) not in _GENERATED:
-        members = {"__module__": base.__module__, "__reduce_ex__": _reduce, "adapts": (mixin, base)}
+        # Not base.__module__: of a module of torch.nn, torch.compile takes all sizes that it sees for constants.
+        members = {"__module__": mixin.__module__, "__reduce_ex__": _reduce, "adapts": (mixin, base)}
         _GENERATED[mixin, base] = type(f"{mixin.prefix}{base.__name__}", (mixin, base), members)
     return _GENERATED[mixin, base]
 

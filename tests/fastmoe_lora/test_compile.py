@@ -226,11 +226,14 @@ def test_a_compiled_model_is_adapted_copied_and_told_its_batch(x):
         compiled(x)
 
 
-def test_a_batch_of_another_size_is_one_more_graph_and_a_leftover_is_refused(x):
-    model, routing = small("4/2/1/2", 2, "first")
+@EVERY_KERNEL
+def test_batches_of_all_sizes_are_two_graphs_and_a_leftover_is_refused(kernel, x):
+    """One of the first size, and one for the others, in which the size is a symbol."""
+    model, routing = small("4/2/1/2", 2, "first", kernel=kernel)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for images in ([2, 1], [1, 2], [1, 1], [2, 0]):
+    more = range(2, 9) if kernel == "reference" else [3]  # the interpreter is slow
+    for images in ([2, 1], [1, 2], [1, 1], [2, 0], *([n, 2] for n in more)):
         tokens = torch.randn(sum(images), TOKENS, WIDTH)
         with routing.batch(images):
             right = model(tokens)
