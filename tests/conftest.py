@@ -1,5 +1,6 @@
 """What tests of every part share: markers of cost, processes of their own, and real data from beside the repository."""
 
+import os
 import signal
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,8 +35,9 @@ COSTS = {
 
 
 def pytest_configure() -> None:
-    """A shell starts what runs in its background to ignore interrupts, and children inherit that: then no test of an
-    interrupt could pass."""
+    """No test takes what another test, or a user, has kept. A shell starts what runs in its background to ignore
+    interrupts, and children inherit that: then no test of an interrupt could pass."""
+    os.environ["FASTMOE_LORA_CACHE"] = ""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

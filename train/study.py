@@ -57,7 +57,8 @@ def shared_settings(options: Namespace) -> dict[str, Any]:
     names = ("data", "pretrained", "recipe", "steps", "workers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     flags, _ = flags_of(given | {"set": options.set})
-    return {"recipe": PAPER if options.data else SCENES, "tracker": "none"} | flags
+    # Delta_m is against single-task models, so that no run needs baselines of its own.
+    return {"recipe": PAPER if options.data else SCENES, "tracker": "none", "baselines": False} | flags
 
 
 def require_shared(shared: Mapping[str, Any], arms: Sequence[Arm]) -> None:

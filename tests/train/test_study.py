@@ -60,6 +60,7 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(backbone,
     assert main(argv) == 0
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/results.json")}
     assert len(runs) == 5 + 4
+    assert not any(json.loads(path.read_text())["metrics_constant"] for path in runs), "no run scores baselines"
     assert main([*argv, "--seeds", "2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     study = json.loads((tmp_path / "fig2.json").read_text())

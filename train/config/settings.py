@@ -73,7 +73,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 LONGEST_RECIPE = 20_000  # characters; a few lines of aliases can stand for billions
 LARGEST_WEIGHT = 1e6  # of a task's loss
-# The weights and batches of a checkpoint depend on these: with another value it would be another run.
+# The weights, batches and baselines of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
     "tasks",
     "model",
@@ -96,6 +96,7 @@ FIXED_ON_RESUME = (
     "protocol",
     "partial_labels",
     "skip_bad",
+    "baselines",
     "scenes",
     "val_scenes",
 )
@@ -146,6 +147,7 @@ class Settings:
     compile: bool = False
     cuda_graphs: bool = False
     on_nonfinite: str = "stop"
+    baselines: bool = True  # score the model before training, and the best constant
     eval_every: int = 5
     routing_every: int = 0  # steps between two records of the routing; 0: none
     checkpoint_every: int = 0

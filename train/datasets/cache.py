@@ -1,15 +1,18 @@
-"""A cache of labels that take long to derive, stored as PNGs in a folder that the user chooses.
+"""A cache of what takes long to derive: labels as PNGs in a folder that the user chooses, and scores as JSON.
 
-The name of an entry is a hash of the source file's bytes and the derivation, so an entry is never out of date. An entry
-also holds a hash of its name and its pixels: one that something else has changed is derived again. Any number of
-processes may share the folder.
+The name of an entry is a hash of all that it follows from, of a label the source file's bytes and the derivation, so an
+entry is never out of date. An entry also holds a hash of its name and its content: one that something else has changed
+is derived again. Any number of processes may share the folder.
 """
 
 import hashlib
+import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +48,29 @@ class Cache:
                 Image.fromarray(label).save(partial, "PNG", pnginfo=_sealed(key, label))
         return label
 
+    def read(self, key: str) -> Any:
+        """The value that was written as ``key``; None where there is none, or it is damaged."""
+        if self.folder is None or not key:
+            return None
+        try:
+            entry = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            return entry["value"] if entry["sum"] == _sum(key, entry["value"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, key: str, value: Any) -> None:
+        """Keeps a ``value`` of JSON, unless ``key`` is empty; UserError where the disk refuses."""
+        if self.folder is not None and key:
+            with replacing(self.folder / f"{key}.json", sync=False) as partial:
+                partial.write_text(json.dumps({"sum": _sum(key, value), "value": value}), encoding="utf-8")
+
+
+def default_folder() -> str:
+    """The user's own cache, which FASTMOE_LORA_CACHE names; "" where that is empty or there is no home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("FASTMOE_LORA_CACHE", os.path.join(caches, "fastmoe_lora"))
+    return folder if os.path.isabs(folder) else ""
+
 
 def open_cache(folder: str) -> Cache:
     """The cache in ``folder``, which is created if needed; a cache that stores nothing for "".
@@ -62,6 +88,10 @@ def open_cache(folder: str) -> Cache:
     except OSError as error:
         raise UserError(f"cannot write to cache {folder} ({error.strerror}): choose another --cache") from None
     return Cache(path)
+
+
+def _sum(key: str, value: Any) -> str:
+    return hashlib.sha256(f"{key} {json.dumps(value)}".encode()).hexdigest()
 
 
 def _seal(key: str, label: Label) -> str:

@@ -58,11 +58,11 @@ def score_constant(
 ) -> Metrics:
     """The metrics of the best constant prediction, fitted on the training labels."""
     constants, metrics = build_constants(tasks, classes), build_metrics(tasks, classes)
-    for batch in progress(train_batches, "constant: fit"):
+    for batch in progress(train_batches, "baseline: fit the constant"):
         for task, label in batch.labels.items():
             constants[task].update(label)
     constants = {task: merged(constant) for task, constant in constants.items()}
-    for batch in progress(val_batches, "constant: score"):
+    for batch in progress(val_batches, "baseline: score the constant"):
         for task, label in batch.labels.items():
             metrics[task].update(constants[task].prediction(label), label)
     return scores_of({task: merged(metric) for task, metric in metrics.items()})

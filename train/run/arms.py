@@ -22,7 +22,7 @@ from train.run.start import count_parameters
 TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
 STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enough
 # A run's numbers do not depend on these.
-WITHOUT_MEANING = ("out", "workers", "device", "kernel", "tracker", "wandb_project", "cache", "recipe")
+WITHOUT_MEANING = ("out", "workers", "device", "kernel", "tracker", "wandb_project", "cache", "recipe", "baselines")
 # These have a flag; other settings are given by --set.
 NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "tracker", "out")
 

@@ -1,6 +1,5 @@
 """One training run from settings to results.json: read from top to bottom."""
 
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,13 +17,14 @@ from kernels import UserError
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import batch_ids, collate, eval_loader, train_loader
 from train.evaluation.results import describe_set
-from train.evaluation.validate import score_constant, validate
+from train.evaluation.validate import validate
 from train.files.atomic import write_json
 from train.files.progress import counter
 from train.output.scores import score_table
 from train.output.versions import versions
 from train.run import checkpoint, routes, schedule
 from train.run.build import kernel_of
+from train.run.constant import constant_scores
 from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.pace import Pace
@@ -46,7 +46,6 @@ from train.run.transfer import on_device
 from train.tasks import Metrics
 
 PICTURES = 8  # rows of predictions.png
-CONSTANT_IMAGES = 1500  # training images the constant is fitted on
 LOSS_WINDOW = 50  # steps over which final_losses are averaged
 REPORT_EVERY = 10  # steps between two readings of the losses, each of which waits for the device
 
@@ -68,8 +67,7 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
                 if results := from_leader(lambda: finished(run)):
                     return results
             else:
-                run.baselines["untrained"], _ = score(run, "untrained")
-                run.baselines["constant"] = constant_baseline(run)
+                run.baselines = score_baselines(run)
             command = shlex.join(["python", "-m", "train", *argv])
             run.commands.append({"from_step": run.step, "command": command, "changed": changed})
             if leads():
@@ -175,13 +173,12 @@ def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
         return validate(run.model, loader, val_set.classes, title)
 
 
-def constant_baseline(run: Run) -> Metrics:
-    """The best constant's metrics. It is fitted on one epoch of training batches, at most CONSTANT_IMAGES images."""
-    s, (train_set, val_set) = run.settings, run.data
-    steps = math.ceil(min(len(train_set), CONSTANT_IMAGES) / s.batch_size)
-    fitted = train_loader(train_set, s.task_names, s.batch_size, range(steps), s.seed, s.workers)
-    scored = eval_loader(val_set, s.task_names, s.batch_size, s.workers)
-    return score_constant(fitted, scored, s.task_names, val_set.classes)
+def score_baselines(run: Run) -> dict[str, Metrics]:
+    """The metrics of the model before training and of the best constant; none where they are not wanted."""
+    if not run.settings.baselines:
+        return {}
+    untrained, _ = score(run, "baseline: untrained model")
+    return {"untrained": untrained, "constant": constant_scores(run)}
 
 
 def save(run: Run) -> None:
@@ -204,8 +201,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
         return results
     draw(run, routing)
     write_json(run.out / "results.json", results)
-    columns = {"untrained": run.baselines["untrained"], "constant": run.baselines["constant"], "trained": metrics}
-    print(f"\n{score_table(columns)}\n{count_images(run)}\n")
+    print(f"\n{score_table(run.baselines | {'trained': metrics})}\n{count_images(run)}\n")
     names = ["results.json", "last", NAME, "predictions.png", "routing.png", "tensorboard"]
     print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results
@@ -242,8 +238,8 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "parameters": {"total": total, "trainable": trainable},
         "final_losses": run.record.mean(LOSS_WINDOW),
         "metrics": metrics,
-        "metrics_constant": run.baselines["constant"],
-        "metrics_untrained": run.baselines["untrained"],
+        "metrics_constant": run.baselines.get("constant"),
+        "metrics_untrained": run.baselines.get("untrained"),
         "versions": versions(),
     }
 

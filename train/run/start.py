@@ -12,6 +12,7 @@ from kernels import UserError, nvtx, resolve_kernel
 from model import EncoderDecoder, MLoREConfig, MultiTaskModel, MultiTaskViT
 from train.config.settings import Settings
 from train.datasets.base import DataSet, fingerprint
+from train.datasets.cache import open_cache
 from train.evaluation.results import Results, finished_results
 from train.files.atomic import make_folder, probe, remove_partials, write_text
 from train.files.folders import claim, lock, require_own, resolved
@@ -97,6 +98,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     device = build.build_device(settings)
     build.require_possible(settings, device)
     from_leader(lambda: require_free(Path(settings.out or "runs"), folder))
+    from_leader(lambda: open_cache(settings.cache))
     data = build.build_data(settings)
     images = from_leader(lambda: dict(zip(("train", "val"), map(fingerprint, data), strict=True)))
     model = build.build_model(settings, data[0].classes).to(device)

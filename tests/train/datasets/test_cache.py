@@ -126,6 +126,38 @@ def test_a_damaged_entry_is_derived_again_and_replaced(damage, pascal_tree, tmp_
     assert entry.read_bytes() == whole
 
 
+def test_numbers_are_kept_to_the_last_bit(tmp_path):
+    cache, value = Cache(tmp_path), {"seg": {"mIoU": 100 / 3, "none": None}}
+    assert cache.read("a") is None
+    cache.write("a", value)
+    cache.write("", value)
+    assert cache.read("a") == value and cache.read("") is None and cache.read("b") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    Cache().write("a", value)
+    assert Cache().read("a") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        flip_a_bit,
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_text(path.read_text().replace("33.3", "66.6")),
+        lambda path: path.write_text((path.parent / "b.json").read_text()),
+        lambda path: path.unlink() or path.mkdir(),
+    ],
+    ids=["cut", "a bit flipped", "a list", "empty", "changed", "exchanged", "a folder"],
+)
+def test_numbers_that_something_has_changed_are_not_read(damage, tmp_path):
+    cache = Cache(tmp_path)
+    for key, value in (("a", [100 / 3]), ("b", [0])):
+        cache.write(key, value)
+    damage(tmp_path / "a.json")
+    assert cache.read("a") is None and cache.read("b") == [0]
+
+
 def test_a_damaged_source_is_a_fault_and_leaves_no_entry(pascal_copy, tmp_path):
     path = pascal_copy / "human_parts/2008_000000.mat"
     path.write_bytes(b"no struct")
