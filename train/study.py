@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from kernels import UserError
 from train.cli import Parser, flags_of, guarded
 from train.config.arms import DECODERS, FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
+from train.config.settings import Settings
 from train.evaluation.baselines import references_of
 from train.evaluation.results import Results, require_comparable
 from train.evaluation.study import as_json, compare, table
@@ -45,6 +47,7 @@ def build_parser() -> Parser:
     shared.add_argument("--steps", type=int, metavar="N", help="optimiser steps of every arm (as the recipe says)")
     shared.add_argument("--workers", type=int, metavar="N", help="processes that prepare batches (1)")
     shared.add_argument("--set", action="append", metavar="key=value", default=[], help="any setting of every arm")
+    parser.settings = [*asdict(Settings())]
     return parser
 
 

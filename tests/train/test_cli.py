@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from torch.distributed.run import get_args_parser
 
 from kernels.dispatch import known_family
 from model import VITS, ViT
+from train.check import main as check
 from train.cli import build_parser, main
-from train.config.settings import resolve_settings
+from train.config.settings import Settings, own_values, resolve_settings
 from train.files.folders import claim
+from train.output.versions import versions
 from train.run.build import build_model
+from train.study import main as study
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "1", "--set", "scenes=16", "--set", "val_scenes=4"]
@@ -93,6 +97,35 @@ def test_a_flag_that_does_not_parse_is_one_line_too(argv, capsys):
         main(argv)
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--bath-size", "4"], "--batch-size"),
+        (["--batch_size=4"], "--batch-size"),
+        (["--steps", "3", "--modle", "vit_tiny"], "--model"),
+        (["--mi-weight", "0.1"], "--set mi_weight=..."),
+        (["--set", "bath_size=4"], "'batch_size'"),
+    ],
+)
+def test_a_mistyped_name_is_recognised(given, meant, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(given))
+    error = capsys.readouterr().err
+    assert f"did you mean {meant}?" in error and error.count("\n") == 1
+
+
+def test_other_commands_recognise_theirs_and_nothing_is_made_up(capsys):
+    for command, given, meant in (
+        (check, ["--dta", "x"], "; did you mean --data? ("),
+        (study, ["fig2", "--lr", "1"], "; did you mean --set lr=...? ("),
+        (check, ["--data", "x", "--gpus", "2"], "unrecognized arguments: --gpus 2 ("),
+        (check, ["--data", "x", "--workers", "few"], "invalid int value: 'few' ("),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(given)
+        assert meant in capsys.readouterr().err
 
 
 def test_weights_of_another_width_are_refused(small_weights, capsys, tmp_path):
@@ -188,6 +221,37 @@ def test_help_groups_the_flags_and_says_what_lists_the_recipes():
     assert all(group in text for group in ("tasks and data:", "model:", "training:", "settings without a flag"))
     assert "a recipe of --list-recipes" in " ".join(text.replace("-\n", "- ").split()).replace("- ", "-")
     assert "mi_weight=0.005" in text
+
+
+def test_help_ends_with_the_commands_in_their_own_words():
+    *_, lines = build_parser().format_help().partition("commands, each with --help:\n")
+    files = {path.stem: path.read_text() for path in (ROOT / "train").glob("*.py")}
+    commands = [name for name, text in files.items() if "\ndef main(" in text and name != "cli"]
+    assert [line.split()[0] for line in lines.splitlines()] == [f"train.{name}" for name in sorted(commands)]
+    for line in lines.splitlines():
+        name, words = line.split(maxsplit=1)
+        assert f": {words}" in files[name.removeprefix("train.")].splitlines()[0]
+
+
+def test_help_shows_the_default_of_every_flag():
+    parser, defaults, scenes = build_parser(), asdict(Settings()), own_values("scenes")
+    parser.format_help()
+    said = {"image_size", "gating", "device", "out", "data", "protocol", "recipe", "tasks"}  # in words or another form
+    for action in parser._actions:
+        if action.option_strings and action.nargs != 0:
+            assert action.help.endswith(")"), action.option_strings
+            if action.dest in defaults and action.dest not in said:
+                shown = action.help.rpartition(" (")[2]
+                assert shown.startswith(str(defaults[action.dest]) or "none")
+                if action.dest in scenes and scenes[action.dest] != defaults[action.dest]:
+                    assert shown.endswith(f"; scenes: {scenes[action.dest]})")
+
+
+def test_the_version_is_that_of_the_package_and_of_what_results_depend_on(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    found = versions()
+    assert capsys.readouterr().out.startswith(f"fastmoe_lora {found['fastmoe_lora']}, python {found['python']}, torch ")
 
 
 def test_torchrun_passes_every_flag_on():

@@ -36,7 +36,12 @@ def test_every_command_has_it_and_its_own_name(command, capsys):
     with pytest.raises(SystemExit) as caught:
         module.main(["--help"])
     text = capsys.readouterr().out
-    assert caught.value.code == 0 and "--quiet" in text and text.startswith(f"usage: python -m train{command} ")
+    assert (
+        caught.value.code == 0
+        and "--quiet" in text
+        and "--version" in text
+        and text.startswith(f"usage: python -m train{command} ")
+    )
 
 
 def test_a_reader_that_leaves_ends_a_command_in_silence(monkeypatch, capsys):
