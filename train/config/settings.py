@@ -5,18 +5,17 @@ Later layers win: the defaults below (the paper's setting), the checkpoint that 
 
 import difflib
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastmoe_lora import MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
+from train.config.values import convert, load_yaml
 from train.datasets.base import Source, usual_protocol
 from train.datasets.files import Access
 from train.protocols import PROTOCOLS, build_protocol
@@ -71,7 +70,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "workers": (0, 1024),
 }
-LONGEST_RECIPE = 20_000  # characters; a few lines of aliases can stand for billions
 LARGEST_WEIGHT = 1e6  # of a task's loss
 # The weights, batches and baselines of a checkpoint depend on these: with another value it would be another run.
 FIXED_ON_RESUME = (
@@ -270,35 +268,11 @@ def layer(values: dict[str, Any], source: str) -> dict[str, Any]:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
-        converted[name] = _convert(name, value, fields[name], source)
+        converted[name] = convert(name, value, fields[name], source)
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
         if given in converted and other not in values:
             converted[other] = 0
     return converted
-
-
-def _truth(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _whole(value: Any) -> int:
-    """``int(value)`` of a text or of a whole number."""
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError
-    return int(value)
-
-
-READ: dict[type, Callable[[Any], Any]] = {bool: _truth, int: _whole, float: float, str: str}
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _convert(name: str, value: Any, kind: type, source: str) -> Any:
-    try:
-        if value is None or isinstance(value, (list, dict)) or isinstance(value, bool) and kind is not bool:
-            raise TypeError
-        return READ[kind](value)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"{source}: {name} is {value!r}, which is not {EXPECTED[kind]}") from None
 
 
 def recipe_names() -> list[str]:
@@ -337,11 +311,8 @@ def own_values(name: str) -> dict[str, Any]:
     """What a recipe's file holds. Its key ``base`` names the recipe that it is a change of."""
     path = _recipe_path(name)
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > LONGEST_RECIPE or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise UserError(f"recipe {path} is longer than {LONGEST_RECIPE} characters, or holds a yaml alias")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        values = load_yaml(path.read_text(encoding="utf-8"), f"recipe {path}")
+    except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no 'key: value' lines")

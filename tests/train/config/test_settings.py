@@ -8,7 +8,15 @@ from typing import get_type_hints
 import pytest
 
 from kernels import UserError
-from train.config.settings import BOUNDS, Settings, parse_loss_weights, read_recipe, recipe_names, resolve_settings
+from train.config.settings import (
+    BOUNDS,
+    Settings,
+    layer,
+    parse_loss_weights,
+    read_recipe,
+    recipe_names,
+    resolve_settings,
+)
 
 
 def test_without_data_the_scenes_recipe_applies():
@@ -103,6 +111,35 @@ def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "yaml", "text"),
+    [
+        ("tasks", "[seg, edge]", "seg,edge"),
+        ("tasks", "[semseg]", "semseg"),
+        ("lora_targets", "[qkv, fc1]", "qkv,fc1"),
+        ("loss_weights", "{seg: 1, edge: 50}", "seg=1,edge=50"),
+        ("loss_weights", "{seg: 1.0e-5, edge: 5e-4}", "seg=1e-05,edge=5e-4"),
+        ("loss_weights", "{}", ""),
+    ],
+)
+def test_lists_and_mappings_stand_for_texts_in_recipes_and_on_the_command_line(name, yaml, text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{name}: {yaml}\n")
+    assert read_recipe(str(tmp_path / "mine.yaml")) == layer({name: yaml}, "command line") == {name: text}
+
+
+def test_a_list_of_a_block_is_a_list_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("tasks:\n- seg\n- edge\nloss_weights:\n  seg: 2\n  edge: 50\n")
+    settings = resolve_settings({"recipe": str(tmp_path / "mine.yaml")})
+    assert settings.task_names == ("seg", "edge") and settings.task_weights["seg"] == 2
+    assert settings == resolve_settings({"recipe": str(tmp_path / "mine.yaml"), "tasks": "seg,edge"})
+
+
+def test_weights_that_are_none_or_no_numbers_are_one_line():
+    for given in ("{seg: yes}", "{seg: }", "{seg: heavy}", "{flow: 1}", "{seg: -1}"):
+        with pytest.raises(UserError, match=r"loss weight 'seg=|unknown task 'flow'"):
+            resolve_settings({"loss_weights": given})
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("modle: vit_tiny", "unknown key 'modle'; did you mean 'model'?"),
@@ -122,7 +159,13 @@ def test_a_recipe_of_the_user_may_lie_anywhere(tmp_path):
         ("batch_size: true", "batch_size is True, which is not a whole number"),
         ("lr: false", "lr is False, which is not a number"),
         ("data:", "data is None, which is not a text"),
-        ("tasks: [seg, edge]", "tasks is ['seg', 'edge'], which is not a text"),
+        ("model: [vit_tiny]", "model is ['vit_tiny'], which is not a text"),
+        ("tasks: [[seg], edge]", "tasks is [['seg'], 'edge'], which is not a text, such as [a, b]"),
+        ("tasks: {seg: 1}", "tasks is {'seg': 1}, which is not a text, such as [a, b]"),
+        ("tasks: '[seg'", "tasks is not valid yaml"),
+        ("tasks: '[&a seg, *a]'", "tasks is longer than 20000 characters, or holds a yaml alias"),
+        ("loss_weights: [seg, 1]", "loss_weights is ['seg', 1], which is not a text, or a mapping {a: 1, b: 2}"),
+        ("loss_weights: {seg: [1]}", "loss_weights is {'seg': [1]}, which is not a text, or a mapping {a: 1, b: 2}"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_its_path(tmp_path, text, message):
