@@ -30,6 +30,7 @@ COSTS = {
     "train/run/*": "integration",
     "train/test_*": "integration",
     "test_docs.py": "integration",
+    "test_slurm.py": "integration",
     "test_wheel.py": "integration",
 }
 

@@ -42,6 +42,7 @@ README = (ROOT / "README.md").read_text()
 GUIDES = {path.name: path.read_text() for path in sorted((ROOT / "docs" / "pages").glob("*.md"))}
 PAGES = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()} | GUIDES
 NEEDS_GPU = "# needs a GPU\n"  # the first line of a block that is parsed and not run
+A_FILE = "#!"  # how a block begins that is a whole file: tests/test_slurm.py runs the one there is
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -54,7 +55,7 @@ def commands_of(*pages: str) -> list[str]:
         command.strip()
         for page in pages
         for block in blocks(PAGES[page], "bash")
-        if not block.startswith(NEEDS_GPU)
+        if not block.startswith((NEEDS_GPU, A_FILE))
         for line in block.replace("\\\n", " ").splitlines()
         for command in line.split("#")[0].split("&&")
         if command.strip()
