@@ -72,7 +72,7 @@ def calls(folder):
 def test_a_job_stops_before_its_limit_is_requeued_and_continues(cluster, tmp_path):
     run = tmp_path / "run"
     job = cluster("--steps", 100_000)
-    while not (run / "losses.csv").exists() or len((run / "losses.csv").read_text().splitlines()) < 11:
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 11:
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
