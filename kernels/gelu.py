@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.tiles import TALLER
+
 BM, BN = 8, 512
 
 
@@ -91,6 +93,7 @@ def gelu_kernel(u, a, a_stride, T, F, BACKWARD: tl.constexpr, BM: tl.constexpr, 
 def gelu(u: Tensor, a: Tensor, backward: bool = False) -> None:
     """Write gelu(u) into ``a`` (T, F), or overwrite da in it by du. It has any row stride, u (T, F) is contiguous."""
     tokens, width = u.shape
-    gelu_kernel[(math.ceil(tokens / BM) * math.ceil(width / BN),)](
-        u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True
+    bm = BM * TALLER
+    gelu_kernel[(math.ceil(tokens / bm) * math.ceil(width / BN),)](
+        u, a, a.stride(0), tokens, width, BACKWARD=backward, BM=bm, BN=BN, num_warps=4, enable_fp_fusion=True
     )

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tiles import TALLER
+
 BM, BN = 8, 512
 
 
@@ -152,11 +154,12 @@ def _launch(
     copied = [(width, inner), (width, ranks)]
     if down is not None:
         copied += [(hidden, d), (ranks, d), (router_rows, d)]
-    pack_kernel[(sum(math.ceil(height / BM) * math.ceil(across / BN) for height, across in copied),)](
+    bm = BM * TALLER
+    pack_kernel[(sum(math.ceil(height / bm) * math.ceil(across / BN) for height, across in copied),)](
         b if w2 is None else w2.contiguous(), b.contiguous(), up, a if w1 is None else w1.contiguous(), a.contiguous(),
         routers.contiguous(), routers if scales is None else scales, up if down is None else down,
         width, inner, ranks, up.stride(0), d, hidden, router_row, router_rows, routers.shape[1],
         W2=w2 is not None, DOWN=down is not None, W1=w1 is not None, SPLIT=split, SCALED=scales is not None,
-        BM=BM, BN=BN, num_warps=4, enable_fp_fusion=True,
+        BM=bm, BN=BN, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return up

@@ -16,11 +16,14 @@ from functools import cache
 from importlib import resources
 
 import torch
+from triton import knobs
 
 from kernels.errors import UserError
 from kernels.gating import MOST_RANKS, Pool, fits_one_tile
 
 LARGE = 16_384  # tokens from which the FFN uses the algorithm that was fastest for large batches
+# Times as many rows in a tile of a kernel that only copies or adds: the interpreter takes as long for one of any size.
+TALLER = 16 if knobs.runtime.interpret else 1
 
 # architecture: {kernel: {bytes of an element: {at most so many columns: (the sizes of NAMES, warps, stages)}}}
 TABLES = json.loads((resources.files("kernels") / "tables.json").read_text())

@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.gating import Pool
 from kernels.jit_helpers import block_of_task, dot_exact
 from kernels.segments import TaskSegments
-from kernels.tiles import multiprocessors, tile
+from kernels.tiles import TALLER, multiprocessors, tile
 
 BP, BN = 8, 256  # partial sums and numbers that a program of reduce adds at a time
 
@@ -169,8 +169,9 @@ def reduce(parts: Parts, segments: TaskSegments) -> tuple[Tensor, Tensor, Tensor
     tasks, chunks = segments.tasks, len(db)
     sums = da.new_empty(da.shape[1:]), db.new_empty(db.shape[1:]), da.new_empty(tasks, *drouters.shape[1:])
     sizes = sums[1].numel(), sums[0].numel(), sums[2].numel() // tasks
-    reduce_kernel[(math.ceil((sizes[0] + sizes[1] + tasks * sizes[2]) / BN),)](
+    bn = BN * TALLER
+    reduce_kernel[(math.ceil((sizes[0] + sizes[1] + tasks * sizes[2]) / bn),)](
         db, segments.offsets, sums[1], sums[0], sums[2], segments.length, parts.chunk, chunks, *sizes,
-        TASKS=tasks, ROUNDS=math.ceil(chunks / BP), BP=BP, BN=BN, num_warps=4, enable_fp_fusion=True,
+        TASKS=tasks, ROUNDS=math.ceil(chunks / BP), BP=BP, BN=bn, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return sums

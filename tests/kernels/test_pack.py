@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
+from kernels import pack  # noqa: E402
 from kernels.pack import (  # noqa: E402
     aligned,
     down_reference,
@@ -34,6 +35,12 @@ LAYOUTS = {
     "rows apart": lambda m: torch.cat([m, torch.full_like(m, torch.nan)], -1)[..., : m.shape[-1]],
     "transposed": lambda m: m.mT.contiguous().mT,
 }
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_a_gpu(monkeypatch):
+    """Else these matrices would fit one of the interpreter's."""
+    monkeypatch.setattr(pack, "TALLER", 1)
 
 
 def parameters(shape, layer, frozen=torch.float32, adapters=torch.float32, layout="contiguous"):
