@@ -82,6 +82,13 @@ def test_an_input_of_one_patch_trains_where_batch_norm_has_two_values(error_of, 
     assert main([*patch, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
 
 
+def test_a_protocol_without_data_is_said_to_have_no_effect(capsys, tmp_path):
+    for given, said in ((["--protocol", "mini"], 1), ([], 0)):
+        assert main([*QUICK, *given, "--workers", "0", "--out", str(tmp_path / f"run-{said}")]) == 0
+        note = "--protocol mini is for --data: rendered scenes have a protocol of their own\n"
+        assert capsys.readouterr().out.count(note) == said
+
+
 def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     known_family.cache_clear()

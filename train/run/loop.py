@@ -59,6 +59,10 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
         flags = {"out": str(folder.parent), **flags}
     settings = resolve_settings(flags, state.settings if state else None)
     with processes():
+        if "protocol" in flags and not settings.data:
+            print(
+                f"note      --protocol {settings.protocol} is for --data: rendered scenes have a protocol of their own"
+            )
         run = set_up(settings, folder)
         with resumable(run):
             changed = []
