@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from kernels import GATINGS, KERNELS, UserError
 from model import HEADS, VITS
 from train.config.settings import CHOICES, DECODERS, PRECISIONS, SITES, Settings, list_recipes, own_values
+from train.files.folders import holding
 from train.files.printing import printable, printing
 from train.files.processes import killed_workers
 from train.files.progress import quiet
@@ -264,7 +265,7 @@ def guarded(run: Callable[[], int | None], silent: bool = False) -> int:
     SIGTERM, SIGHUP or SIGUSR1 that it heard; SystemExit as :func:`printing` raises it. ``silent`` runs print nothing
     else."""
     try:
-        with quiet(silent), printing(), killed_workers():
+        with quiet(silent), printing(), killed_workers(), holding():
             return run() or 0
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

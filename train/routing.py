@@ -37,7 +37,7 @@ def build_parser() -> Parser:
 def run(options: Namespace) -> None:
     folder, names = Path(options.run), [*WRITTEN, *(CONFLICT if options.conflict else ())]
     course = read_course(folder)
-    out = claim(options.out or folder, "train.routing", names)
+    out = claim(options.out or folder, "train.routing", names, alone=bool(options.out))  # RUN may be training
     print(draw_routing(course, out))
     if options.conflict:
         conflict(folder, out)

@@ -85,7 +85,7 @@ def test_an_input_of_one_patch_trains_where_batch_norm_has_two_values(error_of, 
 def test_a_protocol_without_data_is_said_to_have_no_effect(capsys, tmp_path):
     for given, said in ((["--protocol", "mini"], 1), ([], 0)):
         assert main([*QUICK, *given, "--workers", "0", "--out", str(tmp_path / f"run-{said}")]) == 0
-        note = "--protocol mini is for --data: rendered scenes have a protocol of their own\n"
+        note = "--protocol mini has no effect without --data: rendered scenes have their own\n"
         assert capsys.readouterr().out.count(note) == said
 
 

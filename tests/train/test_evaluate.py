@@ -361,7 +361,7 @@ def test_a_killed_evaluation_leaves_no_predictions(tiny_run, tmp_path, monkeypat
     monkeypatch.setattr("train.evaluate.score_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = [str(tiny_run), "--save-predictions", str(tmp_path / "kept"), "--out", str(tmp_path / "out"), *QUICK]
     assert main(argv) == 130
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", ".written"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", ".written", "out"]
 
 
 def test_a_run_is_a_baseline_of_another(tiny_run, tmp_path, capsys):

@@ -219,6 +219,7 @@ def test_a_checkpoint_of_scenes_predicts_photos_too(tmp_path):
     noise((50, 70)).save(tmp_path / "photo.png")
     assert main([str(tmp_path / "run"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock",
         ".written",
         "edge",
         "overlays",

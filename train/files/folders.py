@@ -6,8 +6,8 @@ the same one for another subject, replaces it. Without --out a command makes a f
 
 import fcntl
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -17,22 +17,41 @@ from train.files.atomic import make_folder, write_text, writing
 
 MARKS = ("JPEGImages", "gt_sets")  # folders of PASCAL-Context and of NYUD-v2
 RECORD = ".written"  # lines "name <tab> owner"
+_held: list[IO[str]] = []  # locks of the folders that this process has claimed
 
 
-def claim(given: str | Path, owner: str, names: Iterable[str], default: str = "", adopt: bool = False) -> Path:
+def claim(
+    given: str | Path, owner: str, names: Iterable[str], default: str = "", adopt: bool = False, alone: bool = True
+) -> Path:
     """The folder ``given``, in which ``owner`` may from now on write the files and folders ``names``.
 
-    Without ``given`` it is the first of ``default``, ``default``-2, ... that does not exist. UserError as
-    :func:`require_own`, and where the folder cannot be made or written.
+    Without ``given`` it is the first of ``default``, ``default``-2, ... that does not exist. With ``alone`` no other
+    command gets it before the end of the block :func:`holding`. UserError as :func:`require_own`, and where the folder
+    cannot be made or written, or another process has it.
     """
     names = tuple(names)
     if given:
         require_own(Path(given), owner, names, adopt)
     out = make_folder(Path(given)) if given else _new_folder(Path(default))
+    if given and alone:
+        _held.append(lock(out))
+        require_own(out, owner, names, adopt)  # another command may have come in between
     before = read_record(out)
     if (record := before | dict.fromkeys(names, owner)) != before:
         write_text(out / RECORD, "".join(f"{name}\t{writer}\n" for name, writer in record.items()))
     return out
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """A block, such as a command, at whose end other processes may claim the folders that it has claimed."""
+    before = len(_held)
+    try:
+        yield
+    finally:
+        for file in _held[before:]:
+            file.close()
+        del _held[before:]
 
 
 def require_own(out: Path, owner: str, names: Iterable[str], adopt: bool = False) -> None:
@@ -106,7 +125,7 @@ def lock(folder: Path) -> IO[str]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise UserError(f"another run (process {holder}) writes to {folder}: choose another --out") from None
+            raise UserError(f"another command (process {holder}) writes to {folder}: choose another --out") from None
         except OSError:
             return file
         file.truncate(0)

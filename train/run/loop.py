@@ -61,7 +61,7 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
     with processes():
         if "protocol" in flags and not settings.data:
             print(
-                f"note      --protocol {settings.protocol} is for --data: rendered scenes have a protocol of their own"
+                f"note      --protocol {settings.protocol} has no effect without --data: rendered scenes have their own"
             )
         run = set_up(settings, folder)
         with resumable(run):

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kernels import UserError
 from train.datasets.base import TREES
-from train.files.folders import MARKS, claim, lock, require_new, require_outside_data
+from train.files.folders import MARKS, claim, holding, lock, require_new, require_outside_data
 
 
 def test_a_command_may_write_again_what_it_wrote(tmp_path):
@@ -59,6 +61,39 @@ def test_a_damaged_record_says_nothing(tmp_path):
     assert claim(tmp_path, "train", ["last"]) == tmp_path
     (tmp_path / "last").touch()
     assert claim(tmp_path, "train", ["last"]) == tmp_path, "the record was written anew"
+
+
+LOCK = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def is_locked(out):
+    """Whether another process finds the lock of ``out`` taken."""
+    return subprocess.run([sys.executable, "-c", LOCK, out / ".lock"], stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_a_claimed_folder_is_no_other_processs_until_the_command_ends(tmp_path):
+    with holding():
+        for _ in range(2):
+            claim(tmp_path, "train.compare", ["table.txt"])
+        with holding():
+            claim(tmp_path / "inner", "train.compare", ["table.txt"])
+            claim(tmp_path / "run", "train", ["last"], alone=False)
+            assert is_locked(tmp_path / "inner") and not is_locked(tmp_path / "run")
+        assert is_locked(tmp_path) and not is_locked(tmp_path / "inner")
+    assert not is_locked(tmp_path)
+
+
+def test_two_commands_cannot_claim_one_folder(tmp_path):
+    holder = f"{LOCK}; print(flush=True); sys.stdin.read()".replace("fcntl.lockf(open", "fcntl.lockf(file := open")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holder, tmp_path / ".lock"], **pipes) as other:
+        other.stdout.readline()
+        for owner in ("train.compare", "train.check"):
+            with pytest.raises(UserError, match=f"^another command .process unknown. writes to {tmp_path}: choose"):
+                claim(tmp_path, owner, ["table.txt"])
+        assert not (tmp_path / ".written").exists()
+        other.stdin.close()
+    claim(tmp_path, "train.compare", ["table.txt"])
 
 
 def test_default_folders_are_unique(tmp_path):

@@ -271,7 +271,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     second = begin(*QUICK, "--steps", "2000", "--out", str(out))
     _, error = second.communicate()
     assert second.returncode == 2
-    assert error == f"error: another run (process {first.pid}) writes to {out}: choose another --out\n"
+    assert error == f"error: another command (process {first.pid}) writes to {out}: choose another --out\n"
     first.kill()
     first.communicate()
     assert main([*QUICK, "--steps", "1", "--out", str(out)]) == 0, "a killed run leaves no lock behind"
