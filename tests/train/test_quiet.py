@@ -89,27 +89,34 @@ FAKE_WANDB = """
 import json, pathlib
 class init:
     def __init__(self, **given):
-        self.given, self.curves = given, []
+        self.given, self.curves, self.summary = given, [], {}
     def __enter__(self):
         return self
     def log(self, values, step):
         self.curves.append([step, values])
     def __exit__(self, *_):
-        config = {"project": self.given["project"], "lr": self.given["config"]["lr"]}
-        (pathlib.Path(self.given["dir"]) / "wandb.json").write_text(json.dumps([config, self.curves]))
+        about = {name: self.given[name] for name in ("project", "name", "id", "resume")}
+        with (pathlib.Path(self.given["dir"]) / "wandb.jsonl").open("a") as file:
+            file.write(json.dumps({"about": about, "curves": self.curves, "summary": self.summary}) + "\\n")
 """
 
 
-def test_weights_and_biases_gets_the_curves(tmp_path, monkeypatch):
-    """A stand-in for the package, which needs an account."""
+def test_weights_and_biases_gets_one_run_with_curves_and_final_scores(tmp_path, monkeypatch):
+    """A stand-in for the package, which needs an account. The run is resumed once."""
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert main([*QUICK, "--tracker", "wandb", "--out", str(tmp_path / "run")]) == 0
-    config, curves = json.loads((tmp_path / "run" / "wandb.json").read_text())
-    assert config["project"] == "fastmoe_lora" and config["lr"] > 0
-    assert {"loss/seg", "lr"} <= {name for _, values in curves for name in values} and curves[-1][0] == 2
+    out = tmp_path / "run"
+    flags = [*QUICK, "--tracker", "wandb", "--set", "wandb_project=sweep", "--out", str(out)]
+    assert main(flags) == main([*flags, "--resume", "--steps", "3"]) == 0
     sys.modules.pop("wandb", None)
+    first, second = map(json.loads, (out / "wandb.jsonl").read_text().splitlines())
+    assert first["about"] == second["about"] and len(first["about"]["id"]) == 32
+    assert first["about"] | {"project": "sweep", "name": "run", "resume": "allow"} == first["about"]
+    assert {"loss/seg", "lr", "gradient_norm", "mi"} <= first["curves"][0][1].keys()
+    assert [sorted({step for step, _ in part["curves"]}) for part in (first, second)] == [[1, 2], [3]]
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
+    assert second["summary"]["seg/mIoU"] == metrics["seg"]["mIoU"] and "delta_m" in second["summary"]
 
 
 @pytest.mark.parametrize("fault", ["full disk", "no folder"])

@@ -29,6 +29,7 @@ from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.pace import Pace
 from train.run.record import NAME, NotFiniteError
+from train.run.scores import describe_scores, record_scores
 from train.run.start import (
     Run,
     begin_files,
@@ -99,10 +100,11 @@ def resumable(run: Run) -> Iterator[None]:
 def fit(run: Run) -> float:
     """Train from run.step to the end; images per second."""
     s, (train_set, _) = run.settings, run.data
-    every = s.eval_every * schedule.steps_per_epoch(s, len(train_set))
     loader = train_loader(train_set, s.task_names, s.batch_size, range(run.step, run.total), s.seed, s.workers)
     pace, step = Pace(s.batch_size), GraphedStep(run) if s.cuda_graphs else partial(training_step, run)
     with progress_bar(run) as bar, run.stopping.held():
+        if scores_due(run) and run.step not in run.record.scores:  # it ended while it was scored
+            score_midway(run, bar)
         for batch in pace.watch(on_device(loader, run.device)):
             with routes.recorded(run):
                 rate, result = run.learning_rate, step(batch)
@@ -110,20 +112,32 @@ def fit(run: Run) -> float:
             run.record.add_step(run.step, result.losses, result.extras, rate)
             pace.step()
             bar.update()
-            evaluates = every and run.step % every == 0 and run.step < run.total
             if run.step % REPORT_EVERY == 0 or run.step == run.total:
                 report(run, pace, bar)
             ends = agreed(run.stopping.requested)  # a SIGTERM that arrives from here on ends the next step
-            if evaluates or is_due(run) or ends:
+            if scores_due(run) or is_due(run) or ends:
                 save(run)
             if ends:
                 raise TerminatedError
-            if evaluates:
-                with run.stopping.held(False):
-                    record_scores(run, score(run, f"step {run.step}")[0])
+            if scores_due(run):
+                score_midway(run, bar)
     if pace.hint:
         print(f"note      {pace.hint}")
     return pace.speed
+
+
+def scores_due(run: Run) -> bool:
+    """Whether the model of this step is scored, by --eval-every; that of the last step is in any case."""
+    every = run.settings.eval_every * schedule.steps_per_epoch(run.settings, len(run.data[0]))
+    return bool(every) and 0 < run.step < run.total and run.step % every == 0
+
+
+def score_midway(run: Run, bar: tqdm) -> None:
+    """Score the model, record its scores and print them; a signal may end this."""
+    with run.stopping.held(False):
+        record_scores(run, score(run, f"step {run.step}")[0])
+    with bar.external_write_mode():
+        print(f"\n{describe_scores(run)}", flush=True)
 
 
 def is_due(run: Run) -> bool:
@@ -164,11 +178,6 @@ def report(run: Run, pace: Pace, bar: tqdm) -> None:
         print(f"step {run.step:>6}/{run.total}  {text}", flush=True)
 
 
-def record_scores(run: Run, scores: Metrics) -> None:
-    run.record.add_scores(run.step, scores)
-    flush(run)
-
-
 def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
     """The model's metrics over the validation set, and its routing."""
     s, val_set = run.settings, run.data[1]
@@ -205,8 +214,11 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
         return results
     draw(run, routing)
     write_json(run.out / "results.json", results)
+    if len(run.record.scores) > 1:
+        print(f"\n{describe_scores(run)}")
     print(f"\n{score_table(run.baselines | {'trained': metrics})}\n{count_images(run)}\n")
-    names = ["results.json", "last", NAME, "predictions.png", "routing.png", "tensorboard"]
+    pictures = ("predictions.png", "routing.png")
+    names = ["results.json", "last", NAME, *pictures, "tensorboard"]
     print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results
 

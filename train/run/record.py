@@ -3,7 +3,7 @@
     {"kind": "step", "step": 10, "lr": 0.0005, "loss/seg": 1.25, "loss/edge": 0.07, "mi": -0.02, "gradient_norm": 3.5}
     {"kind": "pace", "step": 10, "images_per_second": 81.0, "images_per_second_without_waiting": 95.0}
     {"kind": "routing", "step": 10, "mass": {"seg": [[0.1, ...], ...], ...}, "frequency": {"seg": ...}}
-    {"kind": "scores", "step": 50, "seg/mIoU": 41.2, "edge/loss": 0.06}
+    {"kind": "scores", "step": 50, "delta_m": 3.1, "seg/mIoU": 41.2, "edge/loss": 0.06}
 
 Losses are unweighted. Numbers are written as they were computed, NaN and infinity as Python's json writes them.
 Trackers get the same lines (:mod:`train.run.tracking`): every number of a line is a curve, by its name.
@@ -34,14 +34,14 @@ class Record:
     """The record of a run, in ``path`` and, as far as it was not written yet, on the device; None writes nothing. The
     file is untouched until :meth:`begin`.
 
-    ``losses``, rows in the order of ``tasks``, ``scores`` and ``routing`` are what it says by step. ``earlier`` are the
+    ``losses``, rows in the order of ``tasks``, and ``scores`` by name are what it says by step. ``earlier`` are the
     lines of the steps before this record begins. ``board`` gets every new line, after the file.
     """
 
     def __init__(self, path: Path | None, tasks: Sequence[str], earlier: Sequence[Line] = ()) -> None:
         self.path, self.tasks = path, tuple(tasks)
         self.losses: dict[int, Row] = {}
-        self.scores: dict[int, Metrics] = {}
+        self.scores: dict[int, dict[str, float | None]] = {}
         self.board: Callable[[Line], None] = lambda line: None
         self._earlier = earlier
         self._pending: list[tuple[Line, Mapping[str, Tensor]]] = []
@@ -57,13 +57,13 @@ class Record:
     def add_step(self, step: int, losses: Tensor, extras: Mapping[str, Tensor], lr: float) -> None:
         """The losses (tasks,) of ``step`` and further numbers by name; the host does not wait for them."""
         named = {LOSS + task: loss for task, loss in zip(self.tasks, losses, strict=True)}
-        self._pending.append(({"kind": "step", "step": step, "lr": lr}, named | extras))
+        self._pending.append(({"kind": "step", "step": step, "lr": lr}, {**named, **extras}))
 
-    def add_scores(self, step: int, scores: Metrics) -> None:
+    def add_scores(self, step: int, delta_m: float | None, metrics: Metrics) -> None:
         """The scores at ``step``, unless they are known."""
         if step not in self.scores:
-            flat = {f"{task}/{key}": value for task, values in scores.items() for key, value in values.items()}
-            self.add("scores", step, flat)
+            scores = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
+            self.add("scores", step, {"delta_m": delta_m} | scores)
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """A line of another kind, whose ``values`` are on the host."""
@@ -89,7 +89,18 @@ class Record:
         if line["kind"] == "step":
             self.losses[line["step"]] = tuple(line[LOSS + task] for task in self.tasks)
         elif line["kind"] == "scores":
-            self.scores[line["step"]] = by_task(line)
+            self.scores[line["step"]] = {name: value for name, value in line.items() if name not in ("kind", "step")}
+
+    def losses_of(self, task: str) -> dict[int, float]:
+        """Those that are finite, by step; a loss of 0 is that of a batch without labels of the task."""
+        if task not in self.tasks:
+            return {}
+        column = self.tasks.index(task)
+        return {step: row[column] for step, row in self.losses.items() if row[column] and math.isfinite(row[column])}
+
+    def scores_of(self, name: str) -> dict[int, float]:
+        """Those that are known, by step."""
+        return {step: value for step, scores in self.scores.items() if (value := scores.get(name)) is not None}
 
     @property
     def skipped(self) -> int:
@@ -113,14 +124,14 @@ class NotFiniteError(Exception):
         self.step, self.task = step, task
 
 
-def by_task(line: Line) -> Metrics:
-    """The scores in a line: {task: {score: value}}."""
-    scores: Metrics = {}
-    for name, value in line.items():
+def by_task(scores: Mapping[str, float | None]) -> Metrics:
+    """Scores by name as {task: {score: value}}."""
+    metrics: Metrics = {}
+    for name, value in scores.items():
         task, slash, key = name.partition("/")
         if slash:
-            scores.setdefault(task, {})[key] = value
-    return scores
+            metrics.setdefault(task, {})[key] = value
+    return metrics
 
 
 def read_record(given: Path) -> Record:
