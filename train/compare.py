@@ -21,6 +21,8 @@ from train.files.folders import claim
 from train.output.tables import format_table, number
 from train.run import checkpoint
 from train.run.build import load_checkpoint
+from train.run.record import NAME, read_record
+from train.run.scores import CURVES, draw_curves
 from train.tasks import shown_headlines
 
 PICTURES = 8  # rows of the picture
@@ -30,7 +32,7 @@ Models = Mapping[str, tuple[Settings, torch.nn.Module]]
 DESCRIPTION = """\
 Print the scores of runs in one table and draw their predictions side by side. A RUN is an output folder of
 python -m train or python -m train.evaluate. Runs of different protocols or image sets are refused.
-OUT receives table.txt, table.md and predictions.png."""
+OUT receives table.txt, table.md, curves.png (losses and scores in the course of the runs) and predictions.png."""
 
 
 def build_parser() -> Parser:
@@ -133,24 +135,36 @@ def draw(path: Path, runs: Mapping[str, Results], models: Models, cache: str) ->
     pictures.save_predictions(path, batch, predictions, dataset.classes)
 
 
+def draw_courses(path: Path, given: Mapping[str, str], protocol: str) -> bool:
+    """Draws losses and scores over the steps of those runs, by name, that have a record; whether there are any."""
+    folders = {name: Path(run) if Path(run).is_dir() else Path(run).parent for name, run in given.items()}
+    records = {name: read_record(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
+    if records:
+        draw_curves(path, records, protocol)
+    return bool(records)
+
+
 def run(options: Namespace) -> None:
     given, baseline = options.runs, options.baseline
     runs = dict(zip(short_names(given), map(read_results, given), strict=True))
     require_comparable(runs)
     runs = {name: with_baseline(results, baseline) if baseline else results for name, results in runs.items()}
-    out = claim(options.out, "train.compare", ("table.txt", "table.md", "predictions.png"), "runs/compare")
+    written = ["table.txt", "table.md", CURVES, "predictions.png"]
+    out = claim(options.out, "train.compare", written, "runs/compare")
     rows, below = rows_of(runs), caption(runs)
     tables = {"table.txt": f"{format_table(rows)}\n\n{below}\n", "table.md": f"{markdown(rows)}\n\n{below}\n"}
     for name, text in tables.items():
         write_text(out / name, text)
     print(encodable(tables["table.md"]) if options.markdown else tables["table.txt"])
+    if not draw_courses(out / CURVES, dict(zip(runs, given, strict=True)), next(iter(runs.values()))["protocol"]):
+        written.remove(CURVES)
     models = {name: load_model(path, runs[name]) for name, path in zip(runs, given, strict=True)}
     loaded = {name: model for name, model in models.items() if model is not None}
     if lacking := [name for name in models if name not in loaded]:
-        print(f"{out}/: table.txt, table.md; no picture, as there is no checkpoint of {', '.join(lacking)}")
+        print(f"{out}/: {', '.join(written[:-1])}; no picture, as there is no checkpoint of {', '.join(lacking)}")
         return
     draw(out / "predictions.png", runs, loaded, options.cache)
-    print(f"{out}/: table.txt, table.md, predictions.png")
+    print(f"{out}/: {', '.join(written)}")
 
 
 def main(argv: list[str] | None = None) -> int:

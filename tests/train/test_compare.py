@@ -62,7 +62,7 @@ def test_two_runs_stand_in_one_table_and_one_picture(tiny_run, pascal_tree, tmp_
     assert "protocol mtinet@64, labels at 64 x 64, 4 images of val" in done.stdout
     out = tmp_path / "runs/compare"
     assert (out / "table.txt").read_text() in done.stdout
-    assert Image.open(out / "predictions.png").width > 1200
+    assert Image.open(out / "predictions.png").width > 1200 and Image.open(out / "curves.png").width > 1200
 
 
 def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path, capsys):
@@ -74,6 +74,7 @@ def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path
     assert "odsF over 4 images, variant seism" in text
     assert (tmp_path / "compared/table.md").read_text() in text
     assert (tmp_path / "compared/predictions.png").exists()
+    assert not (tmp_path / "compared/curves.png").exists(), "evaluations have no course"
 
 
 def test_markdown_on_an_ascii_terminal_has_entities(altered, tmp_path, monkeypatch):

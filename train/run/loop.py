@@ -29,7 +29,7 @@ from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.pace import Pace
 from train.run.record import NAME, NotFiniteError
-from train.run.scores import describe_scores, record_scores
+from train.run.scores import CURVES, describe_scores, record_scores
 from train.run.start import (
     Run,
     begin_files,
@@ -217,7 +217,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
     if len(run.record.scores) > 1:
         print(f"\n{describe_scores(run)}")
     print(f"\n{score_table(run.baselines | {'trained': metrics})}\n{count_images(run)}\n")
-    pictures = ("predictions.png", "routing.png")
+    pictures = (CURVES, "predictions.png", "routing.png")
     names = ["results.json", "last", NAME, *pictures, "tensorboard"]
     print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results

@@ -23,7 +23,17 @@ from train.run.stopping import Stopping
 from train.tasks import Metrics
 
 OWNER = "train"
-WRITTEN = ("results.json", "last", NAME, "predictions.png", "routing.png", "skipped.txt", "tensorboard", "wandb")
+WRITTEN = (
+    "results.json",
+    "last",
+    NAME,
+    "curves.png",
+    "predictions.png",
+    "routing.png",
+    "skipped.txt",
+    "tensorboard",
+    "wandb",
+)
 
 
 @dataclass
