@@ -16,6 +16,7 @@ from train.files.folders import holding
 from train.files.printing import printable, printing
 from train.files.processes import killed_workers
 from train.files.progress import quiet
+from train.output.scores import DELTA
 from train.output.tables import format_table
 from train.output.versions import versions
 from train.protocols import PROTOCOLS
@@ -205,6 +206,14 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--checkpoint-every", type=int, metavar="N", help="checkpoint every N steps too; 0: only as --eval-every says"
     )
     group.add_argument("--keep", type=int, metavar="N", help="checkpoints that are kept, the newest")
+    group.add_argument(
+        "--keep-best",
+        nargs="?",
+        const=DELTA,
+        metavar="METRIC",
+        help="keep the best checkpoint that --eval-every scores, too, as best: by TASK/KEY, such as seg/mIoU, or "
+        "without METRIC by Delta_m against the first scores",
+    )
     group.add_argument(
         "--compile", action="store_true", help="compile backbone and heads for training steps (a minute at the start)"
     )

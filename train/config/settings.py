@@ -150,6 +150,7 @@ class Settings:
     routing_every: int = 0  # steps between two records of the routing; 0: none
     checkpoint_every: int = 0
     keep: int = 1
+    keep_best: str = ""  # the score whose best checkpoint is kept: delta_m or TASK/KEY; "": none
     scenes: int = 12_800
     val_scenes: int = 240
     seed: int = 0

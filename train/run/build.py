@@ -37,6 +37,7 @@ from model.decoders import Decoder, Frame
 from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.datasets.sampler import one_composition
+from train.output.scores import DELTA, headlines
 from train.run import checkpoint
 from train.run.backbone import is_adapter, is_plain, is_run, weights_of_run
 from train.tasks import Classes, output_channels
@@ -70,6 +71,9 @@ def require_possible(settings: Settings, device: torch.device) -> None:
         )
     if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker wandb needs the package wandb: pip install wandb, or choose --tracker tensorboard")
+    known = [name for name in headlines() if name.partition("/")[0] in (DELTA, *settings.task_names)]
+    if settings.keep_best and settings.keep_best not in known:
+        raise UserError(f"--keep-best {settings.keep_best}: choose among {', '.join(known)}")
     if settings.routing_every and (settings.compile or settings.cuda_graphs):
         raise UserError("routing_every records what a compiled or graphed step hides: leave out one of them")
     if settings.cuda_graphs and device.type != "cuda":

@@ -1,7 +1,7 @@
 """Checkpoints: folders ``step-N/`` that are complete before they get their name, and ``last``, a link to the newest.
 
 On a disk without links ``last`` is a file that holds the name step-N. Where it was lost, as copies to such disks, rsync
--r and zip lose it, the newest step-N is taken.
+-r and zip lose it, the newest step-N is taken. ``best`` is such a link too, which a run with --keep-best has.
 
     model.safetensors   every parameter and buffer of the model
     training.pt         the states of optimiser, gradient scaler and random generators, tensors and numbers only
@@ -34,6 +34,7 @@ from train.files.folders import resolved
 from train.files.reading import sha256_of
 
 SUMS = "SHA256SUMS"
+BEST = "best"
 STATES = ("state.json", "config.json")  # of a checkpoint of a run, of an exported one
 # Written into model.safetensors: a program that takes another order would mix up the experts.
 LAYOUT = {"experts": "expert-major: expert e of rank r owns the rows e r .. (e + 1) r of lora_A (N r, in) and the same "
@@ -55,8 +56,10 @@ class State:
     commands: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep: int = 1) -> Path:
-    """Write ``out/step-N``, point ``out/last`` at it, then remove what the run wrote before the newest ``keep``.
+def save(
+    out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep: int = 1, best: int | None = None
+) -> Path:
+    """Write ``out/step-N``, point ``out/last`` at it, then :func:`prune` what the run wrote before.
 
     ``parts`` are objects with a state_dict, one of which is the optimiser. The new checkpoint joins ``state.written``.
     UserError where a weight is not finite, or the disk refuses.
@@ -72,13 +75,20 @@ def save(out: Path, state: State, model: nn.Module, parts: dict[str, Any], keep:
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
         _write_sums(partial)
     write_link(out / "last", folder.name)
-    for name in state.written[:-keep]:
-        if STEP.fullmatch(name):  # from a file, so it may say anything
-            remove_folder(out / name)
-    state.written = state.written[-keep:]
-    for name in ("step-*", "last"):
+    state.written = prune(out, state.written, keep, best)
+    for name in ("step-*", "last", BEST):
         remove_partials(out, name)
     return folder
+
+
+def prune(out: Path, written: list[str], keep: int, best: int | None) -> list[str]:
+    """Removes the checkpoints ``written`` but for the newest ``keep`` and that of the step ``best``; returns those that
+    stay."""
+    kept = [name for name in written if name in (*written[-keep:], f"step-{best}")]
+    for name in written:
+        if name not in kept and STEP.fullmatch(name):  # from a file, so it may say anything
+            remove_folder(out / name)
+    return kept
 
 
 def publish(folder: Path, state: State, to: Path) -> None:
@@ -133,20 +143,26 @@ def failed_writes() -> Iterator[None]:
 
 
 def find(given: Path) -> Path:
-    """The folder step-N, given a run's folder, its ``last`` or step-N itself."""
+    """The folder step-N, given a run's folder, its ``last`` or ``best``, or step-N itself."""
     run = given.parent if given.name == "last" and not given.is_dir() else given
     folder = newest(run)
     if folder is None and os.path.lexists(run / "last"):
         raise UserError(f"{run}/last points nowhere: give a folder step-N")
-    return require_utf8(resolved(folder or given))
+    return require_utf8(resolved(folder or _follow(given)))
 
 
 def newest(run: Path) -> Path | None:
     """The checkpoint that ``run/last`` names or, where that is lost, the one of the most steps; None without any."""
-    last = run / "last"
-    if last.is_file() and STEP.fullmatch(name := last.read_text(encoding="utf-8", errors="replace").strip()):
-        last = run / name
-    return next((folder for folder in (last, *reversed(list_steps(run))) if is_checkpoint(folder)), None)
+    return next(
+        (folder for folder in (_follow(run / "last"), *reversed(list_steps(run))) if is_checkpoint(folder)), None
+    )
+
+
+def _follow(link: Path) -> Path:
+    """What a link names that is a file, as on a disk without links; otherwise the link itself."""
+    if link.is_file() and STEP.fullmatch(name := link.read_text(encoding="utf-8", errors="replace").strip()):
+        return link.with_name(name)
+    return link
 
 
 def list_steps(run: Path) -> list[Path]:
@@ -169,13 +185,14 @@ def require_utf8(path: Path) -> Path:
 
 
 def require_link(out: Path) -> None:
-    """UserError where ``out/last`` is a folder: a copy that followed the link, over which no link can be written."""
-    last = out / "last"
-    if last.is_dir() and not last.is_symlink():
-        raise UserError(
-            f"{last} is a folder and not a link to step-N, perhaps since it was copied: rename it step-N, by the step "
-            f"in its state.json, and give that to --resume"
-        )
+    """UserError where ``last`` or ``best`` in ``out`` is a folder: a copy that followed the link, over which no link
+    can be written."""
+    for link in (out / "last", out / BEST):
+        if link.is_dir() and not link.is_symlink():
+            raise UserError(
+                f"{link} is a folder and not a link to step-N, perhaps since it was copied: rename it step-N, by the "
+                f"step in its state.json, and give that to --resume"
+            )
 
 
 def read_state(folder: Path) -> State:

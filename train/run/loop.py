@@ -29,7 +29,7 @@ from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
 from train.run.pace import Pace
 from train.run.record import NAME, NotFiniteError
-from train.run.scores import CURVES, describe_scores, record_scores
+from train.run.scores import CURVES, describe_best, describe_scores, keep_best, record_scores
 from train.run.start import (
     Run,
     begin_files,
@@ -77,6 +77,7 @@ def train(flags: dict[str, Any], resume: str | None, argv: Sequence[str]) -> dic
             run.commands.append({"from_step": run.step, "command": command, "changed": changed})
             if leads():
                 begin_files(run)
+                keep_best(run)
             with tracker(run) as run.record.board:
                 return finish(run, fit(run))
 
@@ -201,7 +202,7 @@ def save(run: Run) -> None:
         return
     settings = asdict(run.settings) | {"out": ""}
     state = checkpoint.State(run.step, settings, run.baselines, run.images, run.written, run.commands)
-    checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep)
+    checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep, run.best)
     run.written = state.written
 
 
@@ -218,7 +219,7 @@ def finish(run: Run, speed: float) -> dict[str, Any]:
         print(f"\n{describe_scores(run)}")
     print(f"\n{score_table(run.baselines | {'trained': metrics})}\n{count_images(run)}\n")
     pictures = (CURVES, "predictions.png", "routing.png")
-    names = ["results.json", "last", NAME, *pictures, "tensorboard"]
+    names = ["results.json", "last", checkpoint.BEST, NAME, *pictures, "tensorboard"]
     print(f"{run.out}/: {', '.join(name for name in names if (run.out / name).exists())}")
     return results
 
@@ -253,6 +254,7 @@ def results_of(run: Run, speed: float, metrics: Metrics) -> dict[str, Any]:
         "images_per_second": round(speed, 2),
         "parameters": {"total": total, "trainable": trainable},
         "final_losses": run.record.mean(LOSS_WINDOW),
+        "best": describe_best(run),
         "metrics": metrics,
         "metrics_constant": run.baselines.get("constant"),
         "metrics_untrained": run.baselines.get("untrained"),

@@ -1,10 +1,12 @@
-"""The scores of a run in its course: Delta_m against the first, their table and curves."""
+"""The scores of a run in its course: Delta_m against the first, their table and curves, and the best checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from train.evaluation.baselines import delta_m, references_of
-from train.output.scores import DELTA, course_table, title_of
+from train.files.atomic import write_link
+from train.output.scores import DELTA, course_table, headlines, title_of
+from train.run import checkpoint
 from train.run.distributed import leads
 from train.run.record import Record, by_task
 from train.run.start import Run
@@ -15,14 +17,38 @@ ROWS = 3  # of the table: the first scores and the newest
 
 
 def record_scores(run: Run, metrics: Metrics) -> None:
-    """Records the scores of this step, with Delta_m against the first, draws the curves."""
+    """Records the scores of this step, with Delta_m against the first, draws the curves and keeps the best
+    checkpoint."""
     known, protocol = run.record.scores, run.data[0].protocol.reported
     first = by_task(next(iter(known.values()))) if known else metrics
     delta = delta_m(metrics, references_of({"protocol": protocol, "metrics": first}))
     run.record.add_scores(run.step, delta, metrics)
     run.record.flush()
     if leads():
+        keep_best(run)
         draw_curves(run.out / CURVES, {run.out.name: run.record}, protocol)
+
+
+def keep_best(run: Run) -> None:
+    """Points ``best`` at the checkpoint of the best scores among those that are there, and drops the one before."""
+    metric = run.settings.keep_best
+    scores = run.record.scores_of(metric)
+    found = {step: value for step, value in scores.items() if checkpoint.is_checkpoint(run.out / f"step-{step}")}
+    sign = 1 if not metric or headlines()[metric].higher_is_better else -1
+    run.best = max(found, key=lambda step: sign * found[step], default=None)
+    if run.best is None:
+        (run.out / checkpoint.BEST).unlink(missing_ok=True)
+    else:
+        write_link(run.out / checkpoint.BEST, f"step-{run.best}")
+    run.written = checkpoint.prune(run.out, run.written, run.settings.keep, run.best)
+
+
+def describe_best(run: Run) -> dict[str, str | int | float] | None:
+    """For results.json: the metric of --keep-best, the step of the checkpoint ``best``, and its score."""
+    if run.best is None:
+        return None
+    metric = run.settings.keep_best
+    return {"metric": metric, "step": run.best, "value": run.record.scores_of(metric)[run.best]}
 
 
 def shown_scores(record: Record, protocol: str) -> list[str]:

@@ -26,6 +26,7 @@ OWNER = "train"
 WRITTEN = (
     "results.json",
     "last",
+    checkpoint.BEST,
     NAME,
     "curves.png",
     "predictions.png",
@@ -58,6 +59,7 @@ class Run:
     step: int = 0
     baselines: dict[str, Metrics] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
+    best: int | None = None  # step of the checkpoint that --keep-best keeps
     stopping: Stopping = field(default_factory=Stopping)
     commands: list[dict[str, Any]] = field(default_factory=list)  # see checkpoint.State
 

@@ -48,6 +48,7 @@ def test_results_name_everything_a_reader_needs(results):
         "images_per_second",
         "parameters",
         "final_losses",
+        "best",
         "metrics",
         "metrics_constant",
         "metrics_untrained",
