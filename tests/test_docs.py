@@ -253,6 +253,7 @@ def test_commands_about_checkpoints_run(runs, few_photos, vit_tiny_weights, monk
         argv = [str(given.get(word, word)) for word in words[3:]]
         assert tools[words[2]]([*argv, *quick.get(words[2], [])]) == 0, words
     run_python("evaluation.md")  # it loads what train.export wrote
+    assert run_python("runs.md")["seg"].keys() >= {1}
 
 
 def run_python(page: str) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def test_the_python_of_a_guide_runs(page, tmp_path, monkeypatch):
 
 def test_no_guide_has_python_that_is_not_run():
     assert {page for page in GUIDES if blocks(GUIDES[page], "python")} == {
-        "evaluation.md", "your-own-layer.md", "your-task.md",
+        "evaluation.md", "runs.md", "your-own-layer.md", "your-task.md",
     }  # fmt: skip
 
 

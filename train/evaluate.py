@@ -41,8 +41,8 @@ from train.tasks import build_metrics, parse_tasks
 DESCRIPTION = """\
 Score a checkpoint, or with --predictions the prediction files of any program, by one protocol.
 
-CHECKPOINT is a run's folder, its 'last' or a folder step-N. Without --data it is scored on the data that it was trained
-on, which may be the rendered scenes. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids),
+CHECKPOINT is a run's folder, its 'last' or 'best', or a folder step-N. Without --data it is scored on the data that it
+was trained on, which may be the rendered scenes. Predictions are semseg/<id>.png and human_parts/<id>.png (class ids),
 sal/<id>.png and edge/<id>.png (255 times the probability), normals/<id>.png (255 (n + 1) / 2), at the photo's size.
 OUT receives results.json."""
 

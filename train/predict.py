@@ -46,7 +46,7 @@ def build_parser() -> Parser:
         "inputs",
         metavar="CHECKPOINT IMAGE|FOLDER",
         nargs="+",
-        help="CHECKPOINT is a run's folder, its 'last', a folder step-N or one of train.export",
+        help="CHECKPOINT is a run's folder, its 'last' or 'best', a folder step-N or one of train.export",
     )
     parser.add_argument(
         "--exported",

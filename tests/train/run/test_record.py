@@ -7,9 +7,11 @@ from uuid import uuid4
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kernels import UserError
 from train.cli import main
+from train.run import loop
 from train.run.record import NAME, NotFiniteError, Record, read_lines, read_record
 
 ROWS = {1: (0.5, 0.25), 2: (0.4, 0.125), 3: (0.3, 0.0625)}
@@ -36,7 +38,7 @@ def test_it_keeps_every_number_and_is_continued(tmp_path):
     losses, norms = torch.rand(5, 2), torch.rand(5)
     for step, row in enumerate(losses, 1):
         record.add_step(step, row, {"gradient_norm": norms[step - 1]}, lr=0.1)
-    record.add_scores(4, {"seg": {"mIoU": 50.5, "mIoU_field": None}})
+    record.add_scores(4, 0.5, {"seg": {"mIoU": 50.5, "mIoU_field": None}})
     record.add("pace", 5, {"images_per_second": 8.0})
     record.flush()
     with path.open("a") as file:
@@ -50,11 +52,14 @@ def test_it_keeps_every_number_and_is_continued(tmp_path):
     again = Record(path, ("seg", "edge"), lines)
     again.begin()
     again.add_step(5, losses[4], {}, lr=0.1)
-    again.add_scores(4, {"seg": {"mIoU": 0.0}})  # known
+    again.add_scores(4, None, {"seg": {"mIoU": 0.0}})  # known
     again.flush()
     found = read_record(path)
     assert found.losses == {step: tuple(row) for step, row in enumerate(losses.tolist(), 1)} == again.losses
-    assert found.scores == {4: {"seg": {"mIoU": 50.5, "mIoU_field": None}}} and found.tasks == ("seg", "edge")
+    assert found.scores == {4: {"delta_m": 0.5, "seg/mIoU": 50.5, "seg/mIoU_field": None}} and found.tasks == (
+        "seg",
+        "edge",
+    )
     assert again.mean(2) == pytest.approx(dict(zip(found.tasks, losses[3:].mean(0).tolist(), strict=True)))
     again.add_step(6, torch.tensor([1.0, torch.inf]), {}, lr=0.1)
     with pytest.raises(NotFiniteError, match="^the loss of edge is inf at step 6$"):
@@ -105,6 +110,21 @@ def test_what_is_no_record_is_one_line(path):
     path.write_text("colour\n")
     with pytest.raises(UserError, match="holds no losses of a step: give the output folder"):
         read_record(path)
+
+
+def test_a_number_that_a_step_returns_by_name_is_logged_everywhere(tmp_path, monkeypatch):
+    def step(run, batch, own=loop.training_step):
+        result = own(run, batch)
+        result.extras["expert_norm"] = result.losses.new_tensor(run.step + 0.5)
+        return result
+
+    monkeypatch.setattr(loop, "training_step", step)
+    sizes = ["--set", "scenes=4", "--set", "val_scenes=2", "--batch-size", "2", "--image-size", "32", "--workers", "0"]
+    assert main(["--tasks", "seg", *sizes, "--steps", "2", "--out", str(tmp_path)]) == 0
+    lines = [line for line in read_lines(tmp_path / NAME) if line["kind"] == "step"]
+    assert [line["expert_norm"] for line in lines] == [0.5, 1.5]
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in curves.Scalars("expert_norm")] == [(1, 0.5), (2, 1.5)]
 
 
 def test_damaged_records_do_not_stop_a_resumed_run(tiny_scenes_run, tmp_path, capsys):
