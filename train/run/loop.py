@@ -153,7 +153,7 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def flush(run: Run) -> None:
-    """Write the record; UserError for one that is not finite, which names task, images and remedy."""
+    """Write the record; UserError for a loss that is not finite, which names task, images and remedy."""
     try:
         run.record.flush()
     except NotFiniteError as error:

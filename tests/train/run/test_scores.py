@@ -103,6 +103,23 @@ def killing(function, out, step):
     return interrupted
 
 
+def test_a_run_that_is_killed_between_checkpoints_continues_its_curves_from_the_last(scored, tmp_path):
+    """Step 3 was logged and is done again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "REPORT_EVERY", 1)
+        patch.setattr(loop, "agreed", lambda _: bool(os.path.exists(tmp_path / "step-2")) and interrupt())
+        assert main([*QUICK, "--out", str(tmp_path)]) == 130
+    assert max(line["step"] for line in read_lines(tmp_path / NAME)) == 3
+    assert main([*QUICK, "--resume", "--out", str(tmp_path)]) == 0
+    assert [line["step"] for line in read_lines(tmp_path / NAME) if line["kind"] == "step"] == [*range(1, 9)]
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("lr")] == [*range(1, 9)]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("metric", "best"), [("seg/mIoU", 4), ("normals/mErr", 6), ("delta_m", 4), ("seg/mIoU_field", None), ("", None)]
 )
