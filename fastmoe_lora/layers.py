@@ -57,7 +57,7 @@ class LoRALinear:
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        adapter = self.adapters.sets.get(self.adapters.selection.name)
+        adapter = self.adapters.sets.get(self.adapters.selection.name)  # type: ignore[arg-type]  # None names no set
         if adapter is None:
             return super().forward(x)  # type: ignore[misc]
         lora, drops = lora_of(self, adapter), adapter.dropout > 0 and self.training
@@ -93,7 +93,7 @@ class LoRAMoE:
     one_task: Tensor  # [0, 1]: the offsets of a pass of one task
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        adapter = self.adapters.sets.get(self.adapters.selection.name)
+        adapter = self.adapters.sets.get(self.adapters.selection.name)  # type: ignore[arg-type]  # None names no set
         if adapter is None:
             return super().forward(x, *rest, **named)  # type: ignore[misc]
         routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()

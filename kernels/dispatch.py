@@ -91,14 +91,14 @@ def lora_moe(
         from kernels import custom_ops  # imports Triton, which not every machine has
 
         return custom_ops.lora_moe(x, base, lora, routers, segments, gating, deterministic)
-    if not isinstance(base, Tensor):
-        with nvtx.span("ffn"):
-            base = reference.frozen(x, base)
     if family == "reference":
         y, g, p = reference.lora_moe(x, base, lora, routers, segments, gating)
         return y, g.detach(), p
     from kernels.experts import custom_ops as experts_ops
 
+    if not isinstance(base, Tensor):
+        with nvtx.span("ffn"):
+            base = reference.frozen(x, base)
     z = reference.router_logits(x, routers, segments)
     return experts_ops.expert_mixture(x, base, Experts(lora[0][None], lora[1][None]), z, segments, gating)
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import nvtx
 from kernels.gating import Gating
 from kernels.segments import TaskSegments
 
@@ -44,8 +45,10 @@ def router_logits(x: Tensor, routers: Tensor, segments: TaskSegments) -> Tensor:
     if segments.counts is None:  # in a compiled pass: every router for every row, of which one is picked
         task = segments.task_of_rows(len(x)).view(-1, 1, 1).expand(-1, 1, routers.shape[1])
         return F.linear(x, routers.flatten(0, 1)).unflatten(1, routers.shape[:2]).gather(1, task).squeeze(1)
-    runs = x.split(segments.counts)
-    return torch.cat([F.linear(run, router) for run, router in zip(runs, routers, strict=True)])
+    counts = segments.counts
+    if all(count == counts[0] for count in counts):
+        return torch.bmm(x.unflatten(0, (len(counts), counts[0])), routers.mT).flatten(0, 1)
+    return torch.cat([F.linear(run, router) for run, router in zip(x.split(counts), routers, strict=True)])
 
 
 def log_mask(z: Tensor, k: int, shared: int = 0) -> Tensor:
@@ -108,11 +111,13 @@ def lora_moe(
     x (T, d) and base (T, D) share a floating type; instead of its output, ``base`` may be a frozen layer's weights.
     ``lora`` is (A (R, d), B (D, R)). A, B and the routers may have a wider type; A and B are cast to that of x.
     """
-    if not isinstance(base, Tensor):
-        base = frozen(x, base)
     a, b = (weight.to(x.dtype) for weight in lora)
     z = router_logits(x, routers, segments)
     g = gates(z, gating)
     hidden = F.linear(x, a)
     gated = (hidden.unflatten(-1, (g.shape[1], -1)) * g.unsqueeze(-1)).flatten(-2).to(x.dtype)
-    return torch.addmm(base, gated, b.t()), g, mean_probs(z, segments)
+    p = mean_probs(z, segments)
+    if not isinstance(base, Tensor):  # last, since it fills the caches with other data
+        with nvtx.span("ffn"):
+            base = frozen(x, base)
+    return torch.addmm(base, gated, b.t()), g, p
