@@ -42,11 +42,12 @@ class Adapter:
 @dataclass
 class Adapters:
     """The sets of one layer by name, and the names of the FFN's parts that the kernels can compute: two linear layers
-    with GELU between them; () if the layer is a linear layer itself, None if it must always be called."""
+    with GELU between them; () if the layer is a linear layer itself, None if it must always be called. No set is called
+    None, by which a selection switches all off."""
 
     selection: Selection
     inner: tuple[str, ...] | None = None
-    sets: dict[str, Adapter] = field(default_factory=dict)
+    sets: dict[str | None, Adapter] = field(default_factory=dict)
 
 
 class LoRALinear:
@@ -57,7 +58,7 @@ class LoRALinear:
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        adapter = self.adapters.sets.get(self.adapters.selection.name)  # type: ignore[arg-type]  # None names no set
+        adapter = self.adapters.sets.get(self.adapters.selection.name)  # None names no set
         if adapter is None:
             return super().forward(x)  # type: ignore[misc]
         lora, drops = lora_of(self, adapter), adapter.dropout > 0 and self.training
@@ -93,7 +94,7 @@ class LoRAMoE:
     one_task: Tensor  # [0, 1]: the offsets of a pass of one task
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        adapter = self.adapters.sets.get(self.adapters.selection.name)  # type: ignore[arg-type]  # None names no set
+        adapter = self.adapters.sets.get(self.adapters.selection.name)  # None names no set
         if adapter is None:
             return super().forward(x, *rest, **named)  # type: ignore[misc]
         routing, config, rows = adapter.routing, adapter.config, x.shape[:-1].numel()
