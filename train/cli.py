@@ -27,7 +27,8 @@ DESCRIPTION = """\
 Train a multi-task ViT with a LoRA mixture-of-experts and show what it learned.
 
 Without --data it trains on rendered scenes (recipe 'scenes', minutes on two CPU cores); with --data on a PASCAL_MT
-tree. OUT receives results.json, last (the newest checkpoint), predictions.png and routing.png."""
+tree. OUT receives results.json, last (the newest checkpoint), metrics.jsonl (losses and scores), curves.png,
+predictions.png and routing.png."""
 
 
 HEAD = re.compile(r'"""``python -m (train\.\w+).*``: (.*)"""')  # of a command's file: its name, what it does
@@ -211,8 +212,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=DELTA,
         metavar="METRIC",
-        help="keep the best checkpoint that --eval-every scores, too, as best: by TASK/KEY, such as seg/mIoU, or "
-        "without METRIC by Delta_m against the first scores",
+        help="also keep the checkpoint that scored best, as OUT/best: by TASK/KEY, such as seg/mIoU, or without METRIC "
+        "by Delta_m against the first scores",
     )
     group.add_argument(
         "--compile", action="store_true", help="compile backbone and heads for training steps (a minute at the start)"
