@@ -20,6 +20,7 @@ from train.output.scores import DELTA
 from train.output.tables import format_table
 from train.output.versions import versions
 from train.protocols import PROTOCOLS
+from train.run.optimizers import OPTIMIZERS, TIMM
 from train.run.stopping import TerminatedError
 from train.tasks import DEFAULT_TASKS, TASKS
 
@@ -198,7 +199,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--accumulate", type=int, metavar="N", help="parts in which the batch goes through the model, to save memory"
     )
-    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW")
+    group.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}, or {TIMM}NAME of the package timm; each has its own scale of --lr",
+    )
+    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     group.add_argument("--loss-weights", metavar="T=X,..", help="loss weight per task")
     group.add_argument(
         "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"

@@ -20,8 +20,9 @@ from train.files.atomic import make_folder, write_json
 from train.files.folders import claim, require_new
 from train.output.scores import score_table
 from train.run import checkpoint
-from train.run.build import build_data, build_optimizer, load_checkpoint, rebuild_model
+from train.run.build import build_data, load_checkpoint, rebuild_model
 from train.run.loop import train
+from train.run.optimizers import build_optimizer
 from train.tasks import Metrics
 
 CALIBRATION_BATCHES = 32  # of the training images, on which gates are measured

@@ -89,6 +89,7 @@ FIXED_ON_RESUME = (
     "train_backbone",
     "image_size",
     "batch_size",
+    "optimizer",
     "seed",
     "normalisation",
     "protocol",
@@ -136,6 +137,7 @@ class Settings:
     steps: int = 0
     batch_size: int = 8
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float = 5e-4
     weight_decay: float = 1e-4
     warmup: float = 0.05

@@ -1,4 +1,4 @@
-"""From settings to the objects of a run: data sets, model, optimiser, learning rate."""
+"""From settings to the objects of a run: data sets and model."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmoe_lora import adapt, parameter_groups
+from fastmoe_lora import adapt
 from fastmoe_lora.ranks import world_size
 from kernels import UserError, resolve_kernel
 from model import (
@@ -38,8 +38,8 @@ from train.config.settings import SITES, Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.datasets.sampler import one_composition
 from train.output.scores import DELTA, headlines
-from train.run import checkpoint
-from train.run.backbone import is_adapter, is_plain, is_run, weights_of_run
+from train.run import checkpoint, optimizers
+from train.run.backbone import is_plain, is_run, weights_of_run
 from train.tasks import Classes, output_channels
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
@@ -69,6 +69,7 @@ def require_possible(settings: Settings, device: torch.device) -> None:
             f"--accumulate {settings.accumulate} in {world_size()} processes needs a batch of {least} images at least, "
             f"not {settings.batch_size}"
         )
+    optimizers.require_known(settings.optimizer)
     if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker wandb needs the package wandb: pip install wandb, or choose --tracker tensorboard")
     known = [name for name in headlines() if name.partition("/")[0] in (DELTA, *settings.task_names)]
@@ -80,6 +81,8 @@ def require_possible(settings: Settings, device: torch.device) -> None:
         raise UserError("--cuda-graphs needs a GPU: leave it out")
     if settings.cuda_graphs and (world_size() > 1 or settings.compile):
         raise UserError("--cuda-graphs is for one process without --compile: leave one of them out")
+    if settings.cuda_graphs and settings.optimizer != "adamw":
+        raise UserError(f"--cuda-graphs records the step of AdamW, not {settings.optimizer}: leave out one of them")
     if settings.cuda_graphs and (settings.precision == "fp16" or settings.on_nonfinite == "skip"):
         raise UserError("--cuda-graphs cannot record a step that may be skipped: use bf16 and --on-nonfinite stop")
 
@@ -237,18 +240,3 @@ def _encoder_of_run(settings: Settings) -> MultiTaskViT:
     if theirs.model != settings.model:
         raise UserError(f"the encoder in {folder} is a {theirs.model}: give --model {theirs.model}")
     return model
-
-
-def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms. A group's
-    ``lr_scale`` multiplies its learning rate."""
-    groups = parameter_groups(model, settings.weight_decay)
-    if settings.train_backbone and isinstance(model, MultiTaskViT):
-        pretrained = {id(parameter) for name, parameter in model.vit.named_parameters() if not is_adapter(name)}
-        groups = [
-            group | {"params": params, "lr_scale": scale}
-            for group in groups
-            for inside, scale in ((True, settings.backbone_lr), (False, 1.0))
-            if (params := [p for p in group["params"] if (id(p) in pretrained) == inside])
-        ]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)

@@ -27,6 +27,7 @@ from train.run.build import kernel_of
 from train.run.constant import constant_scores
 from train.run.distributed import agreed, from_leader, leads, processes
 from train.run.graphs import GraphedStep
+from train.run.optimizers import averaged
 from train.run.pace import Pace
 from train.run.record import NAME, NotFiniteError
 from train.run.scores import CURVES, describe_best, describe_scores, keep_best, record_scores
@@ -183,7 +184,7 @@ def score(run: Run, title: str) -> tuple[Metrics, RoutingStatistics | None]:
     """The model's metrics over the validation set, and its routing."""
     s, val_set = run.settings, run.data[1]
     loader = eval_loader(val_set, s.task_names, s.batch_size, s.workers)
-    with run.computing():
+    with averaged(run.optimizer), run.computing():
         return validate(run.model, loader, val_set.classes, title)
 
 
@@ -202,7 +203,8 @@ def save(run: Run) -> None:
         return
     settings = asdict(run.settings) | {"out": ""}
     state = checkpoint.State(run.step, settings, run.baselines, run.images, run.written, run.commands)
-    checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep, run.best)
+    with averaged(run.optimizer):
+        checkpoint.save(run.out, state, run.model, run.parts, run.settings.keep, run.best)
     run.written = state.written
 
 
@@ -280,7 +282,7 @@ def draw(run: Run, routing: RoutingStatistics | None) -> None:
     indices = pictures.spread(val_set.groups, PICTURES)
     batch = collate([val_set[index, 0] for index in indices], s.task_names).to(run.device)
     run.model.eval()
-    with run.computing():
+    with averaged(run.optimizer), run.computing():
         predictions = {"predicted": run.model(batch.images)}
     pictures.save_predictions(run.out / "predictions.png", batch, predictions, val_set.classes)
     if routing is not None and s.moe_config is not None:

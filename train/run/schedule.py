@@ -14,8 +14,10 @@ def steps_per_epoch(settings: Settings, images: int) -> int:
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
-    """Linear warm-up, then lr * (1 - progress)^0.9."""
+    """Linear warm-up, then lr * (1 - progress)^0.9; a schedule-free optimiser keeps lr."""
     warmup = math.ceil(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
+    if settings.optimizer == "schedule-free":
+        return settings.lr
     return settings.lr * (1 - (step - warmup) / (total - warmup)) ** 0.9

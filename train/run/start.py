@@ -18,6 +18,7 @@ from train.files.atomic import make_folder, probe, remove_partials, write_text
 from train.files.folders import claim, lock, require_own, resolved
 from train.run import build, checkpoint, schedule
 from train.run.distributed import from_leader, leads, parallel
+from train.run.optimizers import build_optimizer
 from train.run.record import NAME, Line, Record, read_lines
 from train.run.stopping import Stopping
 from train.tasks import Metrics
@@ -120,6 +121,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
         torch.use_deterministic_algorithms(True)
     if settings.compile and isinstance(model, MultiTaskViT):
         model.compile_training()
+    optimizer = build_optimizer(settings, model)
     out = from_leader(lambda: claim_folder(settings, folder))
     held = lock(out) if leads() else None
     for name in ("*.png", "*.json", "*.jsonl") if held else ():  # as a killed run left them
@@ -127,7 +129,6 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
     record = Record(out / NAME if leads() else None, model.tasks, earlier_lines(folder, model.tasks))
-    optimizer = build.build_optimizer(settings, model)
     run = Run(settings, out, device, data, images, model, parallel(model), optimizer, scaler, record, held)
     print(announce(run), flush=True)
     return run
