@@ -22,6 +22,7 @@ from train.output.versions import versions
 from train.protocols import PROTOCOLS
 from train.run.optimizers import OPTIMIZERS, TIMM
 from train.run.stopping import TerminatedError
+from train.run.weighting import WEIGHTINGS
 from train.tasks import DEFAULT_TASKS, TASKS
 
 DESCRIPTION = """\
@@ -206,6 +207,11 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     group.add_argument("--loss-weights", metavar="T=X,..", help="loss weight per task")
+    group.add_argument(
+        "--weighting",
+        metavar="NAME",
+        help=f"how the tasks' losses, or gradients, become one update: {', '.join(WEIGHTINGS)} (fixed)",
+    )
     group.add_argument(
         "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"
     )

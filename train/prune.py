@@ -23,6 +23,7 @@ from train.run import checkpoint
 from train.run.build import build_data, load_checkpoint, rebuild_model
 from train.run.loop import train
 from train.run.optimizers import build_optimizer
+from train.run.weighting import build_weighting
 from train.tasks import Metrics
 
 CALIBRATION_BATCHES = 32  # of the training images, on which gates are measured
@@ -101,8 +102,9 @@ def run(options: Namespace) -> None:
     scores = {name: score(settings, which, val_set) for name, which in {"before": model, "pruned": smaller}.items()}
     make_folder(out)
     state = replace(state, settings=state.settings | {"moe": str(config), "out": ""}, written=[])
-    scaler = torch.amp.GradScaler(enabled=False)
-    checkpoint.save(out, state, smaller, {"optimizer": build_optimizer(fewer, smaller), "scaler": scaler})
+    weighting, scaler = build_weighting(fewer), torch.amp.GradScaler(enabled=False)
+    parts = {"optimizer": build_optimizer(fewer, smaller, weighting), "scaler": scaler, "weighting": weighting}
+    checkpoint.save(out, state, smaller, parts)
     if options.steps:
         tuned = train({"steps": total}, str(out), ["--resume", str(out), "--steps", str(total)])
         scores["fine-tuned"] = tuned["metrics"]

@@ -90,6 +90,7 @@ FIXED_ON_RESUME = (
     "image_size",
     "batch_size",
     "optimizer",
+    "weighting",
     "seed",
     "normalisation",
     "protocol",
@@ -143,6 +144,7 @@ class Settings:
     warmup: float = 0.05
     clip_norm: float = 10.0
     loss_weights: str = ",".join(f"{name}={TASKS[name].weight}" for name in DEFAULT_TASKS)
+    weighting: str = "fixed"
     precision: str = "fp32"
     compile: bool = False
     cuda_graphs: bool = False

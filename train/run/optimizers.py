@@ -22,9 +22,12 @@ Groups = list[dict[str, Any]]
 TIMM = "timm:"  # before the name of an optimiser of timm
 
 
-def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
-    """The optimiser of --optimizer over the trainable parameters."""
+def build_optimizer(settings: Settings, model: nn.Module, weighting: nn.Module) -> Optimizer:
+    """The optimiser of --optimizer over the trainable parameters of the model and, without weight decay, those of the
+    weighting."""
     name, groups = settings.optimizer, groups_of(settings, model)
+    if learned := list(weighting.parameters()):
+        groups.append({"params": learned, "weight_decay": 0.0, "lr_scale": 1.0})
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM), groups, settings.lr)
     return OPTIMIZERS[name](groups, settings.lr)

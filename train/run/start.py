@@ -21,6 +21,7 @@ from train.run.distributed import from_leader, leads, parallel
 from train.run.optimizers import build_optimizer
 from train.run.record import NAME, Line, Record, read_lines
 from train.run.stopping import Stopping
+from train.run.weighting import Weighting, build_weighting
 from train.tasks import Metrics
 
 OWNER = "train"
@@ -53,6 +54,7 @@ class Run:
     images: dict[str, str]
     model: MultiTaskModel
     parallel: torch.nn.Module
+    weighting: Weighting
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     record: Record
@@ -82,7 +84,8 @@ class Run:
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds beside the model."""
-        return {"optimizer": self.optimizer, "scaler": self.scaler}
+        stateful = {"weighting": self.weighting} if self.weighting.state_dict() else {}
+        return {"optimizer": self.optimizer, "scaler": self.scaler, **stateful}
 
 
 def find_checkpoint(flags: dict[str, Any], resume: str | None) -> Path | None:
@@ -121,7 +124,8 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
         torch.use_deterministic_algorithms(True)
     if settings.compile and isinstance(model, MultiTaskViT):
         model.compile_training()
-    optimizer = build_optimizer(settings, model)
+    weighting = build_weighting(settings).to(device)
+    optimizer = build_optimizer(settings, model, weighting)
     out = from_leader(lambda: claim_folder(settings, folder))
     held = lock(out) if leads() else None
     for name in ("*.png", "*.json", "*.jsonl") if held else ():  # as a killed run left them
@@ -129,7 +133,7 @@ def set_up(settings: Settings, folder: Path | None) -> Run:
     # From 65,536, torch's default, the weighted losses would overflow, and the first steps would be skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=settings.precision == "fp16")
     record = Record(out / NAME if leads() else None, model.tasks, earlier_lines(folder, model.tasks))
-    run = Run(settings, out, device, data, images, model, parallel(model), optimizer, scaler, record, held)
+    run = Run(settings, out, device, data, images, model, parallel(model), weighting, optimizer, scaler, record, held)
     print(announce(run), flush=True)
     return run
 

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoe_lora.ranks import over_ranks, world_size
 from kernels import nvtx
 from train.datasets.batches import Batch
+from train.run.gradients import TaskGradients
 from train.run.start import Run
+from train.run.weighting import average_gradients
 from train.tasks import TASKS
 
 
@@ -53,11 +55,13 @@ def update(run: Run, batch: Batch) -> StepResult:
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if s.on_nonfinite == "skip" else []
     run.optimizer.zero_grad()
     totals, parts, shares = whole_totals(run, batch), batch.parts(s.accumulate), []
+    gradients = TaskGradients(run.model) if run.weighting.sees_gradients else None
     for number, part in enumerate(parts):
         with reducing(run, number == len(parts) - 1):
-            shares.append(backward(run, part, totals))
+            shares.append(backward(run, part, totals, gradients))
     losses = over_ranks(reduce(operator.add, (share.losses for share in shares)))
     extras = {name: reduce(operator.add, (share.extras[name] for share in shares)) for name in shares[0].extras}
+    extras |= weigh(run, losses, gradients)
     if run.scaler.is_enabled():
         extras["loss_scale"] = run.scaler.scale(losses.new_ones(()))
     with nvtx.span("optimiser"):
@@ -94,22 +98,40 @@ def reducing(run: Run, last: bool) -> Iterator[None]:
             yield
 
 
-def backward(run: Run, part: Batch, totals: dict[str, Tensor]) -> StepResult:
-    """Adds the part's share of the gradient; returns its share of the losses and of the regularisers.
+def backward(run: Run, part: Batch, totals: dict[str, Tensor], gradients: TaskGradients | None) -> StepResult:
+    """Adds the part's share of the gradient, task by task where a weighting sees ``gradients``; returns its share of
+    the losses and of the regularisers.
 
-    DistributedDataParallel divides by the number of processes, of which every one has the same regulariser.
+    DistributedDataParallel divides by the number of processes, of which every one has the same regulariser. It has no
+    part in ``gradients``, which are no single backward pass.
     """
-    s = run.settings
+    s, tasks = run.settings, run.model.tasks
     with run.computing():
-        predictions = run.parallel(part.images, part.index)
+        predictions = (run.parallel if gradients is None else run.model)(part.images, part.index)
     with nvtx.span("losses"):
-        shares = {task: TASKS[task].loss(y, part.labels[task], totals[task]) for task, y in predictions.items()}
-        objective = reduce(operator.add, (s.task_weights[task] * loss for task, loss in shares.items()))
-        objective = objective * world_size()
+        shares = [TASKS[task].loss(predictions[task], part.labels[task], totals[task]) for task in tasks]
+        weights = run.weighting(run.step) * world_size()
+        weighted = [weight * share for weight, share in zip(weights, shares, strict=True)]
         regularisers = {name: value / s.accumulate for name, value in run.model.regularisers().items()}
+        labelled = torch.stack([totals[task].sum() > 0 for task in tasks])
+        rest = run.weighting.penalty(labelled) / s.accumulate
         for name, regulariser in regularisers.items():
-            objective = objective + s.regulariser_weights[name] * regulariser
+            rest = rest + s.regulariser_weights[name] * regulariser
     with nvtx.span("backward"):
-        run.scaler.scale(objective).backward()
-    losses = torch.stack([shares[task] for task in run.model.tasks]).detach()
-    return StepResult(losses, {name: value.detach() for name, value in regularisers.items()})
+        if gradients is None:
+            run.scaler.scale(reduce(operator.add, weighted) + rest).backward()
+        else:
+            gradients.add(weighted, rest)
+    return StepResult(torch.stack(shares).detach(), {name: value.detach() for name, value in regularisers.items()})
+
+
+def weigh(run: Run, losses: Tensor, gradients: TaskGradients | None) -> dict[str, Tensor]:
+    """Lets the weighting see the ``losses`` of the whole batch and complete the gradient; returns its weights."""
+    weights = run.weighting.factors(run.step).detach()
+    if gradients is None:
+        average_gradients(run.weighting)
+    else:
+        weights = weights * gradients.combine(run.weighting, losses, run.step)
+    run.weighting.observe(losses, run.step)
+    named = {f"weight/{task}": weight for task, weight in zip(run.model.tasks, weights, strict=True)}
+    return {} if run.settings.weighting == "fixed" else named

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from train.run import checkpoint
 from train.run.record import read_record
+from train.run.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--image-size", "32", "--batch-size", "4", "--set", "scenes=12", "--set", "val_scenes=5", "--workers", "0"]
@@ -45,6 +46,47 @@ with processes():
         steps.append({**numbers, "gradients": gradients, "buffers": buffers})
     if leads():
         torch.save(steps, sys.argv[1])
+"""
+
+# One step for every weighting, whose parameters are not those that it begins with.
+WEIGHTED = """
+import sys
+from dataclasses import replace
+import torch
+from model.norm import BatchNorm2d
+from train.cli import parse
+from train.config.settings import resolve_settings
+from train.datasets.batches import train_loader
+from train.run import weighting
+from train.run.distributed import leads, parallel, processes
+from train.run.step import training_step
+from train.run.start import set_up
+
+torch.set_default_dtype(torch.float64)
+weighting.WINDOW = 1
+with processes():
+    settings, results = resolve_settings(parse(sys.argv[2:])[0]), {}
+    torch.manual_seed(0)
+    run = set_up(settings, None)
+    for head in run.model.heads.values():  # light heads have no batch norm, over which processes meet in each backward
+        head.mix = torch.nn.Sequential(head.mix, BatchNorm2d(head.HIDDEN))
+    run.parallel = parallel(run.model.double())
+    run.optimizer.step = lambda *_: None
+    (batch,) = train_loader(run.data[0], settings.task_names, settings.batch_size, range(1), settings.seed, 0)
+    for name in weighting.WEIGHTINGS:
+        run.settings = replace(settings, weighting=name)
+        run.weighting, run.step = weighting.build_weighting(run.settings), 2
+        run.weighting.observe(torch.tensor([1.0, 2.0, 3.0]), 0)
+        run.weighting.observe(torch.tensor([2.0, 2.0, 1.0]), 1)
+        with torch.no_grad():
+            for parameter in run.weighting.parameters():
+                parameter.copy_(torch.linspace(-0.5, 0.5, len(parameter)))
+        result = training_step(run, batch)
+        named = [*run.model.named_parameters(), *run.weighting.named_parameters()]
+        gradients = {key: p.grad.clone() for key, p in named if p.requires_grad}
+        results[name] = [result.losses, result.extras, gradients, run.weighting.state_dict()]
+    if leads():
+        torch.save(results, sys.argv[1])
 """
 
 
@@ -87,6 +129,19 @@ def test_losses_and_gradients_of_two_processes_are_those_of_one(flags, tmp_path)
             value.isfinite().all() for tensors in (one["gradients"], one["buffers"]) for value in tensors.values()
         )
         torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+
+
+def test_every_weighting_is_the_same_in_two_processes(tmp_path):
+    script = tmp_path / "weighted.py"
+    script.write_text(WEIGHTED)
+    flags = [*QUICK, "--tasks", "seg,sal,normals", "--head", "light"]
+    for n in (1, 2):
+        finished(launch(n, script, tmp_path / f"{n}.pt", *flags, "--out", tmp_path / f"run-{n}"))
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert one.keys() == two.keys() == WEIGHTINGS.keys()
+    for name in WEIGHTINGS:
+        tolerance = 1e-5 if name in ("cagrad", "nash-mtl") else 1e-9  # those of their solvers
+        torch.testing.assert_close({name: two[name]}, {name: one[name]}, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

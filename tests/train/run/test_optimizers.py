@@ -119,7 +119,7 @@ def test_sgd_is_the_fields():
     model = torch.nn.Module()
     model.weight = weight
     settings = resolve_settings({"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01})
-    optimizer, expected, velocity = build_optimizer(settings, model), weight.detach().clone(), 0
+    optimizer, expected, velocity = build_optimizer(settings, model, torch.nn.Module()), weight.detach().clone(), 0
     for _ in range(3):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
