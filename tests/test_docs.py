@@ -158,7 +158,7 @@ def test_commands_of_the_study_run(tmp_path, monkeypatch):
     quick |= {"train.prune": ["--steps", "1"]}
     commands = [shlex.split(command) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for words in commands:
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 

@@ -1,4 +1,5 @@
-"""``python -m train.study FIGURE``: trains the arms that a figure or table of ASE compares, and compares them."""
+"""``python -m train.study FIGURE``: trains the arms that a figure or table of ASE compares, or all weightings, and
+compares them."""
 
 import os
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from kernels import UserError
 from train.cli import Parser, flags_of, guarded
-from train.config.arms import DECODERS, FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm, arms_of
+from train.config.arms import DECODERS, FIGURES, PRETRAINING, PRETRAINING_SEED, ROUTED, SINGLE, Arm
 from train.config.settings import Settings
 from train.evaluation.baselines import references_of
 from train.evaluation.results import Results, require_comparable
@@ -21,7 +22,7 @@ from train.files.atomic import make_folder, write_json, write_text
 from train.files.folders import claim
 from train.output.charts import draw
 from train.output.versions import versions
-from train.run.arms import Runs
+from train.run.arms import WEIGHTED, Runs, arms_of
 from train.run.course import WRITTEN, draw_routing, read_course
 
 DESCRIPTION = """\
@@ -30,13 +31,14 @@ over several seeds. Finished runs are not repeated: the same command continues a
 
 Without --data it adapts, on rendered scenes, a frozen backbone that was trained on one task. With --data it needs
 --pretrained. OUT receives FIGURE.json, FIGURE.md, FIGURE.png, and in runs/ the runs. fig4 draws, as python -m
-train.routing does, which experts the tasks chose in the course of one run."""
+train.routing does, which experts the tasks chose in the course of one run. weighting compares every weighting of the
+tasks' losses and gradients, and needs the extra torchjd; all stands for the figures and tables of ASE."""
 SCENES, PAPER = "scenes_adapt", "paper"  # the recipes below all arms
 
 
 def build_parser() -> Parser:
     parser = Parser("train.study", DESCRIPTION)
-    choices = [*FIGURES, ROUTED.name, "all"]
+    choices = [*FIGURES, WEIGHTED, ROUTED.name, "all"]
     parser.add_argument("figures", metavar="FIGURE", nargs="+", choices=choices, help=", ".join(choices))
     parser.add_argument("--seeds", type=int, metavar="N", default=3, help="runs of every arm (%(default)s)")
     parser.add_argument("--out", metavar="DIR", default="runs/study", help="(%(default)s)")
@@ -88,8 +90,9 @@ def say(arm: Arm, seed: int, results: Results) -> None:
 
 def run(options: Namespace) -> None:
     shared, out = shared_settings(options), Path(options.out)
-    asked = (*FIGURES, ROUTED.name) if "all" in options.figures else tuple(dict.fromkeys(options.figures))
-    figures = [figure for figure in asked if figure in FIGURES]
+    every = {"all": (*FIGURES, ROUTED.name)}
+    asked = dict.fromkeys(name for given in options.figures for name in every.get(given, (given,)))
+    figures = [figure for figure in asked if figure != ROUTED.name]
     require_shared(shared, [*arms_to_compare(figures), *([ROUTED] if ROUTED.name in asked else [])])
     names = [f"{figure}.{kind}" for figure in figures for kind in ("json", "md", "png")]
     claim(out, "train.study", ["runs", *names, *(WRITTEN if ROUTED.name in asked else ())])

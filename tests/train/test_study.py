@@ -105,6 +105,7 @@ def test_mistakes_are_one_line(backbone, tmp_path, error_of):
         ("fig3a", "lora-rank", 2),
         ("decoders", "decoder_width", 8),
         ("fig4", "routing_every", 1),
+        ("weighting", "weighting", "dwa"),
     ):
         error = error_of(main, figure, *out, "--set", f"{name}={value}")
         assert f"leave out --set {name.replace('-', '_')}" in error

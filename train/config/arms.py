@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from train.config.settings import own_values
+from train.config.settings import Settings, own_values
 from train.tasks import DEFAULT_TASKS
 
 # The first arm of each is the one that the others are compared with.
@@ -21,21 +21,25 @@ SHARED = ("paper", "scenes")  # recipes below the arms', in whose place a study 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: a recipe's values over those that all arms share, on all tasks or on one."""
+    """What is trained: a recipe's values over those that all arms share, on all tasks or on one, by a weighting."""
 
     recipe: str
     tasks: tuple[str, ...] = DEFAULT_TASKS
+    weighting: str = Settings.weighting
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}_{self.tasks[0]}" if len(self.tasks) == 1 else self.recipe
+        single = self.tasks[:1] if len(self.tasks) == 1 else ()
+        weighted = (self.weighting,) if self.weighting != Settings.weighting else ()
+        return "_".join((self.recipe, *single, *weighted))
 
     @property
     def values(self) -> dict[str, Any]:
         own = own_values(self.recipe)
         while (base := own.pop("base")) not in SHARED:
             own = own_values(base) | own
-        return own | {"tasks": ",".join(self.tasks)}
+        weighted = {"weighting": self.weighting} if self.weighting != Settings.weighting else {}
+        return own | {"tasks": ",".join(self.tasks)} | weighted
 
 
 SINGLE = tuple(Arm("stl", (task,)) for task in DEFAULT_TASKS)  # the single-task models of Delta_m
@@ -44,7 +48,3 @@ DECODERS = (Arm("plain"), Arm("fgmoe"), Arm("mlore"))  # they get as many traina
 ROUTED, MOMENTS = Arm("fig4"), 24  # the run whose routing is drawn; how often it is recorded, where its steps are given
 PRETRAINING = Arm("scenes_pretrain", ("seg",))  # the backbone of a study on rendered scenes
 PRETRAINING_SEED = 1000  # whose scenes are none of those that the arms see
-
-
-def arms_of(figure: str) -> tuple[Arm, ...]:
-    return tuple(map(Arm, FIGURES[figure]))

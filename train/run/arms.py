@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels import UserError
-from train.config.arms import DECODERS, LIKE, MOMENTS, ROUTED, Arm
+from train.config.arms import DECODERS, FIGURES, LIKE, MOMENTS, ROUTED, Arm
 from train.config.settings import resolve_settings
 from train.evaluation.results import Results, finished_results
 from train.files.atomic import writing
@@ -18,6 +18,7 @@ from train.run.backbone import settings_of
 from train.run.build import build_model
 from train.run.loop import train
 from train.run.start import count_parameters
+from train.run.weighting import WEIGHTINGS
 
 TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
 STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enough
@@ -25,6 +26,15 @@ STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enou
 WITHOUT_MEANING = ("out", "workers", "device", "kernel", "tracker", "wandb_project", "cache", "recipe", "baselines")
 # These have a flag; other settings are given by --set.
 NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "tracker", "out")
+
+WEIGHTED = "weighting"  # the study of LIKE by every weighting, which is no figure of ASE
+
+
+def arms_of(study: str) -> tuple[Arm, ...]:
+    """What a figure, a table or the study WEIGHTED compares."""
+    if study == WEIGHTED:
+        return tuple(Arm(LIKE.recipe, weighting=name) for name in WEIGHTINGS)
+    return tuple(map(Arm, FIGURES[study]))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class TaskGradients:
             jacobian = over_ranks(jacobian) / world_size()
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad = over_ranks(parameter.grad) / world_size()
+                    parameter.grad.copy_(over_ranks(parameter.grad) / world_size())
         weights = weighting.combine(jacobian @ jacobian.T, losses, step)
         sizes = [parameter.numel() for parameter in self.by_task]
         for parameter, gradient in zip(self.by_task, (weights @ jacobian).split(sizes), strict=True):
@@ -65,4 +65,7 @@ class TaskGradients:
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+    """In the parameter's memory layout, which fused optimisers take for granted."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad += gradient

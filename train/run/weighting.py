@@ -16,7 +16,7 @@ from fastmoe_lora.ranks import over_ranks, world_size
 from kernels import UserError
 from train.config.settings import Settings
 
-WINDOW = 100  # steps over which DWA averages losses
+WINDOW = 50  # steps over which DWA averages losses
 
 
 class Weighting(nn.Module):

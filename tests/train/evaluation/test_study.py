@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from scipy.stats import ttest_rel
 
 from model import VITS, ViT
-from train.config.arms import DECODERS, FIGURES, LIKE, PRETRAINING, ROUTED, SINGLE, arms_of
+from train.config.arms import DECODERS, FIGURES, LIKE, PRETRAINING, ROUTED, SINGLE
 from train.config.settings import resolve_settings
 from train.evaluation.study import compare, paired, table
-from train.run.arms import Runs
+from train.run.arms import WEIGHTED, Runs, arms_of
 from train.run.build import build_model
+from train.run.weighting import WEIGHTINGS
 
 finite = st.floats(-100, 100)
 
@@ -60,6 +61,14 @@ def test_every_arm_has_a_recipe_over_the_papers(figure):
         assert settings.model == "vit_base" and settings.epochs == 40
         for name in ("moe", "gating", "site", "lora_rank", "decoder", "train_backbone"):
             assert getattr(settings, name) == getattr(shared, name)
+
+
+def test_weightings_are_compared_on_the_arm_of_the_other_studies(tmp_path):
+    """So that its runs with the fixed weighting, which come first, are shared."""
+    arms, runs = arms_of(WEIGHTED), Runs(tmp_path, {"recipe": "scenes_adapt"})
+    assert arms[0] == LIKE and len({arm.name for arm in arms}) == len(arms) == len(WEIGHTINGS)
+    assert [resolve_settings(runs.flags(arm, 0)).weighting for arm in arms] == [*WEIGHTINGS]
+    assert "weighting" not in runs.flags(LIKE, 0)
 
 
 def test_decoders_get_as_many_trainable_parameters(tmp_path):

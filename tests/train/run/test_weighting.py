@@ -81,6 +81,19 @@ def test_parts_of_a_batch_add_up_to_it(name, tmp_path):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
+def test_task_by_task_with_weights_of_1_a_step_is_that_of_the_sum(tmp_path):
+    """Of the optimiser too, which reads gradients in the layout of their parameters."""
+    runs = []
+    for name in ("fixed", "gradnorm"):
+        flags = [*QUICK, *THREE, "--weighting", name, "--steps", "4", "--out", str(tmp_path / name)]
+        runs.append(set_up(resolve_settings(parse(flags)[0]), None))
+        runs[-1].model.double()
+        runs[-1].weighting.double()
+        take_steps(runs[-1], 0, 1)
+    ours, theirs = (dict(run.model.named_parameters()) for run in runs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
 def made(name, tasks=3, seed=0):
     return WEIGHTINGS[name]([1.0] * tasks, seed)
 
