@@ -32,7 +32,7 @@ class Weighting(nn.Module):
     def __init__(self, loss_weights: Sequence[float], seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.register_buffer("loss_weights", torch.tensor(loss_weights), persistent=False)
+        self.register_buffer("loss_weights", torch.tensor(loss_weights, dtype=torch.get_default_dtype()), persistent=False)
         self.register_buffer("ones", torch.ones(len(loss_weights)), persistent=False)
 
     def forward(self, step: int) -> Tensor:
