@@ -210,7 +210,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weighting",
         metavar="NAME",
-        help=f"how the tasks' losses, or gradients, become one update: {', '.join(WEIGHTINGS)} (fixed)",
+        help=f"how the tasks' losses, or gradients, become one update: {', '.join(WEIGHTINGS)}",
     )
     group.add_argument(
         "--eval-every", type=int, metavar="E", help="evaluate and checkpoint every E epochs; 0: only at the end"

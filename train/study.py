@@ -1,5 +1,4 @@
-"""``python -m train.study FIGURE``: trains the arms that a figure or table of ASE compares, or all weightings, and
-compares them."""
+"""``python -m train.study FIGURE``: trains the arms of a figure or table of ASE, or all weightings; compares them."""
 
 import os
 import sys

@@ -113,8 +113,7 @@ def backward(run: Run, part: Batch, totals: dict[str, Tensor], gradients: TaskGr
         weights = run.weighting(run.step) * world_size()
         weighted = [weight * share for weight, share in zip(weights, shares, strict=True)]
         regularisers = {name: value / s.accumulate for name, value in run.model.regularisers().items()}
-        labelled = torch.stack([totals[task].sum() > 0 for task in tasks])
-        rest = run.weighting.penalty(labelled) / s.accumulate
+        rest = run.weighting.penalty([totals[task] for task in tasks]) / s.accumulate
         for name, regulariser in regularisers.items():
             rest = rest + s.regulariser_weights[name] * regulariser
     with nvtx.span("backward"):

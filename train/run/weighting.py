@@ -32,7 +32,9 @@ class Weighting(nn.Module):
     def __init__(self, loss_weights: Sequence[float], seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.register_buffer("loss_weights", torch.tensor(loss_weights, dtype=torch.get_default_dtype()), persistent=False)
+        self.register_buffer(
+            "loss_weights", torch.tensor(loss_weights, dtype=torch.get_default_dtype()), persistent=False
+        )
         self.register_buffer("ones", torch.ones(len(loss_weights)), persistent=False)
 
     def forward(self, step: int) -> Tensor:
@@ -43,8 +45,8 @@ class Weighting(nn.Module):
         """(T,), by which the losses times --loss-weights are multiplied at ``step``."""
         return self.ones
 
-    def penalty(self, labelled: Tensor) -> Tensor:
-        """What is added to the weighted losses; ``labelled`` (T,) says which tasks have a label in the batch."""
+    def penalty(self, totals: Sequence[Tensor]) -> Tensor:
+        """What is added to the weighted losses. ``totals``, one per task, count its labels in the whole batch."""
         return self.ones.new_zeros(())
 
     def combine(self, gramian: Tensor, losses: Tensor, step: int) -> Tensor:
@@ -66,7 +68,8 @@ class Uncertainty(Weighting):
     def factors(self, step: int) -> Tensor:
         return (-self.log_variances).exp()
 
-    def penalty(self, labelled: Tensor) -> Tensor:
+    def penalty(self, totals: Sequence[Tensor]) -> Tensor:
+        labelled = torch.stack([total.sum() > 0 for total in totals])
         return (self.log_variances * labelled).sum()
 
 
