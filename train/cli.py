@@ -113,6 +113,12 @@ def add_cache(parser: argparse._ActionsContainer, default: str = "") -> None:
     )
 
 
+def add_tta(parser: argparse._ActionsContainer) -> None:
+    """Adds --tta, which the commands that predict have."""
+    what = "average over mirrored (flip) and resized copies of each image, beside the image itself"
+    parser.add_argument("--tta", metavar="flip,0.75,..", default="", help=what)
+
+
 def new_folder(name: str) -> str:
     """The help of an --out whose default is a folder that did not exist."""
     return f"({name}, or the first of {name}-2, ... that does not exist)"

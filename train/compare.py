@@ -61,6 +61,7 @@ def rows_of(runs: Mapping[str, Results]) -> list[list[str]]:
     heads = [f"{task} {h.key} {'^' if h.higher_is_better else 'v'}" for task, h in shown]
     rows = [["run", *heads]]
     for name, results in runs.items():
+        name += f" (tta {results['tta']})" if "tta" in results else ""
         rows.append([name, *(number(_score(results, task, h.key), h.unit) for task, h in shown)])
     if any("delta_m" in results for results in runs.values()):
         for row, cell in zip(rows, ["Delta_m % ^", *(_delta(results) for results in runs.values())], strict=True):

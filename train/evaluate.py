@@ -11,11 +11,12 @@ from typing import Any
 
 from kernels import UserError
 from model import MultiTaskModel
-from train.cli import Parser, add_cache, guarded, new_folder
+from train.cli import Parser, add_cache, add_tta, guarded, new_folder
 from train.config.settings import Settings, layer
 from train.datasets.base import CLASSES, DataSet, open_dataset, open_tree
 from train.datasets.batches import sample_loader
 from train.datasets.tree import read_split
+from train.evaluation.augmented import AugmentedModel, augment
 from train.evaluation.baselines import describe_delta, with_baseline
 from train.evaluation.predictions import NOTE, keeping, predicted_tasks, read_note, require_predictions, shorten
 from train.evaluation.results import Results, describe_set
@@ -56,7 +57,7 @@ class Subject:
     name: str
     about: dict[str, Any]
     settings: Settings
-    model: MultiTaskModel | None = None
+    model: MultiTaskModel | AugmentedModel | None = None
     trained: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,6 +78,7 @@ def build_parser() -> Parser:
         default="seism",
         help="%(default)s: SEISM, with NMS; none: Multi-Task-Learning-PyTorch, without NMS; iz: MTDP",
     )
+    add_tta(parser)
     add("--save-predictions", metavar="DIR", help="write all predictions to DIR")
     add("--baseline", metavar="FILE|NAME", help="print Delta_m against a published row, a JSON file or a run")
     add("--partial-labels", action="store_true", help="a missing label file means void for that task")
@@ -109,7 +111,7 @@ def _from_checkpoint(options: Namespace) -> Subject:
         least = settings.image_size if protocol.resizes_photos else max(settings.image_size, protocol.own_size)
         unit = protocol.aspect[0] * model.patch  # of the height: the width, too, is then a whole number of patches
         changes["image_size"] = -(-least // unit) * unit
-    about = {"checkpoint": str(folder), "step": state.step}
+    about = {"checkpoint": str(folder), "step": state.step} | ({"tta": options.tta} if options.tta else {})
     trained = {
         "commands": state.commands,
         "settings": state.settings,
@@ -117,7 +119,9 @@ def _from_checkpoint(options: Namespace) -> Subject:
         "device": model.device.type,
         "precision": "fp32",  # whatever it was trained in
     }
-    return Subject(folder.parent.name, about, with_flags(settings, options, changes), model, trained)
+    settings = with_flags(settings, options, changes)
+    augmented = augment(model, options.tta, settings.image_shape)
+    return Subject(folder.parent.name, about, settings, augmented, trained)
 
 
 def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str], dataset: str) -> None:
@@ -133,6 +137,8 @@ def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str],
 
 def _from_files(options: Namespace) -> Subject:
     folder, note = Path(options.predictions), read_note(Path(options.predictions))
+    if options.tta:
+        raise UserError("--tta needs a model, and --predictions are files: give a CHECKPOINT instead")
     if (split := note.get("split", options.split)) != options.split:
         raise UserError(f"{folder} holds predictions of split {split!r}: pass --split {split}")
     settings = Settings(tasks=",".join(chosen_tasks(options.tasks, predicted_tasks(folder), str(folder))))
@@ -143,7 +149,8 @@ def _from_files(options: Namespace) -> Subject:
         changes = layer({name: note[name] for name in names if name in note}, str(folder / NOTE)) | {"data": ""}
     else:
         raise UserError("--predictions are scored with the labels of a tree: give --data")
-    return Subject(folder.resolve().name, {"predictions": str(folder)}, with_flags(settings, options, changes))
+    about = {"predictions": str(folder)} | ({"tta": note["tta"]} if "tta" in note else {})
+    return Subject(folder.resolve().name, about, with_flags(settings, options, changes))
 
 
 def _protocol_of_files(name: str, note: dict[str, Any]) -> dict[str, Any]:
@@ -271,13 +278,15 @@ def announce(results: Results) -> str:
             f"scored    {scored}",
             f"images    {over['images']} of {results['dataset']['name']} {over['split']}{listed}{skipped}",
             f"protocol  {results['protocol']}, predictions are scored at {over['compared_at']}",
+            *([f"tta       {results['tta']}: predictions are means over copies"] if "tta" in results else []),
         ]
     )
 
 
 def summary(results: Results) -> str:
     """The score table, odsF with its images and variant, and Delta_m."""
-    lines = [score_table({"score": results["metrics"]})]
+    title = f"tta {results['tta']}" if "tta" in results else "score"
+    lines = [score_table({title: results["metrics"]})]
     if odsf := results["odsF"]:
         scores = results["metrics"]["edge"]
         values = ", ".join(f"{key} {scores[key]:.2f}" for key in ("odsF", "oisF", "AP", "threshold") if scores[key])

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from kernels import UserError
 from model import ExportedModel, MultiTaskModel
-from train.cli import Parser, guarded, new_folder
+from train.cli import Parser, add_tta, guarded, new_folder
 from train.config.settings import Settings
+from train.evaluation.augmented import AugmentedModel, augment
 from train.evaluation.predictions import write_pictures
 from train.evaluation.validate import require_finite
 from train.files.atomic import make_folder, replacing
@@ -27,6 +28,8 @@ from train.protocols import Protocol
 from train.run import checkpoint
 from train.run.build import load_checkpoint, load_exported
 from train.tasks import TASKS
+
+Model = MultiTaskModel | ExportedModel | AugmentedModel
 
 SHEET = 24  # photos on the contact sheet
 
@@ -53,6 +56,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="a .pt2 file of train.export instead of CHECKPOINT; it can run any code: use only what you trust",
     )
+    add_tta(parser)
     parser.add_argument("--out", metavar="DIR", help=new_folder("runs/predict"))
     return parser
 
@@ -94,9 +98,7 @@ def list_photos(given: Sequence[str]) -> dict[str, Path]:
 
 
 @torch.inference_mode()
-def predict(
-    model: MultiTaskModel | ExportedModel, path: Path, protocol: Protocol
-) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float32]]]:
+def predict(model: Model, path: Path, protocol: Protocol) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float32]]]:
     """(the photo, the raw output of each head, (channels, h, w), without the padding around the photo). UserError where
     the photo cannot be read, or an output is not finite."""
     photo = read_photo(path)
@@ -126,12 +128,13 @@ def write(
     return shown
 
 
-def load(options: Namespace) -> tuple[Settings, MultiTaskModel | ExportedModel, int]:
+def load(options: Namespace) -> tuple[Settings, Model, int]:
     """(settings, model, step) of the checkpoint or the exported file."""
     if options.exported:
-        return load_exported(Path(options.exported))
+        settings, exported, step = load_exported(Path(options.exported))
+        return settings, augment(exported, options.tta, settings.image_shape), step
     settings, model, state = load_checkpoint(checkpoint.find(Path(options.inputs[0])))
-    return settings, model, state.step
+    return settings, augment(model, options.tta, settings.image_shape), state.step
 
 
 def run(options: Namespace) -> int:
@@ -147,8 +150,9 @@ def run(options: Namespace) -> int:
     protocol, classes = settings.source.protocol, settings.source.classes
     names = (*(TASKS[task].folder for task in model.tasks), "overlays", "raw", "sheet.png")
     # Photos of two checkpoints in one folder could not be told apart.
-    out = claim(options.out, f"train.predict of step {step} of {source}", names, "runs/predict")
-    print(f"model     {settings.model} of step {step}: {', '.join(model.tasks)}, protocol {protocol.reported}")
+    tta = f" with --tta {options.tta}" if options.tta else ""
+    out = claim(options.out, f"train.predict of step {step} of {source}{tta}", names, "runs/predict")
+    print(f"model     {settings.model} of step {step}: {', '.join(model.tasks)}, protocol {protocol.reported}{tta}")
     sheet: dict[str, dict[str, NDArray[np.uint8]]] = {}
     faults: list[str] = []
     for name, path in progress(photos.items(), "predict", len(photos)):

@@ -34,7 +34,7 @@ from train.files.reading import read_json, reading
 from train.tasks import TASKS, Picture, Shape
 
 NOTE = "predictions.json"  # the protocol and the source of a folder of predictions
-SCHEMA = {"protocol?": str} | dict.fromkeys(("image_size?", "scenes?", "val_scenes?", "seed?"), int)
+SCHEMA = {"protocol?": str, "tta?": str} | dict.fromkeys(("image_size?", "scenes?", "val_scenes?", "seed?"), int)
 SHOWN = 3  # files or ids that a message names
 
 

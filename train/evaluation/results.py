@@ -29,6 +29,7 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
     "command": str,
     "checkpoint?": str,
     "predictions?": str,
+    "tta?": str,
     "versions": {"*": str},
 }
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from kernels.errors import UserError
 from model import MultiTaskModel
 from train.datasets.base import DataSet
+from train.evaluation.augmented import AugmentedModel
 from train.evaluation.predictions import picture_path, read_picture, require_shape, shorten
 from train.evaluation.validate import finite, require_finite, scores_of
 from train.metrics.base import Metric
@@ -30,7 +31,11 @@ FAST = 100  # images of a fast odsF
 
 
 def predictions_of_model(
-    model: MultiTaskModel, tasks: Sequence[str], batches: Iterable[list[Sample]], protocol: Protocol, every: bool
+    model: MultiTaskModel | AugmentedModel,
+    tasks: Sequence[str],
+    batches: Iterable[list[Sample]],
+    protocol: Protocol,
+    every: bool,
 ) -> Iterator[Predicted]:
     """The model's predictions of those ``tasks`` that an image is labelled for or, with ``every``, of all ``tasks``."""
     for samples in batches:
@@ -43,7 +48,9 @@ def predictions_of_model(
 
 
 @torch.inference_mode()
-def _predict(model: MultiTaskModel, images: np.ndarray, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def _predict(
+    model: MultiTaskModel | AugmentedModel, images: np.ndarray, wanted: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
     """``images`` uint8 (B, H, W, 3) -> postprocessed predictions at the ``wanted`` positions of each task, on the
     CPU."""
     device = model.device

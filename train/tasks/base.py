@@ -124,6 +124,18 @@ class Task(ABC):
         """Raw output (n, C, H, W) -> what metrics count: class ids, probabilities, unit vectors or logits."""
         return self.metric_type.postprocess(prediction)
 
+    # The mean of several predictions
+
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """Raw output (n, C, H, W) -> (n, K, H, W) in the terms of the label, of which a mean makes sense:
+        probabilities, unit vectors or metres. :meth:`flip` and :meth:`rescale` take it as (H, W, K). By default the
+        raw output."""
+        return prediction
+
+    def from_soft_label(self, soft: Tensor) -> Tensor:
+        """The raw output whose soft label it is."""
+        return soft
+
     # Files
 
     @abstractmethod
@@ -174,6 +186,11 @@ def by_rows(paint: Callable[..., NDArray], *arrays: NDArray) -> NDArray:
     rows = max(1, STRIP * len(arrays[0]) // arrays[0].size)
     tops = range(0, len(arrays[0]), rows)
     return np.concatenate([paint(*(array[top : top + rows] for array in arrays)) for top in tops])
+
+
+def log_probability(probability: Tensor) -> Tensor:
+    """Finite also where a probability has underflown to 0."""
+    return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
 
 
 def count_valid(valid: Tensor) -> Tensor:

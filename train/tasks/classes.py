@@ -24,6 +24,7 @@ from train.tasks.base import (
     at_least_fp32,
     by_rows,
     count_valid,
+    log_probability,
     over_valid,
     resize_channel,
 )
@@ -135,6 +136,13 @@ class ClassTask(Task):
 
     def value_names(self, classes: Sequence[str]) -> Sequence[str]:
         return classes
+
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """The probability of each class."""
+        return prediction.softmax(1)
+
+    def from_soft_label(self, soft: Tensor) -> Tensor:
+        return log_probability(soft)
 
     def to_levels(self, postprocessed: Tensor) -> NDArray[np.uint8]:
         """The class ids."""

@@ -77,6 +77,10 @@ class ImageClass(ClassTask):
         """Class 0, the background, is no image's class: family A pads with it."""
         return np.where(label == 0, VOID, label).astype(np.uint8)
 
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """Of the image, at every pixel."""
+        return super().soft_label(prediction.mean((2, 3), keepdim=True)).expand_as(prediction)
+
     def label_values(self, label: Label) -> Label:
         return self.finish(label)
 

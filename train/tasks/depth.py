@@ -74,6 +74,13 @@ class DepthTask(Task):
         """What looks larger is nearer: both families of the field divide depth by the factor."""
         return label / np.float32(factor)
 
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """Metres."""
+        return self.postprocess(prediction)[:, None]
+
+    def from_soft_label(self, soft: Tensor) -> Tensor:
+        return soft.log()
+
     def label_values(self, label: Label) -> Label:
         return (label > 0).astype(np.uint8)
 

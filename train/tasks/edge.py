@@ -19,6 +19,7 @@ from train.tasks.base import (
     at_least_fp32,
     by_rows,
     count_valid,
+    log_probability,
     over_valid,
     paint_binary,
     paint_probability,
@@ -112,6 +113,14 @@ class EdgeTask(Task):
     loss = staticmethod(edge_loss)
     metric_type = EdgeLoss
     constant_type = ConstantEdge
+
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """The probabilities of no edge and of an edge, each exact near 0."""
+        return torch.cat([-prediction, prediction], dim=1).sigmoid()
+
+    def from_soft_label(self, soft: Tensor) -> Tensor:
+        absent, present = log_probability(soft).chunk(2, dim=1)
+        return present - absent
 
     def to_levels(self, postprocessed: Tensor) -> NDArray[np.float32]:
         """255 p, (H, W)."""

@@ -183,6 +183,10 @@ class NormalsTask(Task):
         lengths = np.linalg.norm(vectors, axis=0)
         return vectors / np.where(lengths > 0, lengths, 1)
 
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """Unit vectors; their mean is shorter."""
+        return unit(prediction)
+
     def label_values(self, label: Label) -> Label:
         return np.any(label, axis=-1)
 

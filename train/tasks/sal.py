@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.metrics.base import Metric, histogram
 from train.metrics.constant import Constant
-from train.tasks.base import VOID, Headline, Picture, Task, by_rows, paint_binary, paint_probability
+from train.tasks.base import VOID, Headline, Picture, Task, by_rows, log_probability, paint_binary, paint_probability
 from train.tasks.classes import class_loss
 
 BETA2 = 0.3
@@ -139,6 +139,13 @@ class SaliencyTask(Task):
     loss = staticmethod(saliency_loss)
     metric_type = Saliency
     constant_type = ConstantSaliency
+
+    def soft_label(self, prediction: Tensor) -> Tensor:
+        """The probabilities of both classes."""
+        return prediction.softmax(1)
+
+    def from_soft_label(self, soft: Tensor) -> Tensor:
+        return log_probability(soft)
 
     def to_levels(self, postprocessed: Tensor) -> NDArray[np.float32]:
         """255 p, (H, W)."""
