@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 
 import fastmoe_lora
 import kernels
@@ -151,6 +152,7 @@ def test_training_commands_run(command, tmp_path, request):
 def test_commands_of_the_study_run(tmp_path, monkeypatch):
     """In their order, on a backbone of two steps."""
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30)).save("PHOTO.jpg")
     tools = {"train.study": study, "train.routing": routing, "train.prune": prune}
     tiny = ["--set", "scenes=8", "--set", "val_scenes=2", "--set", "image_size=16", "--set", "batch_size=4"]
     assert main(["--recipe", "scenes_pretrain", "--steps", "2", *tiny, "--tracker", "none", "--out", "BACKBONE"]) == 0
@@ -158,7 +160,7 @@ def test_commands_of_the_study_run(tmp_path, monkeypatch):
     quick |= {"train.prune": ["--steps", "1"]}
     commands = [shlex.split(command) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         assert tools[words[2]]([*words[3:], *quick.get(words[2], [])]) == 0, words
 
@@ -248,7 +250,7 @@ def test_commands_about_checkpoints_run(runs, few_photos, vit_tiny_weights, monk
     given = {"PASCAL_MT": few_photos, "WEIGHTS.safetensors": vit_tiny_weights}
     commands = [shlex.split(command) for command in COMMANDS]
     commands = [words for words in commands if words[2:] and words[2] in tools]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for words in commands:
         argv = [str(given.get(word, word)) for word in words[3:]]
         assert tools[words[2]]([*argv, *quick.get(words[2], [])]) == 0, words

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from fastmoe_lora import RoutingStatistics
 from train.cli import main as train
@@ -110,6 +111,40 @@ def test_it_is_drawn_and_written_down(recorded, tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("fig4.png", "gate_mass.png", "conflict.png"))
 
 
+def test_experts_are_drawn_over_a_photo(tiny_scenes_run, recorded, tmp_path, capsys, error_of):
+    """Of any run with experts, recorded or not; a PDF where the name says so."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (90, 60), "red").save(photo)
+    assert main([str(tiny_scenes_run), "--image", str(photo), "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out/experts.png").width > 500
+    assert f"{tmp_path}/out/experts.png: experts 16/3/1/4 of step 2, layers 0, 1, 3" in capsys.readouterr().out
+    argv = [recorded, "--image", photo, "--layers", "3,1", "--tasks", "edge", "--to", tmp_path / "maps.pdf"]
+    assert main([*map(str, argv)]) == 0
+    assert "layers 3, 1" in capsys.readouterr().out and (tmp_path / "maps.pdf").read_bytes().startswith(b"%PDF")
+    assert "maps.pdf exists already" in error_of(main, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--image", "/no/such.png"], "no such file: /no/such.png"),
+        (["--image", "PHOTO", "--layers", "0,4"], "--layers 0,4: give different numbers of 0 to 3, such as 0,3"),
+        (["--image", "PHOTO", "--layers", "1,1"], "give different numbers of 0 to 3"),
+        (["--image", "PHOTO", "--layers", "all"], "give different numbers of 0 to 3"),
+        (["--image", "PHOTO", "--tasks", "normals"], "has no task normals: choose --tasks among seg, sal, edge"),
+        (["--image", "PHOTO", "--to", "maps.svg"], "--to maps.svg must end in .png or .pdf"),
+        (["--image", "PHOTO", "--to", "maps.png", "--out", "x"], "--to maps.png names the file: leave out --out"),
+        (["--image", "PHOTO", "--conflict"], "--image draws no gradients"),
+        (["--layers", "0"], "--layers says what --image draws: give a photo"),
+    ],
+)
+def test_a_mistake_about_a_photo_is_one_line(argv, message, recorded, tmp_path, error_of):
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    given = [tmp_path / "photo.png" if word == "PHOTO" else word for word in argv]
+    assert message in error_of(main, recorded, *given)
+    assert not (recorded / "experts.png").exists()
+
+
 def test_mutual_information_of_known_tables():
     apart, alike = torch.eye(2, dtype=torch.float64)[None], torch.full((1, 2, 2), 0.25, dtype=torch.float64)
     assert mutual_information(apart).item() == pytest.approx(torch.tensor(2.0).log().item())
@@ -143,6 +178,8 @@ def test_mistakes_are_one_line(recorded, tiny_scenes_run, tmp_path, capsys, erro
     assert "is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
     assert train([*TINY, "--moe", "none", "--steps", "1", "--out", str(tmp_path / "plain")]) == 0
     assert "has no experts in its backbone" in error_of(main, tmp_path / "plain")
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    assert "has no experts in its backbone" in error_of(main, tmp_path / "plain", "--image", tmp_path / "photo.png")
     assert "typo is not a checkpoint" in error_of(main, tmp_path / "typo") and not (tmp_path / "typo").exists()
     run = shutil.copytree(recorded, tmp_path / "run", symlinks=True)
     (run / "gate_mass.png").write_text("mine")
