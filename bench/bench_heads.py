@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import measure
 from model import HEADS, heads
+from model.backbone import FeatureMap, Level
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, IMAGES, HALF = (768, 8, True) if DEVICE.type == "cuda" else (192, 1, False)
@@ -21,20 +22,20 @@ CHANNELS = 21
 
 
 def bench_heads(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = HEADS["up"](WIDTH, CHANNELS, 16).to(DEVICE)
+    head = HEADS["up"]([Level(WIDTH, 16)], CHANNELS).to(DEVICE)
     compiled = torch.compile(head, fullgraph=True, dynamic=False)
     tokens = torch.randn(IMAGES, 1 + GRID[0] * GRID[1], WIDTH, device=DEVICE, requires_grad=True)
-    to_grid = heads._to_grid
+    to_grid = heads.to_grid
 
     def step(run: Callable[..., Tensor]) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HALF):
-            output = run(tokens, GRID)
+            output = run([FeatureMap(tokens, GRID)])
         output.float().sum().backward()
 
     def in_nchw() -> None:
-        monkeypatch.setattr(heads, "_to_grid", lambda *given: to_grid(*given).contiguous())
+        monkeypatch.setattr(heads, "to_grid", lambda *given: to_grid(*given).contiguous())
         step(head)
-        monkeypatch.setattr(heads, "_to_grid", to_grid)
+        monkeypatch.setattr(heads, "to_grid", to_grid)
 
     steps: dict[str, measure.Step] = {
         "channels-last": lambda: step(head),

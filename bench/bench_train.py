@@ -18,6 +18,7 @@ from bench.peers.baselines import loop
 from fastmoe_lora import LoRAMoE
 from kernels import reference, resolve_kernel
 from model import MultiTaskViT
+from model.backbone import FeatureMap
 from train.config.settings import Settings, resolve_settings
 from train.datasets.batches import Batch, collate
 from train.datasets.scenes.dataset import Scenes
@@ -80,7 +81,7 @@ def heads_seconds(run: Run, batch: Batch) -> float:
 
     def step():
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-            outputs = [head(tokens, grid) for head in model.heads.values()]
+            outputs = [head([FeatureMap(tokens, grid)]) for head in model.heads.values()]
         torch.autograd.backward([output.float().sum() for output in outputs])
 
     return measure.summary(measure.paired({"heads": step}, 0.2, run.device)["heads"])["median"]

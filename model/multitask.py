@@ -1,4 +1,4 @@
-"""The multi-task ViT: one adapted backbone, one head per task, all tasks in one pass."""
+"""The multi-task model: one adapted backbone, one head per task, all tasks in one pass."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastmoe_lora import Routing
 from kernels import nvtx
+from model.backbone import Backbone, FeatureMap
 from model.base import MultiTaskModel
 from model.heads import HEADS
-from model.vit import ViT
 
 
 class MultiTaskViT(MultiTaskModel):
@@ -21,14 +21,14 @@ class MultiTaskViT(MultiTaskModel):
     :func:`fastmoe_lora.adapt` returned for ``vit``, or None where it has no mixture of experts.
     """
 
-    def __init__(self, vit: ViT, channels: Mapping[str, int], head: str, routing: Routing | None = None) -> None:
+    def __init__(self, vit: Backbone, channels: Mapping[str, int], head: str, routing: Routing | None = None) -> None:
         super().__init__()
         self.tasks, self.patch = tuple(channels), vit.patch
         self.vit, self.routing = vit, routing
         self.task_embed = nn.Parameter(torch.empty(len(self.tasks), vit.width).normal_(std=0.02))
-        self.heads = nn.ModuleDict({task: HEADS[head](vit.width, n, vit.patch) for task, n in channels.items()})
+        self.heads = nn.ModuleDict({task: HEADS[head](vit.levels, n) for task, n in channels.items()})
+        self.last = HEADS[head].last  # whether the heads read the last map alone
         # What training steps call; see compile_training().
-        self._encode: Callable[[Tensor, tuple[int, int]], Tensor] = self.vit.encode
         self._heads: dict[str, Callable[..., Tensor]] = dict(self.heads.items())
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
 
@@ -36,30 +36,30 @@ class MultiTaskViT(MultiTaskModel):
         """Compile the backbone, into one graph, and the heads, for training steps, anew for other numbers of images.
         Batches of partially labelled images have some dozen numbers of pairs, more than torch allows by default."""
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
-        self._encode = torch.compile(self.vit.encode, fullgraph=True)
+        self.vit.compile_training()
         self._heads = {task: torch.compile(head, fullgraph=True) for task, head in self.heads.items()}
 
     def forward(self, images: Tensor, index: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Predictions by task; see :class:`MultiTaskModel`."""
         if index is None:
             index = dict.fromkeys(self.tasks, torch.arange(len(images), device=images.device))
-        grid = self.vit.grid(images)
-        with nvtx.span("backbone"), self.batch(index):
-            pairs = self.embed_pairs(images, index)
-            encode = self._encode if self.training else self.vit.encode
-            runs = encode(pairs, grid).split([len(index[task]) if task in index else 0 for task in self.tasks])
+        with nvtx.span("backbone"):
+            maps = self.maps(images, index, self.last)
+        counts = [len(index[task]) if task in index else 0 for task in self.tasks]
+        runs = zip(*([FeatureMap(run, each.grid) for run in each.tokens.split(counts)] for each in maps), strict=True)
         heads = self._heads if self.training else dict(self.heads.items())
         with nvtx.span("heads"):
-            return {task: heads[task](run, grid) for task, run in zip(self.tasks, runs, strict=True) if task in index}
+            return {task: heads[task](run) for task, run in zip(self.tasks, runs, strict=True) if task in index}
+
+    def maps(self, images: Tensor, index: Mapping[str, Tensor], last: bool = False) -> tuple[FeatureMap, ...]:
+        """The backbone's maps of the pairs of ``index``, task-major."""
+        embeddings = zip(self.tasks, self.task_embed, strict=True)
+        with self.batch(index):
+            pairs = [(index[task], e_t) for task, e_t in embeddings if task in index]
+            return self.vit(self.normalise(images), pairs, last)
 
     def batch(self, index: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         """A context for the pass of the pairs of ``index`` through the backbone."""
         if self.routing is None:
             return nullcontext()
         return self.routing.batch([len(index[task]) if task in index else 0 for task in self.tasks])
-
-    def embed_pairs(self, images: Tensor, index: Mapping[str, Tensor]) -> Tensor:
-        """The backbone's input tokens (pairs, L, width), task-major."""
-        tokens = self.vit.embed(self.normalise(images))
-        embeddings = zip(self.tasks, self.task_embed, strict=True)
-        return torch.cat([tokens[index[task]] + e_t for task, e_t in embeddings if task in index])

@@ -1,5 +1,7 @@
 """A vision transformer with timm's parameter names, and its sizes by name."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import UserError
+from model.backbone import Backbone, FeatureMap, Level, Pairs
 from model.rope import RoPE, Rotation, rotate
 
 
@@ -32,7 +35,12 @@ VITS = {
 }
 
 
-TAPS = 4  # blocks whose features a decoder reads; it divides the depth of every size
+TAPS = 4  # blocks whose features decoders and the pyramid read
+
+
+def spaced(depth: int) -> tuple[int, ...]:
+    """The indices of TAPS of ``depth`` blocks, evenly spaced, the last block among them."""
+    return tuple(math.ceil(depth * k / TAPS) - 1 for k in range(1, TAPS + 1))
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -95,19 +103,28 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class ViT(nn.Module):
-    """``embed`` makes tokens of images, ``encode`` runs the blocks over tokens; what happens between (a task
-    embedding, one copy per task) is left to the caller.
+class ViT(Backbone):
+    """``embed`` makes tokens of images, ``encode`` runs the blocks over tokens. The embedding of its task is added to
+    every token of a pair between the two.
 
     Positions are learned and added to the tokens (``pos_embed``), or rotate queries and keys (``rope``); the other one
     is None.
     """
+
+    sites = {"ffn": "blocks.*.mlp", "fc1": "blocks.*.mlp.fc1", "fc2": "blocks.*.mlp.fc2"}
+    lora_layers = {
+        "qkv": ("blocks.*.attn.qkv",),
+        "proj": ("blocks.*.attn.proj",),
+        "fc1": ("blocks.*.mlp.fc1",),
+        "fc2": ("blocks.*.mlp.fc2",),
+    }
 
     def __init__(self, config: ViTConfig, image_size: int) -> None:
         super().__init__()
         if image_size % config.patch:
             raise UserError(f"image size {image_size} is not a multiple of the patch size {config.patch}")
         self.patch, self.width = config.patch, config.width
+        self.levels = (Level(config.width, config.patch),) * TAPS
         side = image_size // config.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width)) if config.registers else None
@@ -117,6 +134,24 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.eps) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self._init_weights()
+        # What training steps call; see compile_training().
+        self._encode: Callable[[Tensor, tuple[int, int]], Tensor] = self.encode
+        self._taps: Callable[[Tensor, tuple[int, int]], tuple[Tensor, ...]] = self.taps
+
+    def compile_training(self) -> None:
+        """Compile the blocks, into one graph, for training steps."""
+        self._encode, self._taps = (torch.compile(each, fullgraph=True) for each in (self.encode, self.taps))
+
+    def forward(self, images: Tensor, pairs: Pairs | None = None, last: bool = False) -> tuple[FeatureMap, ...]:
+        """The maps; see :class:`Backbone`."""
+        tokens, grid = self.embed(images), self.grid(images)
+        if pairs is not None:
+            tokens = torch.cat([tokens[rows] + e_t for rows, e_t in pairs])
+        if last:
+            outputs: tuple[Tensor, ...] = ((self._encode if self.training else self.encode)(tokens, grid),)
+        else:
+            outputs = (self._taps if self.training else self.taps)(tokens, grid)
+        return tuple(FeatureMap(output, grid) for output in outputs)
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -156,11 +191,10 @@ class ViT(nn.Module):
 
         ``grid`` as in :meth:`encode`.
         """
-        every, taps, rotation = len(self.blocks) // TAPS, [], self._rotation(grid)
-        for i, block in enumerate(self.blocks, start=1):
+        taps, rotation, read = [], self._rotation(grid), spaced(len(self.blocks))
+        for i, block in enumerate(self.blocks):
             tokens = block(tokens, rotation)
-            if i % every == 0:
-                taps.append(tokens)
+            taps += [tokens] * read.count(i)  # of fewer blocks than TAPS some are read twice
         return *taps[:-1], self.norm(taps[-1])
 
     def _rotation(self, grid: tuple[int, int] | None) -> Rotation | None:

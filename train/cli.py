@@ -171,7 +171,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "backbone is taken; with them the "
         "backbone is frozen, without them it is trained in full",
     )
-    group.add_argument("--head", choices=HEADS, help="the paper's up head, or a light one for CPUs")
+    group.add_argument("--head", choices=HEADS, help="up: the paper's; light: for CPUs; pyramid: of four maps")
     group.add_argument(
         "--decoder",
         choices=DECODERS,

@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import UserError, nvtx
+from model.backbone import Backbone, to_grid
 from model.base import MultiTaskModel
 from model.decoders.base import Decoder, Features, Frame
 from model.multitask import MultiTaskViT
-from model.vit import ViT
 
 
 class EncoderDecoder(MultiTaskModel):
     """The features of four blocks of a frozen encoder go to a decoder, which alone is trained.
 
-    The encoder is a ViT, which runs once per image, or a trained :class:`MultiTaskViT`, which runs once per labelled
-    (image, task) pair. Its weights are not part of the state dict. Their hash is, and a state dict with another one is
-    refused: the decoder in it belongs to another encoder.
+    The encoder is a backbone, which runs once per image, or a trained :class:`MultiTaskViT`, which runs once per
+    labelled (image, task) pair. Its weights are not part of the state dict. Their hash is, and a state dict with
+    another one is refused: the decoder in it belongs to another encoder.
     """
 
     encoder_sha256: Tensor
 
     def __init__(
         self,
-        encoder: ViT | MultiTaskViT,
+        encoder: Backbone | MultiTaskViT,
         channels: Mapping[str, int],
         grid: tuple[int, int],
         make: Callable[[Frame], Decoder],
@@ -37,9 +37,11 @@ class EncoderDecoder(MultiTaskModel):
         known = encoder.tasks if isinstance(encoder, MultiTaskViT) else self.tasks
         if lacking := [task for task in channels if task not in known]:
             raise UserError(f"the encoder has no task {', '.join(lacking)}: choose --tasks among {', '.join(known)}")
-        vit = encoder.vit if isinstance(encoder, MultiTaskViT) else encoder
+        levels = (encoder.vit if isinstance(encoder, MultiTaskViT) else encoder).levels
+        if len(levels) != 4 or len(set(levels)) > 1:
+            raise UserError("decoders read four maps of one size, and this encoder has others: use --head pyramid")
         self.encoder = encoder.requires_grad_(False).eval()
-        self.decoder = make(Frame(vit.width, grid, channels))
+        self.decoder = make(Frame(levels[-1].channels, grid, channels))
         self.set_normalisation((0.5,) * 3, (0.5,) * 3)
         self.register_buffer("encoder_sha256", hash_of(encoder))
         self.register_state_dict_post_hook(_without_encoder)
@@ -69,19 +71,14 @@ class EncoderDecoder(MultiTaskModel):
         return self.decoder.regularisers()
 
     def _encode(self, images: Tensor, index: Mapping[str, Tensor]) -> Features:
-        vit = self.encoder.vit if isinstance(self.encoder, MultiTaskViT) else self.encoder
-        grid = vit.grid(images)
         if isinstance(self.encoder, MultiTaskViT):
-            with self.encoder.batch(index):
-                taps = vit.taps(self.encoder.embed_pairs(images, index), grid)
+            maps = self.encoder.maps(images, index)
             runs = {task: len(index[task]) for task in self.encoder.tasks if task in index}
             rows = torch.arange(sum(runs.values()), device=images.device).split(list(runs.values()))
             index = dict(zip(runs, rows, strict=True))
         else:
-            taps = vit.taps(vit.embed(self.normalise(images)), grid)
-        cells = grid[0] * grid[1]
-        maps = tuple(tap[:, -cells:].transpose(1, 2).unflatten(2, grid) for tap in taps)
-        return Features(maps, index, self.per_task)
+            maps = self.encoder(self.normalise(images))
+        return Features(tuple(to_grid(*each) for each in maps), index, self.per_task)
 
 
 def hash_of(encoder: nn.Module) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from fastmoe_lora import adapt
 from model import HEADS, VITS, MultiTaskViT, ViT, ViTConfig
+from model.backbone import FeatureMap, Level
 
 CHANNELS = {"seg": 21, "parts": 7, "sal": 2, "normals": 3, "edge": 1}
 CONFIG = ViTConfig(width=24, depth=2, heads=3, patch=8)
@@ -48,8 +49,25 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("patch", [8, 14, 16])
 def test_heads_predict_at_image_resolution(head, patch):
-    head = HEADS[head](24, 5, patch)
-    assert head(torch.randn(2, 1 + 3 * 2, 24), (3, 2)).shape == (2, 5, 3 * patch, 2 * patch)
+    head = HEADS[head]([Level(24, patch)] * 4, 5)
+    assert head([FeatureMap(torch.randn(2, 1 + 3 * 2, 24), (3, 2))] * 4).shape == (2, 5, 3 * patch, 2 * patch)
+
+
+def test_the_pyramid_joins_levels_of_any_size_at_a_quarter_of_the_image():
+    """Equal to its equations on maps that are constant, where resizes change nothing."""
+    levels = [Level(8, 4), Level(16, 8), Level(32, 16), Level(64, 32)]
+    head = HEADS["pyramid"](levels, 3).eval()
+    cells = [torch.randn(2, 1, level.channels) for level in levels]
+    sides = [64 // level.stride for level in levels]
+    maps = [FeatureMap(cell.expand(-1, n * n, -1), (n, n)) for cell, n in zip(cells, sides, strict=True)]
+    joined = torch.cat([reduce(cell[:, 0]) for reduce, cell in zip(head.reduce, cells, strict=True)], dim=1)
+    assert joined.shape == (2, 4 * 64 // 4)
+    seen = []
+    head.mix.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    prediction = head(maps)
+    torch.testing.assert_close(seen[0], joined[:, :, None, None].expand(-1, -1, 16, 16))
+    torch.testing.assert_close(prediction[..., 32, 32], head.predict(head.mix(seen[0]))[..., 8, 8])
+    assert prediction.shape == (2, 3, 64, 64)
 
 
 def test_moving_the_1x1_conv_before_the_last_resize_changes_nothing():
@@ -100,7 +118,7 @@ def test_normalisation_is_what_the_weights_want_and_travels_with_them(model, ima
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_run_channels_last(name):
     """From the tokens to the prediction, without a copy into another order of memory."""
-    head, orders = HEADS[name](24, 3, 8), []
+    head, orders = HEADS[name]([Level(24, 8)] * 4, 3), []
 
     def note(module, given, output):
         orders.append(output.is_contiguous(memory_format=torch.channels_last))
@@ -108,12 +126,12 @@ def test_heads_run_channels_last(name):
     for module in head.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(note)
-    prediction = head(torch.randn(2, 1 + 4 * 4, 24), (4, 4))
+    prediction = head([FeatureMap(torch.randn(2, 1 + 4 * 4, 24), (4, 4))] * 4)
     assert prediction.is_contiguous(memory_format=torch.channels_last)
     assert len(orders) >= 2 and all(orders)
 
 
-@pytest.mark.parametrize("head", ["light", "up"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_task_without_images_has_gradients_of_zero(head):
     """Batches of partially labelled sets hold every task, also with no image."""
     model = MultiTaskViT(ViT(ViTConfig(width=16, depth=1, heads=1, patch=8), 16), {"seg": 3, "edge": 1}, head)

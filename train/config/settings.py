@@ -21,14 +21,8 @@ from train.datasets.files import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, Shape, parse_tasks
 
-# Patterns of fastmoe_lora.adapt() for the layers of our ViT that get experts, and for those that get plain LoRA.
-SITES = {"ffn": "blocks.*.mlp", "fc1": "blocks.*.mlp.fc1", "fc2": "blocks.*.mlp.fc2"}
-LORA_TARGETS = {
-    "qkv": "blocks.*.attn.qkv",
-    "proj": "blocks.*.attn.proj",
-    "fc1": "blocks.*.mlp.fc1",
-    "fc2": "blocks.*.mlp.fc2",
-}
+SITES = ("ffn", "fc1", "fc2")  # what gets experts, and what plain LoRA; the backbone has the patterns of their names
+LORA_TARGETS = ("qkv", "proj", "fc1", "fc2")
 DECODERS = ("none", "fgmoe", "plain", "mlore")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, Collection[str]] = {
@@ -188,7 +182,7 @@ class Settings:
         # Fail on a wrong tuple, task or weight now, not when the value is first used.
         _ = (
             self.moe_config,
-            self.lora_patterns,
+            self.lora_layers,
             self.decoder_config,
             self.task_names,
             self.task_weights,
@@ -204,13 +198,13 @@ class Settings:
         return None if self.moe == "none" else MoEConfig.parse(self.moe, self.gating)
 
     @cached_property
-    def lora_patterns(self) -> list[str]:
+    def lora_layers(self) -> list[str]:
         """Which linear layers get plain LoRA; none if its rank is 0."""
         targets = self.lora_targets.split(",") if self.lora_rank else []
         for target in targets:
             if target not in LORA_TARGETS:
                 raise UserError(f"unknown LoRA target {target!r}: choose among {', '.join(LORA_TARGETS)}")
-        return [LORA_TARGETS[target] for target in targets]
+        return targets
 
     @cached_property
     def decoder_config(self) -> FGConfig | MLoREConfig | None:

@@ -34,7 +34,7 @@ from model import (
     read_weights,
 )
 from model.decoders import Decoder, Frame
-from train.config.settings import SITES, Settings, layer
+from train.config.settings import Settings, layer
 from train.datasets.base import DataSet, open_dataset
 from train.datasets.sampler import one_composition
 from train.output.scores import DELTA, headlines
@@ -197,8 +197,9 @@ def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
     """Adds LoRA, experts and heads to ``vit``, whose own parameters stay frozen or trained as they are."""
     moe, rank, routing = settings.moe_config, settings.lora_rank, None
     if moe or rank:
-        lora: dict[str, Any] = {"lora_rank": rank, "lora_where": settings.lora_patterns}
-        tasks, where = len(settings.task_names), SITES[settings.site]
+        layers = [pattern for name in settings.lora_layers for pattern in vit.lora_layers[name]]
+        lora: dict[str, Any] = {"lora_rank": rank, "lora_where": layers}
+        tasks, where = len(settings.task_names), vit.sites[settings.site]
         routing = adapt(vit, moe, tasks, where, **lora, kernel=settings.kernel, freeze=False)
         routing.deterministic = settings.deterministic
     return MultiTaskViT(vit, output_channels(settings.task_names, classes), settings.head, routing if moe else None)

@@ -83,9 +83,8 @@ def test_the_encoder_of_a_run_runs_once_per_labelled_pair_with_its_tasks_feature
     assert seen == [3, 9]
     for task, rows in SOME.items():
         torch.testing.assert_close(some[task], whole[task][rows], rtol=1e-4, atol=1e-5)
-    tokens = run.embed_pairs(images, {"edge": torch.tensor([1])})  # what the run itself computes for this pair
-    with run.batch({"edge": torch.tensor([1])}):
-        last = run.vit.encode(tokens)[:, -16:]
+    alone = run.maps(images, {"edge": torch.tensor([1])})  # what the run itself computes for this pair
+    last = alone[-1].tokens[:, -16:]
     features = model._encode(images, SOME)
     read = features.maps[3][features.index["edge"]].flatten(2).transpose(1, 2)
     torch.testing.assert_close(read, last, rtol=1e-4, atol=1e-5)

@@ -93,6 +93,15 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
     assert name == "scenes" or f"--recipe {name}" in header
 
 
+@pytest.mark.parametrize("name", ["invpt_base", "invpt_large"])
+def test_the_fields_recipes_have_the_fields_setting(name):
+    s = resolve_settings({"recipe": name, "data": "somewhere", "pretrained": "weights.safetensors"})
+    assert (s.steps, s.batch_size, s.lr, s.clip_norm, s.head) == (40_000, 4, 2e-5, 10, "pyramid")
+    assert s.source.protocol.reported == "invpt" and s.image_shape == (512, 512) and not s.frozen_backbone
+    assert [s.task_weights[task] for task in s.task_names] == [1, 2, 5, 10, 50]
+    assert s.model == f"vit_{name.removeprefix('invpt_')}"
+
+
 @pytest.mark.parametrize("bases", [["0"], ["1", "0"], ["1", "2", "1"]])
 def test_a_recipe_that_is_based_on_itself_is_one_line(bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
