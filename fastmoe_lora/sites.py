@@ -109,6 +109,8 @@ def _bypass(modules: dict[str, nn.Module], model: nn.Module, name: str) -> str:
     parent = type(modules[outer] if outer else model)
     if not isinstance(modules[name], nn.Linear) or issubclass(parent, nn.TransformerEncoderLayer):
         return ""  # that one's fast path is switched off
+    if getattr(modules.get(outer, model), f"{own}_bias_separate", False):
+        return ""  # of timm's EVA and BEiT, which read the weight only without this
     read = re.compile(rf"(?<!isinstance\()self\.{re.escape(own)}\.weight\b(?!\.(dtype|device|shape|size))")
     for kind in parent.__mro__:
         for method, function in vars(kind).items():

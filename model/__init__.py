@@ -1,17 +1,20 @@
-"""The multi-task models: an adapted ViT with task heads, or a frozen encoder with a decoder; pretrained weights."""
+"""The multi-task models: an adapted backbone with task heads, or a frozen encoder with a decoder; weights."""
 
 from fastmoe_lora.hub import holds_weights, is_repository
+from model.backbone import Backbone, Level
 from model.base import MultiTaskModel
 from model.converting import convert_source, timm_layout
 from model.decoders import EncoderDecoder, FGConfig, FGMoE, MLoRE, MLoREConfig, Plain
 from model.exporting import ExportedModel, export_program, load_program, save_program
 from model.heads import HEADS
 from model.multitask import MultiTaskViT
+from model.timm_backbone import TimmBackbone
 from model.vit import VITS, ViT, ViTConfig
 from model.weights import NORMALISATIONS, LoadReport, Weights, derive_config, load_pretrained, read_source, read_weights
 
 __all__ = [
     "HEADS",
+    "Backbone",
     "EncoderDecoder",
     "ExportedModel",
     "FGConfig",
@@ -22,8 +25,10 @@ __all__ = [
     "Plain",
     "NORMALISATIONS",
     "VITS",
+    "Level",
     "LoadReport",
     "MultiTaskViT",
+    "TimmBackbone",
     "ViT",
     "ViTConfig",
     "Weights",

@@ -1,11 +1,14 @@
 """What a model needs of its backbone: maps of features on several levels, and where experts and LoRA go."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # per task the rows (n_t,) of its images, and its embedding (width,)
+
+TAPS = 4  # maps of a backbone, which decoders and the pyramid read
 
 
 class Level(NamedTuple):
@@ -27,6 +30,11 @@ def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
     It is a view, whose memory is channels-last. Convolutions, norms and resizes keep that order."""
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+
+def spaced(depth: int) -> tuple[int, ...]:
+    """The indices of TAPS of ``depth`` blocks, evenly spaced, the last block among them."""
+    return tuple(math.ceil(depth * k / TAPS) - 1 for k in range(1, TAPS + 1))
 
 
 class Backbone(nn.Module):

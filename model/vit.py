@@ -1,6 +1,5 @@
 """A vision transformer with timm's parameter names, and its sizes by name."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import UserError
-from model.backbone import Backbone, FeatureMap, Level, Pairs
+from model.backbone import TAPS, Backbone, FeatureMap, Level, Pairs, spaced
 from model.rope import RoPE, Rotation, rotate
 
 
@@ -33,14 +32,6 @@ VITS = {
     "vit_base": ViTConfig(width=768, depth=12, heads=12),
     "vit_large": ViTConfig(width=1024, depth=24, heads=16),
 }
-
-
-TAPS = 4  # blocks whose features decoders and the pyramid read
-
-
-def spaced(depth: int) -> tuple[int, ...]:
-    """The indices of TAPS of ``depth`` blocks, evenly spaced, the last block among them."""
-    return tuple(math.ceil(depth * k / TAPS) - 1 for k in range(1, TAPS + 1))
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:

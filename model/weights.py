@@ -18,6 +18,7 @@ from model.vit import ViT, ViTConfig, resize_pos_embed
 NORMALISATIONS = {  # (mean, std) of RGB in [0, 1]
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
 }
 SATELLITE = "sat493m"  # in the names of DINOv3's files that were trained on satellite images

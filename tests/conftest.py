@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,28 @@ COSTS = {
     "test_slurm.py": "integration",
     "test_wheel.py": "integration",
 }
+TORCHVISION: list[object] = []  # operators exist as long as what defined them
 
 
 def pytest_configure() -> None:
     """No test takes what another test, or a user, has kept. A shell starts what runs in its background to ignore
     interrupts, and children inherit that: then no test of an interrupt could pass."""
     os.environ["FASTMOE_LORA_CACHE"] = ""
+    define_torchvision_operators()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def define_torchvision_operators() -> None:
+    """Let PyPI's torchvision, which is built for CUDA, be imported beside a CPU build of torch: by timm, and by
+    transformers where it is installed. Its import describes the shapes of two operators that do not exist then."""
+    import torch
+
+    built_for_cuda = sys.platform == "linux" and "+" not in metadata.version("torchvision")
+    if torch.version.cuda is None and built_for_cuda:
+        for name in ("nms", "qnms"):
+            TORCHVISION.append(torch.library.Library("torchvision", "FRAGMENT"))
+            TORCHVISION[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def cost(path: Path) -> str:

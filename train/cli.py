@@ -162,7 +162,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", choices=VITS, help="size of the ViT")
+    group.add_argument("--model", metavar="NAME", help=f"{', '.join(VITS)}, or timm:NAME, any backbone of timm")
     group.add_argument(
         "--pretrained",
         metavar="FILE|NAME|RUN",

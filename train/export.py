@@ -110,6 +110,8 @@ def write_program(folder: Path, to: Path) -> None:
     settings, model, state = load_on_cpu(folder, kernel="reference")
     if not isinstance(model, MultiTaskViT):
         raise UserError(f"{folder} holds a decoder, and --to FILE.pt2 takes an adapted ViT: give a folder as --to")
+    if settings.of_timm:
+        raise UserError(f"{folder} has a backbone of timm, and --to FILE.pt2 takes our ViTs: give a folder as --to")
     program = export_program(model, settings.image_shape)
     state = public_state(state, public_settings(settings))
     make_folder(to.parent)

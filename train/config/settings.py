@@ -15,6 +15,7 @@ from typing import Any
 from fastmoe_lora import MoEConfig
 from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
+from model.timm_backbone import PREFIX, width_of
 from train.config.values import convert, load_yaml
 from train.datasets.base import Source, usual_protocol
 from train.datasets.files import Access
@@ -161,7 +162,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and not (name == "model" and self.of_timm):
                 raise UserError(
                     f"unknown {name} {getattr(self, name)!r}: choose among {', '.join(filter(None, choices))}"
                 )
@@ -175,6 +176,8 @@ class Settings:
             raise UserError(f"--moe {self.moe} adapts the backbone, which --decoder {self.decoder} freezes: drop --moe")
         if self.compile and self.decoder != "none":
             raise UserError(f"--compile compiles an adapted backbone, and --decoder {self.decoder} has none: drop one")
+        if self.compile and self.of_timm:
+            raise UserError(f"--compile is for our own ViTs: leave it out with --model {self.model}")
         if 0 < self.decoder_width < 4:
             raise UserError(f"decoder_width is {self.decoder_width}: it must be at least 4, or 0 for the default")
         if self.train_backbone and self.decoder != "none":
@@ -211,8 +214,14 @@ class Settings:
         if self.decoder == "none":
             return None
         if self.decoder == "mlore":
-            return MLoREConfig.of(VITS[self.model].width, self.gating, self.decoder_width)
+            width = width_of(self.model) if self.of_timm else VITS[self.model].width
+            return MLoREConfig.of(width, self.gating, self.decoder_width)
         return FGConfig.parse(self.fg, self.gating if self.decoder == "fgmoe" else "", self.decoder_width)
+
+    @property
+    def of_timm(self) -> bool:
+        """Whether the backbone is a model of timm."""
+        return self.model.startswith(PREFIX)
 
     @property
     def frozen_backbone(self) -> bool:

@@ -35,6 +35,8 @@ def weights_of_run(folder: Path) -> Weights:
     settings = settings_of(folder)
     if settings.decoder != "none":
         raise UserError(f"{folder} holds a decoder and not its encoder: take {settings.pretrained} instead")
+    if settings.of_timm:
+        raise UserError(f"{folder} has a backbone of timm, which is not taken out of a run: give its weights instead")
     tensors = checkpoint.read_weights(folder)
     backbone = {
         name.removeprefix("vit.").replace(".base.", "."): tensor

@@ -17,6 +17,7 @@ from kernels import UserError, resolve_kernel
 from model import (
     NORMALISATIONS,
     VITS,
+    Backbone,
     EncoderDecoder,
     ExportedModel,
     FGMoE,
@@ -24,6 +25,7 @@ from model import (
     MultiTaskModel,
     MultiTaskViT,
     Plain,
+    TimmBackbone,
     ViT,
     ViTConfig,
     Weights,
@@ -31,6 +33,7 @@ from model import (
     is_repository,
     load_pretrained,
     load_program,
+    read_source,
     read_weights,
 )
 from model.decoders import Decoder, Frame
@@ -107,7 +110,7 @@ def build_model(settings: Settings, classes: Classes, counted: bool = False) -> 
     if settings.decoder != "none":
         model: MultiTaskModel = _build_decoder(settings, classes, counted)
     else:
-        vit, normalisation = _build_vit(settings)
+        vit, normalisation = _build_backbone(settings)
         model = _adapt(vit, settings, classes)
         model.set_normalisation(*NORMALISATIONS[normalisation])
     store_frozen(model, COMPUTE[settings.precision])
@@ -120,9 +123,7 @@ def rebuild_model(settings: Settings, classes: Classes, tensors: dict[str, Tenso
     if settings.decoder != "none":
         model: MultiTaskModel = _build_decoder(settings, classes)
     else:
-        backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
-        config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
-        vit = _empty_vit(config, settings).requires_grad_(not settings.frozen_backbone)
+        vit = _empty_like(tensors, settings).requires_grad_(not settings.frozen_backbone)
         model = _adapt(vit, settings, classes)
     checkpoint.load_weights(model, tensors)
     return model.eval()
@@ -151,8 +152,37 @@ def load_on_cpu(folder: Path, kernel: str) -> tuple[Settings, MultiTaskModel, ch
         return settings, rebuild_model(settings, settings.source.classes, weights), state
 
 
-def _build_vit(settings: Settings) -> tuple[ViT, str]:
-    """(the ViT, frozen if it was pretrained; the name of its normalisation)."""
+def _build_backbone(settings: Settings) -> tuple[Backbone, str]:
+    """(the backbone, frozen if it was pretrained; the name of its normalisation)."""
+    return _build_timm(settings) if settings.of_timm else _build_vit(settings)
+
+
+def _build_timm(settings: Settings) -> tuple[Backbone, str]:
+    backbone = TimmBackbone(settings.model, settings.image_shape)
+    normalisation, usual = settings.normalisation or backbone.normalisation, backbone.normalisation
+    if not normalisation:
+        raise UserError(f"{settings.model} declares a mean and deviation of its own: give --set normalisation=NAME")
+    if settings.pretrained:
+        if is_run(settings.pretrained):
+            raise UserError(f"--pretrained {settings.pretrained} is a run, and {settings.model} takes a file or a name")
+        source = read_source(settings.pretrained)
+        report = backbone.load(source)
+        overridden = f"; overridden: {normalisation} normalisation" if normalisation != usual else ""
+        print(f"weights   {source.path}: {report}{overridden}")
+        backbone.requires_grad_(settings.train_backbone)
+    return backbone, normalisation
+
+
+def _empty_like(tensors: dict[str, Tensor], settings: Settings) -> Backbone:
+    """The backbone of a checkpoint's tensors, to be filled with them."""
+    if settings.of_timm:
+        return TimmBackbone(settings.model, settings.image_shape)
+    backbone = {name.removeprefix("vit."): tensor for name, tensor in tensors.items() if name.startswith("vit.")}
+    config = derive_config(VITS[settings.model], backbone, rope="rope.periods" in backbone)
+    return _empty_vit(config, settings)
+
+
+def _build_vit(settings: Settings) -> tuple[Backbone, str]:
     weights = _weights(settings.pretrained) if settings.pretrained else None
     config = VITS[settings.model]
     vit = _empty_vit(weights.adjust(config) if weights else config, settings)
@@ -193,11 +223,16 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _adapt(vit: ViT, settings: Settings, classes: Classes) -> MultiTaskViT:
+def _adapt(vit: Backbone, settings: Settings, classes: Classes) -> MultiTaskViT:
     """Adds LoRA, experts and heads to ``vit``, whose own parameters stay frozen or trained as they are."""
     moe, rank, routing = settings.moe_config, settings.lora_rank, None
     if moe or rank:
         layers = [pattern for name in settings.lora_layers for pattern in vit.lora_layers[name]]
+        if rank and not layers:
+            raise UserError(
+                f"{settings.model} has no layer for lora_targets {settings.lora_targets}: give --set lora_rank=0 or "
+                "--set lora_targets=fc1,fc2"
+            )
         lora: dict[str, Any] = {"lora_rank": rank, "lora_where": layers}
         tasks, where = len(settings.task_names), vit.sites[settings.site]
         routing = adapt(vit, moe, tasks, where, **lora, kernel=settings.kernel, freeze=False)
@@ -223,7 +258,7 @@ def _build_decoder(settings: Settings, classes: Classes, counted: bool = False) 
     if not (source.exists() or is_repository(settings.pretrained)):
         raise UserError(f"the encoder's weights are not at {source}: bring them there, a decoder does not contain them")
     adapted = bool(settings.pretrained) and is_run(source) and not is_plain(checkpoint.find(source))
-    encoder, normalisation = (_encoder_of_run(settings), "") if adapted else _build_vit(settings)
+    encoder, normalisation = (_encoder_of_run(settings), "") if adapted else _build_backbone(settings)
     channels = output_channels(settings.task_names, classes)
     rows, columns = (side // encoder.patch for side in settings.image_shape)
     make = partial(DECODERS[settings.decoder], settings, settings.decoder_config)
