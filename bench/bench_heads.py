@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import measure
 from model import HEADS, heads
-from model.backbone import FeatureMap, Level
+from model.backbone import FeatureMap, Level, to_grid
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, IMAGES, HALF = (768, 8, True) if DEVICE.type == "cuda" else (192, 1, False)
@@ -25,7 +25,6 @@ def bench_heads(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) ->
     head = HEADS["up"]([Level(WIDTH, 16)], CHANNELS).to(DEVICE)
     compiled = torch.compile(head, fullgraph=True, dynamic=False)
     tokens = torch.randn(IMAGES, 1 + GRID[0] * GRID[1], WIDTH, device=DEVICE, requires_grad=True)
-    to_grid = heads.to_grid
 
     def step(run: Callable[..., Tensor]) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=HALF):

@@ -131,7 +131,8 @@ class ViT(Backbone):
 
     def compile_training(self) -> None:
         """Compile the blocks, into one graph, for training steps."""
-        self._encode, self._taps = (torch.compile(each, fullgraph=True) for each in (self.encode, self.taps))
+        self._encode = torch.compile(self.encode, fullgraph=True)
+        self._taps = torch.compile(self.taps, fullgraph=True)
 
     def forward(self, images: Tensor, pairs: Pairs | None = None, last: bool = False) -> tuple[FeatureMap, ...]:
         """The maps; see :class:`Backbone`."""

@@ -5,6 +5,7 @@ import signal
 import sys
 from fnmatch import fnmatch
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,11 @@ def pytest_configure() -> None:
 def define_torchvision_operators() -> None:
     """Let PyPI's torchvision, which is built for CUDA, be imported beside a CPU build of torch: by timm, and by
     transformers where it is installed. Its import describes the shapes of two operators that do not exist then."""
+    if sys.platform != "linux" or not find_spec("torchvision") or "+" in metadata.version("torchvision"):
+        return  # of another index, and built for what its name says
     import torch
 
-    built_for_cuda = sys.platform == "linux" and "+" not in metadata.version("torchvision")
-    if torch.version.cuda is None and built_for_cuda:
+    if torch.version.cuda is None:
         for name in ("nms", "qnms"):
             TORCHVISION.append(torch.library.Library("torchvision", "FRAGMENT"))
             TORCHVISION[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
