@@ -161,8 +161,10 @@ class GradientMethod(Weighting):
         """Without the tasks that have no label in the batch, whose gradients are 0."""
         known = gramian.diagonal() > 0
         inner = gramian[known][:, known].double().cpu()
-        if not len(inner) or not inner.isfinite().all():  # such a step ends the run or is skipped
+        if len(inner) < 2 or not inner.isfinite().all():  # one task alone, or a step that ends the run or is skipped
             return self.ones
+        if self.method != "NashMTL":  # which bounds the update's norm; TorchJD takes small gradients for none
+            inner /= inner.diagonal().mean()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PCGrad draws an order of the tasks
             warnings.simplefilter("ignore")  # cvxpy's, on its speed
             drawn = np.random.SeedSequence([self.seed, step]).generate_state(1)

@@ -187,6 +187,22 @@ def test_a_task_without_a_label_takes_no_part(name):
     assert weights[1] == 0 and torch.equal(weights[::2], two) and (two != 0).all()
 
 
+@pytest.mark.parametrize("name", weighting.METHODS)
+def test_a_batch_with_labels_of_one_task_is_that_tasks(name):
+    weights = made(name).combine(torch.diag(torch.tensor([0.0, 4.0, 0.0])), torch.tensor([0.0, 1.0, 0.0]), 5)
+    assert weights[1] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in weighting.METHODS if name != "nash-mtl"])  # it bounds the norm
+def test_weights_do_not_depend_on_the_scale_of_gradients(name):
+    gradients = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    small, usual, large = (
+        made(name).double().combine(scale * gradients @ gradients.T, torch.ones(3), 5) for scale in (1e-12, 1, 1e12)
+    )
+    assert usual.abs().sum() > 0.1
+    torch.testing.assert_close([small, large], [usual, usual], rtol=1e-3, atol=1e-3)  # of CAGrad's solver
+
+
 @pytest.mark.parametrize("name", ["uncertainty", "dwa", "gradnorm", "pcgrad", "nash-mtl"])
 def test_a_step_that_is_not_finite_changes_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setattr(weighting, "WINDOW", 1)
