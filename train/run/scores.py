@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from train.evaluation.baselines import delta_m, references_of
 from train.files.atomic import write_link
 from train.output.scores import DELTA, course_table, headlines, title_of
 from train.run import checkpoint
 from train.run.distributed import leads
-from train.run.record import Record, by_task
+from train.run.record import NAME, Record, by_task
 from train.run.start import Run
 from train.tasks import Metrics
 
@@ -30,12 +31,16 @@ def record_scores(run: Run, metrics: Metrics) -> None:
 
 
 def keep_best(run: Run) -> None:
-    """Points ``best`` at the checkpoint of the best scores among those that are there, and drops the one before."""
-    metric = run.settings.keep_best
+    """Points ``best`` at the checkpoint of the best scores among those that are there, and drops the one before. One
+    whose scores were lost with the record stays: as the best until others are known, then beside it."""
+    metric, unknown = run.settings.keep_best, best_without_scores(run)
     scores = run.record.scores_of(metric)
     found = {step: value for step, value in scores.items() if checkpoint.is_checkpoint(run.out / f"step-{step}")}
     sign = 1 if not metric or headlines()[metric].higher_is_better else -1
-    run.best = max(found, key=lambda step: sign * found[step], default=None)
+    run.best = max(found, key=lambda step: sign * found[step], default=unknown)
+    if unknown not in (None, run.best):
+        print(f"note      {NAME} has no scores of step-{unknown}, which was the best: it stays beside step-{run.best}")
+        run.written = [name for name in run.written if name != f"step-{unknown}"]
     if run.best is None:
         (run.out / checkpoint.BEST).unlink(missing_ok=True)
     else:
@@ -43,12 +48,21 @@ def keep_best(run: Run) -> None:
     run.written = checkpoint.prune(run.out, run.written, run.settings.keep, run.best)
 
 
-def describe_best(run: Run) -> dict[str, str | int | float] | None:
+def best_without_scores(run: Run) -> int | None:
+    """The step of the checkpoint that ``best`` names, where the record does not have its scores."""
+    folder = checkpoint.find(run.out / checkpoint.BEST)
+    if not run.settings.keep_best or not checkpoint.STEP.fullmatch(folder.name) or not checkpoint.is_checkpoint(folder):
+        return None
+    step = int(folder.name.removeprefix("step-"))
+    return None if step in run.record.scores else step
+
+
+def describe_best(run: Run) -> dict[str, Any] | None:
     """For results.json: the metric of --keep-best, the step of the checkpoint ``best``, and its score."""
     if run.best is None:
         return None
     metric = run.settings.keep_best
-    return {"metric": metric, "step": run.best, "value": run.record.scores_of(metric)[run.best]}
+    return {"metric": metric, "step": run.best, "value": run.record.scores_of(metric).get(run.best)}
 
 
 def shown_scores(record: Record, protocol: str) -> list[str]:

@@ -156,6 +156,19 @@ def test_best_is_scored_and_continued_like_last(links, whole, scored, tmp_path, 
     assert checkpoint.find(out / "best").name == "step-4" and checkpoint.find(out).name == "step-8"
 
 
+def test_a_lost_record_costs_no_checkpoint(whole, scored, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    for name in (NAME, "results.json"):
+        (out / name).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "score", lambda run, title: interrupt())
+        assert main([*QUICK, "--resume", "--out", str(out)]) == 130
+    assert checkpoints(out) == (["step-4", "step-8"], "step-4", "step-8")
+    assert main([*QUICK, "--resume", "--out", str(out)]) == 0
+    assert checkpoints(out) == (["step-4", "step-8"], "step-8", "step-8")
+    assert f"{NAME} has no scores of step-4, which was the best: it stays beside step-8" in capsys.readouterr().out
+
+
 def test_a_metric_that_is_none_is_one_line(tmp_path, error_of):
     error = error_of(main, *QUICK, "edge/loss", "--out", tmp_path / "run")
     assert "--keep-best edge/loss: choose among seg/mIoU, seg/mIoU_field, normals/mErr, delta_m" in error
