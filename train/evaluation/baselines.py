@@ -26,9 +26,9 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
     """Percent: 100 / T sum_t (-1)^{l_t} (M_t - B_t) / B_t over the T tasks of the baseline, l_t = 1 where lower is
     better (ASTMT, CVPR 2019).
 
-    ``scores`` is {task: {key: value}}; where it lacks a score of the baseline, or the baseline's is 0, the result is
-    None. By the field's rule the baseline is one single-task model per task, of the same backbone and under the same
-    protocol.
+    ``scores`` is {task: {key: value}}; where it lacks a score of the baseline, or the baseline has none or one of 0,
+    the result is None. By the field's rule the baseline is one single-task model per task, of the same backbone and
+    under the same protocol.
     """
     gains = []
     for task, reference in baseline.items():
@@ -37,7 +37,7 @@ def delta_m(scores: Mapping[str, Mapping[str, float | None]], baseline: Mapping[
             return None
         gain = value / reference["value"] - 1
         gains.append(gain if reference["higher"] else -gain)
-    return 100 * sum(gains) / len(gains)
+    return 100 * sum(gains) / len(gains) if gains else None
 
 
 def published_rows() -> dict[str, dict[str, Any]]:

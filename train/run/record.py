@@ -173,6 +173,6 @@ def tasks_of(line: Line) -> tuple[str, ...]:
 
 
 def _is_sound(line: Line) -> bool:
-    numbers = (value for name, value in line.items() if "/" in name)
+    numbers = (value for name, value in line.items() if "/" in name or name == "delta_m")
     known = type(line.get("step")) is int and isinstance(line.get("kind"), str)
     return known and all(value is None or type(value) in (int, float) for value in numbers)

@@ -85,6 +85,7 @@ def test_a_mean_is_over_the_steps_that_have_a_label_of_the_task():
         b'{"kind": "step", "step": "2", "loss/seg": 0.4, "loss/sal": 0.1}',
         b'{"kind": "step", "loss/seg": 0.4, "loss/sal": 0.1}',
         b'{"kind": "scores", "step": 2, "seg/mIoU": "high"}',
+        b'{"kind": "scores", "step": 2, "delta_m": "high"}',
         b'{"kind": "st\xff", "step": 2}',
         b"[2]",
         b"",

@@ -169,6 +169,16 @@ def test_a_lost_record_costs_no_checkpoint(whole, scored, tmp_path, capsys):
     assert f"{NAME} has no scores of step-4, which was the best: it stays beside step-8" in capsys.readouterr().out
 
 
+def test_scores_of_which_none_is_defined_do_not_end_a_run(tmp_path):
+    """As where no validation image has a label: Delta_m has no task to be the mean of."""
+    record = Record(None, ("seg", "normals"))
+    run = SimpleNamespace(step=2, out=tmp_path, record=record, written=[], best=None)
+    run.settings = SimpleNamespace(keep_best="", keep=1)
+    run.data = [SimpleNamespace(protocol=SimpleNamespace(reported="ase"))]
+    scores.record_scores(run, {"seg": {"mIoU": None}, "normals": {"mErr": None}})
+    assert record.scores == {2: {"delta_m": None, "seg/mIoU": None, "normals/mErr": None}}
+
+
 def test_a_metric_that_is_none_is_one_line(tmp_path, error_of):
     error = error_of(main, *QUICK, "edge/loss", "--out", tmp_path / "run")
     assert "--keep-best edge/loss: choose among seg/mIoU, seg/mIoU_field, normals/mErr, delta_m" in error
