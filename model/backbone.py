@@ -57,6 +57,6 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, pairs: Pairs | None = None, last: bool = False) -> tuple[FeatureMap, ...]:
         raise NotImplementedError
 
-    def compile_training(self) -> None:
-        """Compile what training steps run."""
+    def compile_training(self, last: bool) -> None:
+        """Compile what training steps run to get the maps, or the ``last`` one alone."""
         raise NotImplementedError

@@ -36,7 +36,7 @@ class MultiTaskViT(MultiTaskModel):
         """Compile the backbone, into one graph, and the heads, for training steps, anew for other numbers of images.
         Batches of partially labelled images have some dozen numbers of pairs, more than torch allows by default."""
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
-        self.vit.compile_training()
+        self.vit.compile_training(self.last)
         self._heads = {task: torch.compile(head, fullgraph=True) for task, head in self.heads.items()}
 
     def forward(self, images: Tensor, index: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -129,10 +129,12 @@ class ViT(Backbone):
         self._encode: Callable[[Tensor, tuple[int, int]], Tensor] = self.encode
         self._taps: Callable[[Tensor, tuple[int, int]], tuple[Tensor, ...]] = self.taps
 
-    def compile_training(self) -> None:
+    def compile_training(self, last: bool) -> None:
         """Compile the blocks, into one graph, for training steps."""
-        self._encode = torch.compile(self.encode, fullgraph=True)
-        self._taps = torch.compile(self.taps, fullgraph=True)
+        if last:
+            self._encode = torch.compile(self.encode, fullgraph=True)
+        else:
+            self._taps = torch.compile(self.taps, fullgraph=True)
 
     def forward(self, images: Tensor, pairs: Pairs | None = None, last: bool = False) -> tuple[FeatureMap, ...]:
         """The maps; see :class:`Backbone`."""

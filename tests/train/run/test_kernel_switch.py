@@ -94,10 +94,12 @@ def test_deterministic_reaches_the_routing(tmp_path, flags):
     assert run.model.routing.deterministic == bool(flags)
 
 
+@pytest.mark.parametrize("head", ["light", pytest.param("pyramid", marks=[pytest.mark.slow, pytest.mark.long])])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
-def test_a_compiled_run_follows_an_eager_one(backend, tmp_path, monkeypatch):
+def test_a_compiled_run_follows_an_eager_one(backend, head, tmp_path, monkeypatch):
     """The backbone is one graph. Its evaluations are not compiled, so that their last batch may be smaller."""
     quick = ["--set", "scenes=8", "--set", "val_scenes=3", "--batch-size", "2", "--workers", "0", "--steps", "3"]
+    quick += ["--head", head]
     graphs = []
     monkeypatch.setattr(torch, "compile", partial(compile_counted, graphs, torch.compile, backend))
     torch._dynamo.reset()
