@@ -98,7 +98,7 @@ def test_triton_without_gpu_or_interpreter_does_not_fall_back(capsys, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv", [["--modle", "vit_tiny"], ["--model", "vit_huge"], ["--steps", "few"], ["--tasks"]])
+@pytest.mark.parametrize("argv", [["--modle", "vit_tiny"], ["--head", "huge"], ["--steps", "few"], ["--tasks"]])
 def test_a_flag_that_does_not_parse_is_one_line_too(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         main(argv)
