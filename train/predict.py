@@ -20,7 +20,7 @@ from train.evaluation.augmented import AugmentedModel, augment
 from train.evaluation.predictions import write_pictures
 from train.evaluation.validate import require_finite
 from train.files.atomic import make_folder, replacing
-from train.files.folders import claim, resolved
+from train.files.folders import claim, resolved, walk_files
 from train.files.images import FORMATS, image_shape, read_photo
 from train.files.printing import printable
 from train.files.progress import progress
@@ -34,7 +34,8 @@ Model = MultiTaskModel | ExportedModel | AugmentedModel
 SHEET = 24  # photos on the contact sheet
 
 DESCRIPTION = f"""\
-Predict all tasks of a checkpoint for photos of any size ({", ".join(FORMATS)}). A folder means all images in it.
+Predict all tasks of a checkpoint for photos of any size ({", ".join(FORMATS)}). A folder means all images in
+it and in its sub-folders, which the files of OUT keep.
 
 OUT receives semseg, human_parts, sal, normals and edge/<name>.png at the photo's size (class ids, 255 times the
 probability, 255 (n + 1) / 2), overlays/<task>/<name>.png, raw/<name>.npz (raw outputs of the heads, float16 (channels,
@@ -62,36 +63,35 @@ def build_parser() -> Parser:
 
 
 def list_photos(given: Sequence[str]) -> dict[str, Path]:
-    """{name: path} of the given images and of the images in the given folders.
+    """{name: path} of the given images and of the images in the given folders and their sub-folders.
 
-    Other files in these folders are skipped; one line on stderr says how many. A photo's name is its file name without
-    the suffix, or with it where two photos share the name without it. UserError for a given file that is not an image,
-    and if there is no image at all.
+    Other files in these folders are skipped; one line on stderr says how many. A photo's name is its file name, after
+    the sub-folders it is in, without the suffix, or with it where two photos share the name without it. UserError for a
+    given file that is not an image, and if there is no image at all.
     """
-    paths, others = [], []
+    found, others = [], []  # pairs (path below the given folder, path)
     for path in map(Path, given):
-        if not path.is_dir():
-            image_shape(path)
-            paths.append(path)
-            continue
-        for file in sorted(file for file in path.iterdir() if file.is_file()):
+        for file in walk_files(path) if path.is_dir() else (path,):
             try:
                 image_shape(file)
-                paths.append(file)
+                found.append((file.relative_to(path) if path.is_dir() else Path(file.name), file))
             except UserError:
+                if file == path:
+                    raise
                 others.append(file)
-    if not paths:
+    if not found:
         raise UserError(f"{', '.join(given)}: no image is there; name photos, or a folder that holds some")
     if others:
         first = printable(str(others[0]))
         print(f"skipped {len(others)} files that are not images, the first: {first}", file=sys.stderr)
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(below.with_suffix("") for below, _ in found)
     named: dict[str, Path] = {}
-    for path in paths:
-        name = path.stem if stems[path.stem] == 1 else path.name
+    for below, path in found:
+        short = below.with_suffix("")
+        name = (short if stems[short] == 1 else below).as_posix()
         if name in named:
             raise UserError(f"{named[name]} and {path} have the same name: predict them into separate folders")
-        if len(os.fsencode(name)) > 255 - len(".png"):
+        if len(os.fsencode(Path(name).name)) > 255 - len(".png"):
             raise UserError(f"{path}: its name is too long for {name}.png: rename it")
         named[name] = path
     return named
@@ -121,8 +121,9 @@ def write(
         write_pictures(out, name, {task: picture})
         write_pictures(out / "overlays", name, {task: overlay})
         shown[task] = thumbnail(overlay)
-    make_folder(out / "raw")
-    with replacing(out / "raw" / f"{name}.npz", sync=False) as partial, partial.open("wb") as file:
+    path = out / "raw" / f"{name}.npz"
+    make_folder(path.parent)
+    with replacing(path, sync=False) as partial, partial.open("wb") as file:
         raw: dict[str, Any] = {task: output.astype(np.float16) for task, output in outputs.items()}
         np.savez_compressed(file, **raw)
     return shown

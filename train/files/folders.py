@@ -15,7 +15,7 @@ from typing import IO
 from kernels.errors import UserError
 from train.files.atomic import make_folder, write_text, writing
 
-MARKS = ("JPEGImages", "gt_sets")  # folders of PASCAL-Context and of NYUD-v2
+MARKS = ("JPEGImages", "gt_sets", "leftImg8bit")  # folders of PASCAL-Context, of NYUD-v2 and of Cityscapes
 RECORD = ".written"  # lines "name <tab> owner"
 _held: list[IO[str]] = []  # locks of the folders that this process has claimed
 
@@ -105,6 +105,25 @@ def require_outside_data(path: Path, flag: str = "--out") -> None:
         for folder in (real, *real.parents):
             if any((folder / mark).is_dir() for mark in MARKS):
                 raise UserError(f"{path} lies inside the data set {folder}, which is only read: choose another {flag}")
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All files below ``folder``, sorted, in linked folders too, each once. Hidden files, and folders that a command
+    has written, are left out. UserError where a folder cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it")
+
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered or (RECORD in names and place != str(folder)):
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = sorted(name for name in names if not name.startswith("."))
+        yield from (file for name in visible if (file := Path(place, name)).is_file())
 
 
 def resolved(path: Path) -> Path:

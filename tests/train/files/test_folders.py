@@ -10,7 +10,7 @@ import pytest
 
 from kernels import UserError
 from train.datasets.base import TREES
-from train.files.folders import MARKS, claim, holding, lock, require_new, require_outside_data
+from train.files.folders import MARKS, claim, holding, lock, require_new, require_outside_data, walk_files
 
 
 def test_a_command_may_write_again_what_it_wrote(tmp_path):
@@ -151,3 +151,18 @@ def test_what_can_be_no_folder_is_one_line(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"^cannot make the folder {tmp_path / name}: "):
         claim(tmp_path / name, "train", ["last"])
+
+
+def test_files_below_a_folder_are_those_of_the_user(tmp_path):
+    """What a command wrote is not read as photos again, unless it is the folder that was given."""
+    out = claim(tmp_path / "photos/out", "train.predict", ["semseg"])
+    (out / "semseg").mkdir()
+    for path in (out / "semseg/a.png", tmp_path / "photos/a.png", tmp_path / "photos/.a.png"):
+        path.touch()
+    assert list(walk_files(tmp_path / "photos")) == [tmp_path / "photos/a.png"]
+    assert list(walk_files(out)) == [out / "semseg/a.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/gone cannot be read .No such file or directory.: make it"):
+        list(walk_files(tmp_path / "gone"))
