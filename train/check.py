@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kernels import UserError
-from train.cli import Parser, add_cache, guarded, new_folder
+from train.cli import Parser, add_cache, add_val_images, guarded, new_folder
 from train.datasets.base import open_tree
 from train.datasets.cache import open_cache
 from train.datasets.files import group_by_tasks
@@ -57,6 +57,7 @@ class Split:
 def build_parser() -> Parser:
     parser = Parser("train.check", DESCRIPTION)
     parser.add_argument("--data", metavar="DIR", required=True, help="the tree, or the folder that contains it")
+    add_val_images(parser)
     parser.add_argument("--tasks", metavar="A,B", help="tasks to check (all that the data set has labels for)")
     parser.add_argument("--partial-labels", action="store_true", help="do not count a missing label file as a fault")
     parser.add_argument(
@@ -80,7 +81,7 @@ def describe(splits: Sequence[Split], tasks: Sequence[str], tree: Tree) -> str:
         faulty = sum(bool(finding.faults) for finding in split.findings)
         sizes = np.array([finding.size for finding in split.findings if finding.size])
         sides = ["/".join(f"{np.quantile(side, q):.0f}" for q in (0, 0.5, 1)) for side in sizes.T[::-1]] or ["-", "-"]
-        counts = len(split.images), tree.official[split.name], faulty
+        counts = len(split.images), "-" if tree.val_images else tree.official[split.name], faulty
         rows.append([split.name, *map(str, counts), *sides])
     tables = [format_table(rows) + "\n(width and height: smallest/median/largest)"]
     return "\n\n".join([*tables, *(format_table(_task_rows(task, splits, tree.classes)) for task in tasks)])
@@ -137,7 +138,7 @@ def draw(path: Path, splits: Sequence[Split], reader: LabelReader, classes: Clas
 
 
 def run(options: Any) -> int:
-    tree = open_tree(options.data)
+    tree = open_tree(options.data, options.val_images)
     tasks = parse_tasks(options.tasks or ",".join(tree.files))
     if options.workers < 0:
         raise UserError(f"workers is {options.workers}: it must not be negative")

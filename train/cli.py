@@ -119,6 +119,16 @@ def add_tta(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--tta", metavar="flip,0.75,..", default="", help=what)
 
 
+def add_val_images(parser: argparse._ActionsContainer, default: str = "") -> None:
+    """Adds --val-images, which every command that lists the images of a tree has."""
+    parser.add_argument(
+        "--val-images",
+        metavar="SHARE[:SEED]|FILE",
+        default=default,
+        help="read no lists: of all photos, this share, or those whose ids FILE lists, are val and the others train",
+    )
+
+
 def new_folder(name: str) -> str:
     """The help of an --out whose default is a folder that did not exist."""
     return f"({name}, or the first of {name}-2, ... that does not exist)"
@@ -143,14 +153,17 @@ def build_parser(prog: str = "train", description: str = DESCRIPTION) -> Parser:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tasks", metavar="A,B", help=f"any of {', '.join(TASKS)} ({','.join(DEFAULT_TASKS)})")
-    group.add_argument("--data", metavar="DIR", help="a tree of PASCAL-Context or NYUD-v2 (rendered scenes)")
+    group.add_argument(
+        "--data", metavar="DIR", help="a tree of PASCAL-Context, NYUD-v2 or Cityscapes (rendered scenes)"
+    )
+    add_val_images(group, argparse.SUPPRESS)
     group.add_argument("--partial-labels", action="store_true", help="a missing label file means void for that task")
     add_cache(group, argparse.SUPPRESS)
     group.add_argument("--skip-bad", action="store_true", help="skip images with a damaged or missing file")
     group.add_argument(
         "--protocol",
         choices=PROTOCOLS,
-        help="selects the preprocessing; compare published numbers only within one protocol (ase; NYUD-v2: nyud_invpt)",
+        help="selects the preprocessing; compare published numbers only within one protocol (the data's usual one)",
     )
     group.add_argument(
         "--image-size",

@@ -127,7 +127,8 @@ def draw(path: Path, runs: Mapping[str, Results], models: Models, cache: str) ->
         tasks=tasks,
         size=given["image_size"],
         protocol_name=results["protocol"].partition("@")[0],
-        access=Access(partial_labels=True, cache=cache),
+        access=Access(partial_labels=True, cache=cache, val_images=given.get("val_images", settings.val_images)),
+        dataset=given["name"],
     )
     dataset = open_dataset(source, over["split"])
     indices = pictures.spread(dataset.groups, PICTURES)

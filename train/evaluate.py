@@ -11,11 +11,10 @@ from typing import Any
 
 from kernels import UserError
 from model import MultiTaskModel
-from train.cli import Parser, add_cache, add_tta, guarded, new_folder
+from train.cli import Parser, add_cache, add_tta, add_val_images, guarded, new_folder
 from train.config.settings import Settings, layer
-from train.datasets.base import CLASSES, DataSet, open_dataset, open_tree
+from train.datasets.base import CLASSES, DataSet, Source, kind_of, open_dataset, open_tree
 from train.datasets.batches import sample_loader
-from train.datasets.tree import read_split
 from train.evaluation.augmented import AugmentedModel, augment
 from train.evaluation.baselines import describe_delta, with_baseline
 from train.evaluation.predictions import NOTE, keeping, predicted_tasks, read_note, require_predictions, shorten
@@ -67,9 +66,15 @@ def build_parser() -> Parser:
     add("checkpoint", nargs="?", metavar="CHECKPOINT")
     add("--predictions", metavar="DIR", help="score the prediction files in DIR instead of a checkpoint")
     add("--tasks", metavar="A,B", help="score only these tasks (all that were predicted)")
-    add("--data", metavar="DIR", help="a tree of PASCAL-Context or NYUD-v2, or the folder that contains it")
+    add("--data", metavar="DIR", help="a tree of PASCAL-Context, NYUD-v2 or Cityscapes, or the folder around it")
+    add_val_images(parser)
     add("--protocol", choices=PROTOCOLS, help="how images, predictions and labels are processed (the run's)")
-    add("--split", metavar="NAME", default="val", help="name of a list in ImageSets/Context or gt_sets (%(default)s)")
+    add(
+        "--split",
+        metavar="NAME",
+        default="val",
+        help="name of a list of images, or of a folder of Cityscapes (%(default)s)",
+    )
     add("--ids", metavar="FILE", help="score only the images of the split whose ids FILE lists, one per line")
     add("--odsf", choices=("fast", "full", "off"), help="compute odsF of edges over 100 images, all or none (fast)")
     add(
@@ -103,8 +108,9 @@ def _from_checkpoint(options: Namespace) -> Subject:
     if options.protocol and not changes["data"]:
         raise UserError("--protocol applies to photos, and rendered scenes have none: give --data")
     protocol = PROTOCOLS[changes["protocol"]]
-    if changes["data"]:
-        _require_same_classes(folder, settings, parse_tasks(tasks), protocol.dataset)
+    if kind := kind_of(changes["data"]):
+        _require_same_classes(folder, settings, parse_tasks(tasks), kind.name)
+        changes["dataset"] = kind.name
     if options.protocol not in (None, settings.protocol):
         # An input of another shape or, where photos are not resized, one that holds them: the position embedding is
         # resampled.
@@ -127,7 +133,7 @@ def _from_checkpoint(options: Namespace) -> Subject:
 def _require_same_classes(folder: Path, trained: Settings, tasks: Sequence[str], dataset: str) -> None:
     """UserError where a model's classes of a task are not those of ``dataset``."""
     own, theirs = trained.source.classes, CLASSES[dataset]
-    name = "rendered scenes" if trained.source.rendered else trained.source.protocol.dataset
+    name = "rendered scenes" if trained.source.rendered else trained.source.dataset_name
     if other := [task for task in tasks if own.get(task) != theirs.get(task)]:
         raise UserError(
             f"{folder} was trained on the classes of {name} for {other[0]}, which {dataset} does not have: drop "
@@ -170,10 +176,12 @@ def chosen_tasks(given: str | None, there: tuple[str, ...], where: str) -> tuple
 
 
 def with_flags(settings: Settings, options: Namespace, changes: dict[str, Any]) -> Settings:
-    partial, skip = options.partial_labels, options.skip_bad
+    partial, skip, val_images = options.partial_labels, options.skip_bad, options.val_images
     if settings.data == changes["data"]:  # the same tree as in training: use the run's flags too
         partial, skip = partial or settings.partial_labels, skip or settings.skip_bad
+        val_images = val_images or settings.val_images
     reading = {"partial_labels": partial, "skip_bad": skip, "cache": options.cache or settings.cache}
+    reading["val_images"] = val_images
     return replace(settings, workers=options.workers, **reading, **changes)
 
 
@@ -182,25 +190,26 @@ def build_set(settings: Settings, options: Namespace) -> DataSet:
     source = settings.source
     if source.rendered and (options.ids or options.odsf in ("fast", "full")):
         raise UserError("rendered scenes have neither ids for --ids nor LabelMaps for --odsf: give --data")
-    only = read_ids(Path(options.ids), settings.data, options.split) if options.ids else None
+    only = read_ids(Path(options.ids), source, options.split) if options.ids else None
     dataset = open_dataset(source, options.split, scoring=True, only=only)
     if not len(dataset):
         raise UserError(f"no image of split {options.split!r} in {options.ids} is labelled: name others with --ids")
     return dataset
 
 
-def read_ids(path: Path, data: str, split: str) -> frozenset[str]:
+def read_ids(path: Path, source: Source, split: str) -> frozenset[str]:
     """The ids in a file, one per line; UserError for an id that the split does not list."""
     require_file(path)
     with reading(path):
         ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    if alien := sorted(set(ids).difference(read_split(open_tree(data), split))):
+    tree = open_tree(source.root, source.access.val_images)
+    if alien := sorted(set(ids).difference(tree.ids(split))):
         raise UserError(
             f"{path} names {len(alien)} of {len(ids)} images that split {split!r} does not list, {shorten(alien)}: "
             "name another --split, or correct the file"
         )
     if not ids:
-        raise UserError(f"{path} names no image: give ids such as 2008_000008, one per line")
+        raise UserError(f"{path} names no image: give ids such as {tree.example}, one per line")
     return frozenset(ids)
 
 
@@ -254,7 +263,12 @@ def describe(subject: Subject, options: Namespace, dataset: DataSet, boundaries:
         "protocol": dataset.protocol.reported,
         **subject.about,
         **subject.trained,
-        "dataset": {"name": dataset.name, "root": subject.settings.data, "image_size": subject.settings.image_size},
+        "dataset": {
+            "name": dataset.name,
+            "root": subject.settings.data,
+            "val_images": subject.settings.val_images,
+            "image_size": subject.settings.image_size,
+        },
         "evaluation": describe_set(
             dataset,
             subject.settings.task_names,

@@ -52,7 +52,8 @@ def public_settings(settings: Settings) -> Settings:
     """``settings`` without the folders of this machine: the last part of paths, nothing of outputs and caches."""
     data, recipe, weights = map(last_part, (settings.data, settings.recipe, settings.pretrained))
     pretrained = settings.pretrained if is_repository(settings.pretrained) else weights
-    return replace(settings, data=data, recipe=recipe, pretrained=pretrained, cache="", out="")
+    val_images = last_part(settings.val_images)
+    return replace(settings, data=data, recipe=recipe, pretrained=pretrained, val_images=val_images, cache="", out="")
 
 
 def public_state(state: checkpoint.State, settings: Settings) -> checkpoint.State:

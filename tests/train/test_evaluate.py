@@ -75,7 +75,8 @@ def test_results_name_what_they_are_of(saved, tiny_run, pascal_tree):
     results, _ = saved
     assert results["protocol"] == "mtinet@64" and results["step"] == 3
     assert results["checkpoint"] == str((tiny_run / "last").resolve())
-    assert results["dataset"] == {"name": "PASCAL_MT", "root": str(pascal_tree), "image_size": 64}
+    dataset = {"name": "PASCAL_MT", "root": str(pascal_tree), "val_images": "", "image_size": 64}
+    assert results["dataset"] == dataset
     trained = results_of(tiny_run)
     assert results["commands"] == trained["commands"] and results["settings"] == trained["settings"] | {"out": ""}
     assert (results["kernel"], results["device"], results["precision"]) == (trained["kernel"], "cpu", "fp32")

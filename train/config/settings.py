@@ -17,7 +17,7 @@ from kernels import KERNELS, UserError
 from model import HEADS, NORMALISATIONS, VITS, FGConfig, MLoREConfig, is_repository
 from model.timm_backbone import PREFIX, width_of
 from train.config.values import convert, load_yaml
-from train.datasets.base import Source, usual_protocol
+from train.datasets.base import CLASSES, Source, kind_of
 from train.datasets.files import Access
 from train.protocols import PROTOCOLS, build_protocol
 from train.tasks import DEFAULT_TASKS, TASKS, Shape, parse_tasks
@@ -35,6 +35,7 @@ CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,
     "normalisation": ("", *NORMALISATIONS),
     "protocol": PROTOCOLS,
+    "dataset": ("", *CLASSES),
     "device": ("", "cpu", "cuda"),
     "on_nonfinite": ("stop", "skip"),
     "tracker": ("tensorboard", "wandb", "none"),
@@ -103,6 +104,8 @@ class Settings:
 
     tasks: str = ",".join(DEFAULT_TASKS)
     data: str = ""
+    dataset: str = ""  # found from the data; it names the classes of a checkpoint
+    val_images: str = ""
     protocol: str = "ase"
     partial_labels: bool = False
     skip_bad: bool = False
@@ -239,9 +242,11 @@ class Settings:
     @cached_property
     def source(self) -> Source:
         """Where the images of the run come from."""
-        access = Access(self.partial_labels, self.cache, self.skip_bad, self.workers)
+        access = Access(self.partial_labels, self.cache, self.skip_bad, self.workers, self.val_images)
         scenes = {"train": self.scenes, "val": self.val_scenes}
-        return Source(self.data, self.task_names, self.protocol, self.image_size, self.seed, scenes, access)
+        return Source(
+            self.data, self.task_names, self.protocol, self.image_size, self.seed, scenes, access, self.dataset
+        )
 
     @property
     def image_shape(self) -> Shape:
@@ -343,7 +348,9 @@ def resolve_settings(flags: dict[str, Any], checkpoint: dict[str, Any] | None = 
     values = {**below, **(read_recipe(recipe) if recipe else {}), **flags}
     if recipe:
         values["recipe"] = recipe
-    values.setdefault("protocol", usual_protocol(values.get("data", "")) or Settings.protocol)
+    kind = kind_of(values.get("data", ""))
+    values.setdefault("protocol", kind.protocol if kind else Settings.protocol)
+    values["dataset"] = kind.name if kind else below.get("dataset", "")
     if not values.get("image_size"):
         values["image_size"] = build_protocol(values["protocol"]).size
     if values.get("decoder", "none") != "none":

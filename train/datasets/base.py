@@ -4,24 +4,25 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import UserError
+from train.datasets.cityscapes.tree import CityscapesTree
 from train.datasets.files import Access, TreeDataSet
 from train.datasets.nyud.tree import NyudTree
 from train.datasets.pascal.tree import PascalTree
 from train.datasets.scenes.dataset import Scenes
 from train.datasets.tree import Tree
 from train.files.reading import reading
-from train.protocols import PROTOCOLS, Protocol, Rendered, Sample, build_protocol
+from train.protocols import Protocol, Rendered, Sample, build_protocol
 from train.tasks import Classes, Shape
 
 Key = tuple[int, int]  # (index, epoch)
-TREES: tuple[type[Tree], ...] = (PascalTree, NyudTree)
+TREES: tuple[type[Tree], ...] = (PascalTree, NyudTree, CityscapesTree)
 CLASSES = {Scenes.name: Scenes.classes} | {kind.name: kind.classes for kind in TREES}
 
 
@@ -92,7 +93,8 @@ class Source:
     """Which images to open and how to read them.
 
     ``root`` is the folder of a tree, or "" for rendered scenes. ``scenes`` is the number of rendered scenes per split.
-    ``size`` is the height of the input; 0 means the protocol's default size.
+    ``size`` is the height of the input; 0 means the protocol's default size. ``dataset`` is the name of the data set,
+    which is known without its files; "" means the one of the protocol's published numbers.
     """
 
     root: str
@@ -102,6 +104,7 @@ class Source:
     seed: int = 0
     scenes: dict[str, int] = field(default_factory=dict)
     access: Access = Access()
+    dataset: str = ""
 
     @property
     def rendered(self) -> bool:
@@ -112,8 +115,12 @@ class Source:
         return Rendered(self.size) if self.rendered else build_protocol(self.protocol_name, self.size)
 
     @property
+    def dataset_name(self) -> str:
+        return Scenes.name if self.rendered else self.dataset or self.protocol.dataset
+
+    @property
     def classes(self) -> Classes:
-        return CLASSES[self.protocol.dataset]
+        return CLASSES[self.dataset_name]
 
 
 def open_dataset(source: Source, split: str, scoring: bool = False, only: Container[str] | None = None) -> DataSet:
@@ -123,34 +130,36 @@ def open_dataset(source: Source, split: str, scoring: bool = False, only: Contai
         length = source.scenes.get(split, 0)
         return Scenes(split, source.size, length, source.seed, source.tasks)
     protocol = source.protocol.for_scoring() if scoring else source.protocol
-    tree = open_tree(source.root)
-    if tree.name != protocol.dataset:
+    tree = open_tree(source.root, source.access.val_images)
+    if protocol.edges_at_input and "edge" in source.tasks and not tree.reader.label_maps:
         raise UserError(
-            f"{tree.root} is {tree.title}, which --protocol {protocol.name} is not for: choose among "
-            f"{', '.join(name for name, kind in PROTOCOLS.items() if kind.dataset == tree.name)}"
+            f"protocol {protocol.name} derives edges from label maps, which {tree.title} does not have: choose another "
+            f"--protocol, such as {tree.protocol}, or --tasks without edge"
         )
     return TreeDataSet(tree, split, source.tasks, protocol, source.seed, source.access, only)
 
 
-def open_tree(folder: str | Path) -> Tree:
-    """The tree at ``folder`` or in its folder of a usual name, of any data set and in any layout."""
+def open_tree(folder: str | Path, val_images: str = "") -> Tree:
+    """The tree at ``folder`` or in its folder of a usual name, of any data set and in any layout.
+
+    ``val_images`` divides its images without lists."""
     given = Path(folder)
     with reading(given):
         found = [(kind, root) for kind in TREES if (root := kind.locate(given))]
         problem = f"holds {_told_apart()}" if given.is_dir() else "is not a folder"
     if len(found) == 1:
         kind, root = found[0]
-        return kind.open(root)
+        return replace(kind.open(root), val_images=val_images)
     if found:
         raise UserError(f"{given} holds {' and '.join(str(root) for _, root in found)}: give one of them")
     *most, last = (name for kind in TREES for name in kind.folders)
     raise UserError(f"{given} {problem}: give the folder {', '.join(most)} or {last} of a data set, or its parent")
 
 
-def usual_protocol(folder: str) -> str:
-    """The protocol of a tree for which none is named; "" where there is no tree."""
-    usual = [kind.protocol for kind in TREES if folder and kind.locate(Path(folder))]
-    return usual[0] if len(usual) == 1 else ""
+def kind_of(folder: str) -> type[Tree] | None:
+    """The data set of a tree, which has its usual protocol; None where there is no tree."""
+    kinds = [kind for kind in TREES if folder and kind.locate(Path(folder))]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def _told_apart() -> str:

@@ -30,13 +30,15 @@ class Access:
     """How a tree is read.
 
     ``partial_labels``: label files may be missing. ``cache``: folder of derived labels, "" for none. ``skip_bad``:
-    images with a fault are left out. ``workers``: processes that search for faults.
+    images with a fault are left out. ``workers``: processes that search for faults. ``val_images``: divides the images
+    without lists, see :func:`train.datasets.splits.divide`.
     """
 
     partial_labels: bool = False
     cache: str = ""
     skip_bad: bool = False
     workers: int = 0
+    val_images: str = ""
 
 
 class TreeDataSet:

@@ -29,15 +29,15 @@ SMALLEST = 1 / 8  # of the photo's sides: a smaller label has too few pixels to 
 class ImageFiles:
     """The files of one image.
 
-    ``labels``: label files of the requested tasks. ``label_map``: tells where normals are valid. ``guide``: the
-    segmentation, where the crop needs it and it is not a requested label. Both are None where there is no such file.
-    ``missing``: files that should exist.
+    ``labels``: label files of the requested tasks. ``companions``: {task: a further file that its label is read with},
+    where one exists. ``guide``: the segmentation, where the crop needs it and it is not a requested label; None where
+    there is no such file. ``missing``: files that should exist.
     """
 
     id: str
     photo: Path
     labels: dict[str, Path]
-    label_map: Path | None
+    companions: dict[str, Path]
     guide: Path | None
     missing: tuple[Path, ...]
 
@@ -48,8 +48,8 @@ class ImageFiles:
 
     def files(self, task: str) -> tuple[Path, ...]:
         """The files that the image and its label of ``task`` are read from."""
-        mask = (self.label_map,) if task == "normals" and self.label_map else ()
-        return self.photo, self.read[task], *mask
+        further = (self.companions[task],) if task in self.companions else ()
+        return self.photo, self.read[task], *further
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class LabelReader(ABC):
     edges_at_input: bool = False
 
     background: ClassVar[tuple[int, ...]] = (0,)
+    label_maps: ClassVar[bool] = False  # whether "edge" is derived from label maps
 
     def sample(self, image: ImageFiles) -> Sample:
         """The raw sample of an image, whose labels have the orientation of its photo. It also has "seg" where the
@@ -77,9 +78,10 @@ class LabelReader(ABC):
         """One label of a raw sample at the photo's ``shape``."""
 
     @staticmethod
-    @abstractmethod
     def boundary_map(image: ImageFiles) -> Callable[[], NDArray]:
-        """A picklable function that returns what the image's boundaries are scored against, at the photo's size."""
+        """A picklable function that returns what the image's boundaries are scored against, at the photo's size; of
+        data sets with edges."""
+        raise NotImplementedError
 
 
 def match_photo(path: Path, label: NDArray, shape: tuple[int, int], interpolation: int = cv2.INTER_NEAREST) -> NDArray:

@@ -1,7 +1,6 @@
 """A data set's folder on disk: its lists of images and the paths of their files. Nothing is ever written to it."""
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from typing import ClassVar
 
 from kernels.errors import UserError
 from train.datasets.labels import ImageFiles, LabelReader
-from train.files.reading import reading, require_file
+from train.datasets.splits import divide, find_ids, read_ids
+from train.files.reading import reading
 from train.metrics.odsf import MAX_DISTANCE
 from train.tasks import Classes
-
-IMAGE_ID = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -22,13 +20,15 @@ class Tree(ABC):
     """A tree on disk; a subclass describes a data set.
 
     ``photos`` is the pattern of the photos' paths, and ``files[task]`` are those of its label files, of which the first
-    that exists is used. ``{}`` stands for the image id.
+    that exists is used. ``{}`` stands for the image id, whose folders are those below the pattern's. ``val_images``, if
+    given, divides all images in the photos' folder, as :func:`train.datasets.splits.divide` says, and no list is read.
     """
 
     root: Path
     layout: str
     photos: str
     files: dict[str, tuple[str, ...]]
+    val_images: str = ""
 
     name: ClassVar[str]  # in results.json, and by which a protocol names its data set
     title: ClassVar[str]  # in messages
@@ -58,22 +58,43 @@ class Tree(ABC):
         lacking = [folder for folder in folders if not (self.root / folder).is_dir()]
         return f"layout {self.layout} at {self.root}" + (f", without {', '.join(lacking)}" if lacking else "")
 
+    def path(self, pattern: str, image_id: str) -> Path:
+        return self.root / pattern.format(image_id)
+
     def photo(self, image_id: str) -> Path:
-        return self.root / self.photos.format(image_id)
+        return self.path(self.photos, image_id)
 
     def labels(self, task: str, image_id: str) -> list[Path]:
         """Possible paths of the label, the preferred one first; UserError for a task that the data set lacks."""
         if task not in self.files:
             raise UserError(f"{self.title} has no labels for {task!r}: choose --tasks among {', '.join(self.files)}")
-        return [self.root / pattern.format(image_id) for pattern in self.files[task]]
+        return [self.path(pattern, image_id) for pattern in self.files[task]]
 
-    def label_map(self, image_id: str) -> Path | None:
-        """The file that tells where normals are valid, if the data set has such files."""
-        return None
+    def companions(self, image_id: str) -> dict[str, Path]:
+        """{task: the further file that its label is read with, where it exists}."""
+        return {}
+
+    def all_ids(self) -> list[str]:
+        """The ids of all photos."""
+        return find_ids(self.root, self.photos)
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of a split; UserError for an unknown one, and for an invalid id."""
+        return divide(self.all_ids(), self.val_images, split) if self.val_images else self.own_ids(split)
+
+    def own_ids(self, split: str) -> list[str]:
+        """The ids of a split by the tree's own lists, in their order."""
+        path = self.root / self.lists.format(split)
+        if not os.path.lexists(path):
+            raise UserError(
+                f"{path} does not exist: name a split whose list is in that folder, restore the list, or divide the "
+                "images without lists by --val-images"
+            )
+        return read_ids(path, self.example)
 
     def listed(self, split: str, tasks: Sequence[str]) -> list[str]:
         """The ids of a split that are used for these ``tasks``."""
-        return read_split(self, split)
+        return self.ids(split)
 
     def scored(self, split: str, task: str, ids: list[str]) -> list[str]:
         """Those of ``ids``, which are labelled for ``task``, that its scores are reported over."""
@@ -92,28 +113,6 @@ def files_in(root: Path, patterns: Iterable[str]) -> int:
     return found
 
 
-def read_split(tree: Tree, split: str) -> list[str]:
-    """The ids of a split in the order of its list; UserError for an invalid id and for an id listed twice."""
-    path = tree.root / tree.lists.format(split)
-    if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist: name a split whose list is in that folder, or restore the list")
-    require_file(path)
-    with reading(path):
-        ids = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    seen = set()
-    for image_id in ids:
-        if not IMAGE_ID.fullmatch(image_id):
-            raise UserError(
-                f"{path} lists {image_id!r}, which is not an image id such as {tree.example}: correct the list"
-            )
-        if image_id in seen:
-            raise UserError(f"{path} lists {image_id} twice: correct the list")
-        seen.add(image_id)
-    if not ids:
-        raise UserError(f"{path} lists no image: restore the list")
-    return ids
-
-
 def list_images(
     tree: Tree, split: str, tasks: Sequence[str], partial_labels: bool = False, guided: bool = False
 ) -> list[ImageFiles]:
@@ -125,16 +124,16 @@ def list_images(
     exists, guides = _Listing(), ("seg",) if guided and "seg" not in tasks else ()
     images = []
     for image_id in tree.listed(split, tasks):
-        photo, label_map = tree.photo(image_id), tree.label_map(image_id)
+        photo = tree.photo(image_id)
         choices = {task: tree.labels(task, image_id) for task in (*tasks, *guides)}
         found = {task: next((path for path in paths if path in exists), None) for task, paths in choices.items()}
         labels = {task: path for task in tasks if (path := found[task])}
         lacking = [] if partial_labels else [choices[task][0] for task in tasks if not found[task]]
         missing = (*([] if photo in exists else [photo]), *lacking)
         if labels or missing:
-            found_map = label_map if label_map and label_map in exists else None
+            companions = {task: path for task, path in tree.companions(image_id).items() if path in exists}
             guide = found["seg"] if guides else None
-            images.append(ImageFiles(image_id, photo, labels, found_map, guide, missing))
+            images.append(ImageFiles(image_id, photo, labels, companions, guide, missing))
     if partial_labels:
         _require_labels(tree, split, tasks, images)
     return images
@@ -144,7 +143,7 @@ def _require_labels(tree: Tree, split: str, tasks: Sequence[str], images: list[I
     """UserError for a task that no image is labelled for."""
     for task in tasks:
         if not any(task in image.labels for image in images):
-            folder = tree.labels(task, "")[0].parent
+            folder = tree.root / os.path.dirname(tree.files[task][0])
             raise UserError(f"{folder} has no label for {task!r} in split {split!r}: add its files, or drop the task")
 
 

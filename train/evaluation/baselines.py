@@ -113,8 +113,11 @@ def _checked_row(path: Path) -> dict[str, Any]:
 
 def _require_protocol(name: str, protocol: str, results: Results) -> None:
     own, compared_at = results["protocol"], results["evaluation"]["compared_at"]
-    families = {kind.published: kind.name for kind in PROTOCOLS.values() if kind.published}
-    if families.get(protocol, protocol) != own:
+    families = {kind.published: kind for kind in PROTOCOLS.values() if kind.published}
+    family, dataset = families.get(protocol), results["dataset"]["name"]
+    if family and family.dataset != dataset:
+        raise UserError(f"baseline {name!r} is of {family.dataset}, the scores are of {dataset}: choose another")
+    if (family.name if family else protocol) != own:
         raise UserError(
             f"baseline {name!r} is of protocol {protocol}, the scores are of {own}: they cannot be compared"
         )

@@ -1,4 +1,4 @@
-"""Predictions as the field's programs write them, one PNG per image and task:
+"""Predictions as the field's programs write them, one PNG per image and task, in sub-folders where the id has them:
 
 =====================  ========  ==================================================
 file                   mode      value
@@ -16,7 +16,6 @@ Each task encodes and decodes its files: :class:`train.tasks.Task`.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -112,7 +111,7 @@ def require_predictions(folder: Path, task: str, ids: Sequence[str], split: str)
     """UserError where the prediction of one of the ``ids`` is missing."""
     place = folder / TASKS[task].folder
     with reading(place):
-        found = {name.removesuffix(".png") for name in os.listdir(place) if name.endswith(".png")}
+        found = {path.relative_to(place).as_posix().removesuffix(".png") for path in place.rglob("*.png")}
     if missing := [image_id for image_id in ids if image_id not in found]:
         others = len(found.difference(ids))
         belong = f"; it has {others} other files, perhaps of another split" if others else ""

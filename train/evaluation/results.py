@@ -21,7 +21,7 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
         "compared_at": str,
         "labelled": {"*": {"images": int, "ids": str, "files?": str}},
     },
-    "dataset": {"name": str, "image_size": int, "root?": str},
+    "dataset": {"name": str, "image_size": int, "root?": str, "val_images?": str},
     "odsF?": {"mode": str, "variant": str, "images": int},
     "model?": {"name": str},
     "step?": int,

@@ -61,8 +61,8 @@ class Protocol(ABC):
     name: ClassVar[str]
     own_size: ClassVar[int]
     aspect: ClassVar[tuple[int, int]] = (1, 1)  # of the input: height to width
-    dataset: ClassVar[str] = "PASCAL_MT"  # the name of the data set that it is for
-    published: ClassVar[str] = ""  # the protocol of the published rows that are comparable
+    dataset: ClassVar[str] = "PASCAL_MT"  # the data set of its published numbers; it takes the images of any
+    published: ClassVar[str] = ""  # the protocol of the published rows that are comparable, on that data set
     saliency: ClassVar[str] = "mIoU"  # the score of saliency in published tables
     edges_at_input: ClassVar[bool] = False
     needs_seg: ClassVar[bool] = False

@@ -23,7 +23,18 @@ from train.run.weighting import WEIGHTINGS
 TOLERANCE = 0.05  # share of LIKE's trainable parameters by which a decoder's may differ
 STEPS = (8, 1)  # of a decoder's width: a multiple of 8 where that is close enough
 # A run's numbers do not depend on these.
-WITHOUT_MEANING = ("out", "workers", "device", "kernel", "tracker", "wandb_project", "cache", "recipe", "baselines")
+WITHOUT_MEANING = (
+    "out",
+    "workers",
+    "device",
+    "kernel",
+    "tracker",
+    "wandb_project",
+    "cache",
+    "recipe",
+    "baselines",
+    "dataset",
+)
 # These have a flag; other settings are given by --set.
 NAMED = ("tasks", "recipe", "data", "pretrained", "steps", "epochs", "seed", "workers", "tracker", "out")
 

@@ -164,7 +164,7 @@ def claim_folder(settings: Settings, folder: Path | None) -> Path:
     if settings.out:
         with lock(make_folder(Path(settings.out))):
             require_free(Path(settings.out), folder)  # another run may have come in between
-    name = Path(settings.recipe or settings.source.protocol.dataset.lower()).stem
+    name = Path(settings.recipe or settings.source.dataset_name.lower()).stem
     adopt = continues(Path(settings.out), folder)
     out = claim(settings.out, OWNER, WRITTEN, f"runs/{name}", adopt, alone=False)  # set_up holds the lock of a run
     probe(out)

@@ -58,7 +58,13 @@ def test_the_image_size_is_the_height_and_the_protocol_gives_the_width(flags, sh
 
 @pytest.mark.parametrize(
     ("recipe", "protocol"),
-    [("paper", "ase"), ("mini", "mini"), ("nyud_base", "nyud_invpt"), ("nyud_tiny", "nyud_mtinet")],
+    [
+        ("paper", "ase"),
+        ("mini", "mini"),
+        ("nyud_base", "nyud_invpt"),
+        ("nyud_tiny", "nyud_mtinet"),
+        ("cityscapes_tiny", "cityscapes"),
+    ],
 )
 def test_a_recipe_names_its_protocol(recipe, protocol):
     assert resolve_settings({"recipe": recipe, "data": "somewhere"}).protocol == protocol
@@ -88,7 +94,9 @@ def test_every_shipped_recipe_loads_and_names_its_command(name):
     assert settings.recipe == name
     header = (resources.files("train.config") / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     tasks = "seg,normals,edge,depth" if name.startswith("nyud") else "seg,parts,sal,normals,edge"
-    tasks = {"stl": "seg", "scenes_pretrain": "seg", "scenes_pretrain_cls": "cls"}.get(name, tasks)
+    tasks = {"cityscapes_tiny": "seg,depth", "stl": "seg", "scenes_pretrain": "seg", "scenes_pretrain_cls": "cls"}.get(
+        name, tasks
+    )
     assert f"#   python -m train --tasks {tasks}" in header and settings.tasks == tasks
     assert name == "scenes" or f"--recipe {name}" in header
 

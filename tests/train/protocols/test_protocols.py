@@ -349,7 +349,15 @@ def test_a_photo_larger_than_the_canvas_is_the_users_mistake(shape):
 
 def test_names_and_sizes():
     """mtl 1.5: 512 for both families; MTLoRA is family A at 448."""
-    own = {"invpt": 512, "mtinet": 512, "ase": 224, "mini": 224, "nyud_invpt": 448, "nyud_mtinet": 480}
+    own = {
+        "invpt": 512,
+        "mtinet": 512,
+        "ase": 224,
+        "mini": 224,
+        "nyud_invpt": 448,
+        "nyud_mtinet": 480,
+        "cityscapes": 512,
+    }
     assert {name: build_protocol(name).size for name in PROTOCOLS} == own
     assert all(
         build_protocol(name, size).reported == build_protocol(name).reported == name for name, size in own.items()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,12 @@ from train.tasks.palette import PALETTE
 class Reader(LabelReader):
     """Reads the files of an image; with ``edges_at_input`` "edge" is the LabelMap itself, uint16 (H, W)."""
 
+    label_maps: ClassVar[bool] = True
+
     def label(self, image: ImageFiles, task: str, shape: tuple[int, int]) -> NDArray:
         path = image.read[task]
         if task == "normals":
-            return _normals(path, image.label_map, shape)
+            return _normals(path, image.companions.get("normals"), shape)
         if task == "parts":
             parts = self.cache.get(path, "parts 1", read_parts)
             return match_photo(path, parts, shape) if parts.any() else np.zeros(shape, np.uint8)

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from train.datasets.pascal.labels import Reader
 from train.datasets.pascal.voc import PERSON, VOC_CLASSES
-from train.datasets.tree import Tree, files_in, read_split
+from train.datasets.tree import Tree, files_in
 from train.files.reading import reading, require_file
 from train.tasks import PART_NAMES, Classes
 
@@ -71,12 +71,12 @@ class PascalTree(Tree):
             layout = "B" if root.name == "PASCALContext" else "A"
         return cls(root, layout, "JPEGImages/{}.jpg", RENAMED if layout == "C" else OFFICIAL)
 
-    def label_map(self, image_id: str) -> Path:
-        """The LabelMap, from which edges are derived and the pixels where normals are valid."""
-        return self.labels("edge", image_id)[0]
+    def companions(self, image_id: str) -> dict[str, Path]:
+        """The LabelMap, from which edges are derived, tells the pixels where normals are valid."""
+        return {"normals": self.labels("edge", image_id)[0]}
 
     def listed(self, split: str, tasks: Sequence[str]) -> list[str]:
-        ids = read_split(self, split)
+        ids = self.ids(split)
         return with_persons(self, split, ids) if tuple(tasks) == ("parts",) else ids
 
     def scored(self, split: str, task: str, ids: list[str]) -> list[str]:
@@ -88,10 +88,12 @@ def with_persons(tree: Tree, split: str, ids: list[str]) -> list[str]:
 
     All ``ids`` where the tree has no such list.
     """
-    path = tree.root / f"ImageSets/Parts/{split}.txt"
-    if not os.path.lexists(path):
-        return ids
-    require_file(path)
-    with reading(path):
-        objects = json.loads(path.read_text("utf-8-sig"))
-        return [image_id for image_id in ids if PERSON in objects.get(image_id, (PERSON,))]
+    without: set[str] = set()
+    for name in tree.official if tree.val_images else (split,):
+        path = tree.root / f"ImageSets/Parts/{name}.txt"
+        if os.path.lexists(path):
+            require_file(path)
+            with reading(path):
+                objects = json.loads(path.read_text("utf-8-sig"))
+                without |= {image_id for image_id, classes in objects.items() if PERSON not in classes}
+    return [image_id for image_id in ids if image_id not in without]

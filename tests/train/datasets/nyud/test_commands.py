@@ -162,10 +162,7 @@ def test_the_axes_of_normals_are_told_from_objects(hand, tmp_path, capsys):
     ("options", "message"),
     [
         (["--tasks", "seg,parts"], "NYUD-v2 has no labels for 'parts': choose --tasks among seg, normals, edge, depth"),
-        (
-            ["--protocol", "invpt"],
-            "is NYUD-v2, which --protocol invpt is not for: choose among nyud_invpt, nyud_mtinet",
-        ),
+        (["--protocol", "mini"], "mini derives edges from label maps, which NYUD-v2 does not have: choose another"),
         (["--image-size", "50"], "50 is no height of protocol nyud_invpt, whose images are 7:9"),
         (["--image-size", "28"], "image size 28 is not a multiple of the patch size 8"),
         (["--image-size", "56", "--skip-bad", "--data", "/no/such"], "/no/such is not a folder"),

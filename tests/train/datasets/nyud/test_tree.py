@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kernels import UserError
-from train.datasets.base import Source, open_dataset, open_tree, usual_protocol
+from train.datasets.base import Source, kind_of, open_dataset, open_tree
 from train.datasets.files import Access, TreeDataSet
 from train.protocols import build_protocol
 
@@ -29,7 +29,7 @@ def mistake(call):
 
 def test_releases_are_told_apart_by_their_files(nyud_tree, layout):
     assert str(open_tree(nyud_tree)) == str(open_tree(nyud_tree.parent)) == f"layout {layout} at {nyud_tree}"
-    assert usual_protocol(str(nyud_tree)) == "nyud_invpt"
+    assert kind_of(str(nyud_tree)).protocol == "nyud_invpt"
 
 
 def test_a_file_that_strays_into_a_tree_does_not_turn_its_layout(nyud_copy, layout):
@@ -38,13 +38,14 @@ def test_a_file_that_strays_into_a_tree_does_not_turn_its_layout(nyud_copy, layo
     assert open_tree(nyud_copy).layout == layout
 
 
-def test_a_wrong_folder_names_both_data_sets(tmp_path):
+def test_a_wrong_folder_names_all_data_sets(tmp_path):
     message = mistake(lambda: open_tree(tmp_path))
     assert message.startswith(
-        f"{tmp_path} holds no folder JPEGImages (PASCAL-Context) and no folder gt_sets with images"
+        f"{tmp_path} holds no folder JPEGImages (PASCAL-Context) and no folder gt_sets with images (NYUD-v2) and no "
+        "folder leftImg8bit (Cityscapes): give the folder PASCAL_MT, PASCALContext, NYUD_MT, NYUDv2, cityscapes or "
     )
-    assert message.endswith("give the folder PASCAL_MT, PASCALContext, NYUD_MT or NYUDv2 of a data set, or its parent")
-    assert usual_protocol(str(tmp_path)) == ""
+    assert message.endswith(" of a data set, or its parent")
+    assert kind_of(str(tmp_path)) is None
 
 
 def test_a_folder_of_two_data_sets_is_ambiguous(nyud_copy):
@@ -52,11 +53,21 @@ def test_a_folder_of_two_data_sets_is_ambiguous(nyud_copy):
     assert "give one of them" in mistake(lambda: open_tree(nyud_copy.parent))
 
 
-def test_a_protocol_is_for_one_data_set(nyud_tree, pascal_tree):
-    message = mistake(lambda: open_dataset(Source(str(nyud_tree), TASKS, "invpt", 64), "train"))
-    assert f"{nyud_tree} is NYUD-v2, which --protocol invpt is not for: choose among nyud_invpt, nyud_mtinet" in message
-    message = mistake(lambda: open_dataset(Source(str(pascal_tree), ("seg",), "nyud_invpt", 56), "train"))
-    assert "PASCAL-Context, which --protocol nyud_invpt is not for: choose among invpt, mtinet, ase, mini" in message
+@pytest.mark.parametrize("protocol", ["invpt", "mtinet", "ase", "cityscapes"])
+def test_a_protocol_of_another_data_set_takes_the_images(protocol, nyud_tree):
+    source = Source(str(nyud_tree), TASKS, protocol, 64, dataset="NYUD")
+    sample, (height, width) = open_dataset(source, "train")[0, 0], source.protocol.shape
+    assert sample["image"].shape == (height, width, 3) and sample["depth"].shape == (height, width)
+    assert source.classes["seg"] == open_tree(nyud_tree).classes["seg"]
+
+
+def test_edges_are_not_derived_where_there_are_no_label_maps(nyud_tree):
+    message = mistake(lambda: open_dataset(Source(str(nyud_tree), TASKS, "mini", 64), "train"))
+    assert message == (
+        "protocol mini derives edges from label maps, which NYUD-v2 does not have: choose another --protocol, such as "
+        "nyud_invpt, or --tasks without edge"
+    )
+    assert len(open_dataset(Source(str(nyud_tree), ("seg", "depth"), "mini", 64), "train")) == 4
 
 
 def test_it_has_four_tasks(nyud_tree):

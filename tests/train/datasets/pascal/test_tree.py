@@ -8,7 +8,6 @@ import pytest
 from kernels import UserError
 from train.datasets.base import open_tree
 from train.datasets.files import TreeDataSet
-from train.datasets.tree import read_split
 from train.protocols import build_protocol
 from train.tasks import DEFAULT_TASKS
 
@@ -75,7 +74,7 @@ def test_detection_names_what_is_missing(pascal_copy):
 @pytest.mark.parametrize("text", ["2008_000000\r\n2008_000001\r\n", " 2008_000000 \n\n\t2008_000001"])
 def test_line_ends_and_spaces_around_an_id_do_not_matter(text, pascal_copy):
     (pascal_copy / "ImageSets/Context/train.txt").write_bytes(text.encode())
-    assert read_split(open_tree(pascal_copy), "train") == ["2008_000000", "2008_000001"]
+    assert open_tree(pascal_copy).ids("train") == ["2008_000000", "2008_000001"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_a_wrong_list_is_one_line_with_its_path(text, message, pascal_copy):
     path = pascal_copy / "ImageSets/Context/train.txt"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_split(open_tree(pascal_copy), "train")
+        open_tree(pascal_copy).ids("train")
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,4 +100,4 @@ def test_a_list_that_is_no_text_is_one_line_with_its_path(pascal_copy):
     path = pascal_copy / "ImageSets/Context/train.txt"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="train.txt cannot be read"):
-        read_split(open_tree(pascal_copy), "train")
+        open_tree(pascal_copy).ids("train")
