@@ -1,5 +1,7 @@
 """``python -m train.parameters``: the parts add up, and decoders of one size are of one size."""
 
+import re
+
 import pytest
 
 from train.parameters import main
@@ -28,6 +30,23 @@ def test_fgmoe_and_plain_differ_by_the_routers_alone(capsys):
     assert fine.keys() - plain.keys() == routers
     assert all(fine[part] == plain[part] for part in plain if part != "all")
     assert fine["all"][1] - plain["all"][1] == sum(fine[part][1] for part in routers)
+
+
+def test_a_run_also_has_its_flops_and_latency(tiny_scenes_run, capsys):
+    """And what is counted, and where it was measured."""
+    assert main([str(tiny_scenes_run)]) == 0
+    rows, below = capsys.readouterr().out.split("\n\n")
+    assert rows.splitlines()[-1].startswith("all ")
+    flops, counted, latency, measured = below.splitlines()
+    assert re.fullmatch(r"FLOPs     0\.\d+ G for one image of 64 x 64", flops)
+    assert "linear layers, attention and convolutions, all experts included; a multiply-add is two" in counted
+    assert re.fullmatch(r"latency   [\d.]+ ms for one image", latency)
+    assert "median of 10 passes after 3 to warm up, " in measured and measured.endswith(", fp32, kernel reference")
+
+
+def test_a_run_takes_no_flags_of_a_model(tiny_scenes_run, error_of):
+    assert "--batch-size is a flag of a new model" in error_of(main, tiny_scenes_run, "--batch-size", 3)
+    assert "--set is a flag of a new model" in error_of(main, tiny_scenes_run, "--set", "lora_rank=3")
 
 
 def test_a_mistake_is_one_line(capsys):
