@@ -36,6 +36,7 @@ from train.output.versions import versions
 from train.protocols import PROTOCOLS, Rendered
 from train.run import checkpoint
 from train.run.build import kernel_of, load_checkpoint
+from train.run.start import count_parameters
 from train.tasks import build_metrics, parse_tasks
 
 DESCRIPTION = """\
@@ -124,6 +125,7 @@ def _from_checkpoint(options: Namespace) -> Subject:
         "kernel": kernel_of(settings, model.device),
         "device": model.device.type,
         "precision": "fp32",  # whatever it was trained in
+        "parameters": dict(zip(("total", "trainable"), count_parameters(model), strict=True)),
     }
     settings = with_flags(settings, options, changes)
     augmented = augment(model, options.tta, settings.image_shape)

@@ -4,16 +4,19 @@ import io
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from functools import reduce
+from math import sqrt
 
 import pytest
 from PIL import Image
 
 from kernels import UserError
-from train.compare import caption, main, rows_of
+from train.compare import caption, load_models, main, rows_of, shown_images
 from train.evaluate import main as evaluate
 from train.evaluation.baselines import published_rows
 from train.evaluation.results import read_results, require_comparable
+from train.evaluation.seeds import arms_of
 from train.output.scores import score_table
 
 ROWS = published_rows()
@@ -67,9 +70,13 @@ def test_two_runs_stand_in_one_table_and_one_picture(tiny_run, pascal_tree, tmp_
 
 def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path, capsys):
     first, second = (scored(tiny_run, tmp_path / name, "--odsf", "fast") for name in ("a", "b"))
-    status, text, _ = compare(capsys, tmp_path, first, second, "--markdown")
+    status, text, _ = compare(capsys, tmp_path, first, second, "--format", "markdown")
     lines = text.splitlines()
-    assert status == 0 and lines[0].startswith("| run | seg mIoU ↑ |") and "| edge odsF ↑ | edge loss ↓ |" in lines[0]
+    assert (
+        status == 0
+        and lines[0].startswith("| run | trainable M | all M | seg mIoU ↑ |")
+        and "| edge odsF ↑ | edge loss ↓ |" in lines[0]
+    )
     assert lines[1].count("---:") == lines[2].count("|") - 2 and lines[2][3:] == lines[3][3:].replace("| b |", "| a |")
     assert "odsF over 4 images, variant seism" in text
     assert (tmp_path / "compared/table.md").read_text() in text
@@ -77,13 +84,51 @@ def test_evaluations_of_one_protocol_are_compared_in_markdown(tiny_run, tmp_path
     assert not (tmp_path / "compared/curves.png").exists(), "evaluations have no course"
 
 
+def test_seeds_are_one_row_in_every_format_and_one_pdf_of_chosen_images(tiny_run, altered, tmp_path, capsys):
+    results = read_results(tiny_run)
+    score, millions = results["metrics"]["seg"]["mIoU"], f"{results['parameters']['total'] / 1e6:.2f}"
+    other = altered("tiny-1", settings={"seed": 1}, metrics={"seg": {"mIoU": score + 1}})
+    chosen = ["--images", "2009_000002,2009_000000", "--picture", "figure.pdf", "--format", "latex"]
+    status, text, _ = compare(capsys, tmp_path, tiny_run, other, *chosen)
+    out = tmp_path / "compared"
+    assert status == 0 and (out / "table.tex").read_text() in text
+    assert f"tiny (2 seeds) & {millions} & {millions} & {score + 0.5:.2f} $\\pm$ {sqrt(0.5):.2f} &" in text
+    assert "tiny (2 seeds)" in (out / "table.csv").read_text() and " ± " in (out / "table.md").read_text()
+    assert (out / "figure.pdf").read_bytes().startswith(b"%PDF") and not (out / "predictions.png").exists()
+
+
+def test_the_picture_has_the_chosen_images_in_their_order(tiny_run):
+    """Of an id that is not there, one line, before anything is written."""
+    results = read_results(tiny_run)
+    models = load_models(arms_of({"tiny": results}), {"tiny": tiny_run})
+    dataset, indices = shown_images(results, models, Namespace(cache="", images="2009_000002,2009_000000"))
+    assert [dataset.ids[index] for index in indices] == ["2009_000002", "2009_000000"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--images", "2009_000000,nothing"], "--images nothing: val has no image of this id: give ids such as 2009_"),
+        (["--picture", "figure.svg"], "--picture figure.svg: give the name of a file in OUT that ends in .png or .pdf"),
+        (["--picture", "sub/figure.png"], "give the name of a file in OUT"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_one_line_and_nothing_is_written(argv, message, tiny_run, tmp_path, error_of):
+    assert message in error_of(main, tiny_run, *argv, "--out", tmp_path / "compared")
+    assert not (tmp_path / "compared").exists()
+
+
 def test_markdown_on_an_ascii_terminal_has_entities(altered, tmp_path, monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
-        assert main([str(altered("run")), "--markdown", "--out", str(tmp_path / "compared")]) == 0
-    assert stdout.buffer.getvalue().startswith(b"| run | seg mIoU &#8593; |")
-    assert (tmp_path / "compared/table.md").read_text(encoding="utf-8").startswith("| run | seg mIoU ↑ |")
+        assert main([str(altered("run")), "--format", "markdown", "--out", str(tmp_path / "compared")]) == 0
+    assert stdout.buffer.getvalue().startswith(b"| run | trainable M | all M | seg mIoU &#8593; |")
+    assert (
+        (tmp_path / "compared/table.md")
+        .read_text(encoding="utf-8")
+        .startswith("| run | trainable M | all M | seg mIoU ↑ |")
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +318,7 @@ def test_results_that_lost_any_key_or_hold_another_type_are_at_most_one_line(tin
             try:
                 runs = {"whole": whole, "odd": read_results(path)}
                 require_comparable(runs)
-                assert rows_of(runs) and caption(runs)
+                assert rows_of(arms_of(runs)) and caption(runs)
             except UserError as error:
                 refused.add(key)
                 assert "\n" not in str(error) and ("restore it" in str(error) or "cannot be compared" in str(error))

@@ -8,6 +8,7 @@ from typing import Any
 from kernels.errors import UserError
 from train.datasets.base import DataSet
 from train.files.reading import read_json
+from train.tasks import TASKS
 
 Results = dict[str, Any]
 SCORE = (int, float, type(None))
@@ -24,6 +25,8 @@ SCHEMA = {  # what readers of results.json rely on, see require_schema
     "dataset": {"name": str, "image_size": int, "root?": str, "val_images?": str},
     "odsF?": {"mode": str, "variant": str, "images": int},
     "model?": {"name": str},
+    "settings?": {"seed": int},
+    "parameters?": {"total": int, "trainable": int},
     "step?": int,
     "steps?": int,
     "command": str,
@@ -64,7 +67,10 @@ def read_results(given: str | Path) -> Results:
     path = path / "results.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder of a finished run, or of python -m train.evaluate")
-    return read_json(path, SCHEMA)
+    results = read_json(path, SCHEMA)
+    if unknown := [task for task in results["metrics"] if task not in TASKS]:
+        raise UserError(f"{path} has scores of {unknown[0]!r}, a task that a script defines: add --import FILE")
+    return results
 
 
 def finished_results(run: Path, step: int) -> Results | None:
