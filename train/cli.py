@@ -16,6 +16,7 @@ from train.files.folders import holding
 from train.files.printing import printable, printing
 from train.files.processes import killed_workers
 from train.files.progress import quiet
+from train.files.scripts import import_script
 from train.output.scores import DELTA
 from train.output.tables import format_table
 from train.output.versions import versions
@@ -56,6 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.settings: Sequence[str] = ()
         self._given: Sequence[str] = ()
         self.add_argument("--quiet", action="store_true", help="print errors only")
+        self.add_argument("--import", action=Imported, metavar="FILE", help="a script that registers heads or tasks")
         self.add_argument("--version", action=ShowVersions, nargs=0, help="print the versions that results depend on")
 
     def format_help(self) -> str:
@@ -73,8 +75,15 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As the base class."""
+        """As the base class. What --import names is imported first, since other flags may take names from there."""
         self._given = sys.argv[1:] if args is None else args
+        scripts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        scripts.add_argument("--import", action="append", nargs="?", dest="files", default=[])
+        try:
+            for file in filter(None, scripts.parse_known_args(self._given)[0].files):
+                import_script(Path(file))
+        except UserError as error:
+            self.exit(2, f"error: {printable(str(error))}\n")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -89,6 +98,16 @@ class Parser(argparse.ArgumentParser):
         wrong = next((flag for flag in given if flag not in self._option_string_actions), "")
         close = difflib.get_close_matches(wrong.lstrip("-").replace("_", "-"), known, n=1, cutoff=TYPO)
         return f"; did you mean {known[close[0]]}?" if close else ""
+
+
+class Imported(argparse.Action):
+    """--import, which :meth:`Parser.parse_args` has done before: no setting of the run."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"default": argparse.SUPPRESS})
+
+    def __call__(self, *_: Any) -> None:
+        pass
 
 
 class ShowVersions(argparse.Action):

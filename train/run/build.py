@@ -139,6 +139,7 @@ def load_exported(path: Path) -> tuple[Settings, ExportedModel, int]:
     """(settings, model, step) of a .pt2 file of :mod:`train.export`, which must be trusted: it can run any code."""
     program, config = load_program(path)
     state = json.loads(config)
+    checkpoint.require_registered(path, state["settings"], state["commands"])
     settings = Settings(**layer(state["settings"], str(path)))
     return settings, ExportedModel(program, settings.task_names), state["step"]
 

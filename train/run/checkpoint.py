@@ -15,10 +15,12 @@ A killed run leaves its last complete checkpoint. Weights that are not finite ne
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels import UserError
+from model import HEADS
 from model.names import is_float
 from train.files.atomic import remove_folder, remove_partials, replacing_folder, write_link
 from train.files.folders import resolved
 from train.files.reading import sha256_of
+from train.tasks import TASKS
 
 SUMS = "SHA256SUMS"
 BEST = "best"
@@ -211,7 +215,20 @@ def read_state(folder: Path) -> State:
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong:
             raise ValueError(f"{file} has a wrong type of {', '.join(wrong)}")
+        require_registered(folder, state.settings, state.commands)
         return state
+
+
+def require_registered(source: Path, settings: dict[str, Any], commands: list[dict[str, Any]]) -> None:
+    """UserError for a head or a task that is not known here: a script that was not imported defines it. The command
+    of the run names the script."""
+    used: list[tuple[str, Any, Collection[str]]] = [("head", settings.get("head"), HEADS)]
+    used += [("task", task, TASKS) for task in filter(None, settings.get("tasks", "").split(","))]
+    if missing := [f"{what} {name!r}" for what, name, known in used if name and name not in known]:
+        words = shlex.split(commands[-1]["command"]) if commands else []
+        files = [word for flag, word in pairwise(words) if flag == "--import"]
+        script = " ".join(f"--import {file}" for file in files or ["FILE"])
+        raise UserError(f"{source} has the {missing[0]}, which a script defines: add {script}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
