@@ -153,6 +153,7 @@ def test_training_commands_run(command, tmp_path, request):
 def test_commands_of_the_study_run(tmp_path, monkeypatch):
     """In their order, on a backbone of two steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.run.arms.WEIGHTINGS", ("fixed", "uncertainty", "pcgrad"))
     Image.new("RGB", (40, 30)).save("PHOTO.jpg")
     tools = {"train.study": study, "train.routing": routing, "train.prune": prune}
     tiny = ["--set", "scenes=8", "--set", "val_scenes=2", "--set", "image_size=16", "--set", "batch_size=4"]

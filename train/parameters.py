@@ -1,4 +1,4 @@
-"""``python -m train.parameters RUN``, or the flags of a run: parameters by part; of RUN also FLOPs and latency."""
+"""``python -m train.parameters RUN``: parameters by part, FLOPs and latency; without RUN, of the flags of a run."""
 
 import sys
 from collections.abc import Iterator

@@ -55,7 +55,8 @@ def assert_promises(row):
 @pytest.mark.parametrize(
     ("pool", "dtypes", "targets"),
     [
-        ("16/3/1/4", "bf16,fp32", "sm_90"),
+        ("16/3/1/4", "bf16", "sm_90"),
+        pytest.param("16/3/1/4", "fp32", "sm_90", marks=pytest.mark.long),
         pytest.param("16/3/1/4", "bf16,fp32", "sm_80,sm_89,sm_100,gfx942", marks=pytest.mark.long),
         pytest.param("16/3/1/16,128/8/4/2", "bf16", "sm_90", marks=pytest.mark.long),
     ],

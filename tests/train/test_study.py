@@ -31,6 +31,7 @@ def backbone(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_a_study_that_is_killed_is_continued_to_the_same_numbers(backbone, tmp_path, capsys):
     """Every figure, with one seed each."""
     argv = ["all", "--seeds", "1", "--pretrained", str(backbone), *TINY]

@@ -1,5 +1,6 @@
 """The scores of a run in its course: Delta_m against the first, their table and curves, and the best checkpoint."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from train.run.start import Run
 from train.tasks import Metrics
 
 CURVES = "curves.png"
+REDRAWN = 60  # seconds between two drawings of the curves, each of which takes half a second
 ROWS = 3  # of the table: the first scores and the newest
 
 
 def record_scores(run: Run, metrics: Metrics) -> None:
-    """Records the scores of this step, with Delta_m against the first, draws the curves and keeps the best
-    checkpoint."""
+    """Records the scores of this step, with Delta_m against the first, keeps the best checkpoint, and draws the
+    curves, at the end or where they are a minute old."""
     known, protocol = run.record.scores, run.data[0].protocol.reported
     first = by_task(next(iter(known.values()))) if known else metrics
     delta = delta_m(metrics, references_of({"protocol": protocol, "metrics": first}))
@@ -27,7 +29,9 @@ def record_scores(run: Run, metrics: Metrics) -> None:
     run.record.flush()
     if leads():
         keep_best(run)
-        draw_curves(run.out / CURVES, {run.out.name: run.record}, protocol)
+        if run.step == run.total or time.monotonic() - run.drawn > REDRAWN:
+            draw_curves(run.out / CURVES, {run.out.name: run.record}, protocol)
+            run.drawn = time.monotonic()
 
 
 def keep_best(run: Run) -> None:

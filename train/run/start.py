@@ -1,6 +1,7 @@
 """From the flags to a run that is ready for its next step: its folder, its objects and what it resumes from."""
 
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +66,7 @@ class Run:
     best: int | None = None  # step of the checkpoint that --keep-best keeps
     stopping: Stopping = field(default_factory=Stopping)
     commands: list[dict[str, Any]] = field(default_factory=list)  # see checkpoint.State
+    drawn: float = field(default_factory=time.monotonic)  # when the curves were
 
     @property
     def total(self) -> int:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
+@pytest.mark.parametrize("target", [pytest.param(target, marks=pytest.mark.long) for target in ("sm_80", "sm_90")])
 def test_experts_with_activation_and_biases_compile_without_spills(target, tmp_path):
     """tests/kernels/test_aot.py compiles pools of LoRA."""
     out = tmp_path / "aot.json"

@@ -177,7 +177,7 @@ def test_torch_accepts_the_operators(case, algorithm, make_mixture):
     if t["z"].ndim == 2:
         t["z"], t["base"], dy = t["z"][None], t["base"][None], tuple(each[None] for each in dy)
     weights, offsets = [t.get(name) for name in "ABbc"], TaskSegments.of(mixture.counts, t["x"].device).offsets
-    static = mixture.counts, 1, "/".join(map(str, (*vars(mixture.gating).values(), mixture.activation, algorithm)))
+    static = mixture.counts, 1, f"{mixture.gating.text}/{mixture.activation}/{algorithm}"
     forward = t["x"], t["base"], t["z"], *weights, offsets, *static
     _, g, _, u = custom_ops.forward_op(*forward)
     checks = {} if algorithm == "dense" else {"test_utils": ALL_BUT_EQUAL_OUTPUTS}

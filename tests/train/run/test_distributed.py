@@ -104,7 +104,7 @@ def finished(process):
     return said
 
 
-@pytest.fixture(params=["scenes", "partial"])
+@pytest.fixture(params=[pytest.param("scenes", marks=pytest.mark.long), "partial"])
 def flags(request):
     """Settings of a run; those of the tree have a task with one label, so that of two batches one has it in one of its
     slices, and one has none."""

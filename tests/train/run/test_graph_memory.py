@@ -44,7 +44,7 @@ def test_a_step_reads_what_an_evaluation_leaves_in_place(kernel, tmp_path, monke
     reads = Reads()
     with reads:
         update(run, batch)
-    kept = [*run.model.parameters(), *run.model.buffers(), *batch.tensors]
+    kept = [*run.model.parameters(), *run.model.buffers(), *run.weighting.buffers(), *batch.tensors]
     kept += [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     kept += [p.grad for p in run.model.parameters() if p.grad is not None]
     own = {tensor.untyped_storage().data_ptr() for tensor in kept}
