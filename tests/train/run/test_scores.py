@@ -172,7 +172,7 @@ def test_a_lost_record_costs_no_checkpoint(whole, scored, tmp_path, capsys):
 def test_scores_of_which_none_is_defined_do_not_end_a_run(tmp_path):
     """As where no validation image has a label: Delta_m has no task to be the mean of."""
     record = Record(None, ("seg", "normals"))
-    run = SimpleNamespace(step=2, out=tmp_path, record=record, written=[], best=None)
+    run = SimpleNamespace(step=2, total=2, out=tmp_path, record=record, written=[], best=None)
     run.settings = SimpleNamespace(keep_best="", keep=1)
     run.data = [SimpleNamespace(protocol=SimpleNamespace(reported="ase"))]
     scores.record_scores(run, {"seg": {"mIoU": None}, "normals": {"mErr": None}})
