@@ -83,7 +83,8 @@ def describe_scores(run: Run) -> str:
 
 
 def draw_curves(path: Path, records: Mapping[str, Record], protocol: str) -> None:
-    """Losses and scores over the steps, of one run or of several with the same protocol; of one also Delta_m."""
+    """Losses and scores over the steps, of one run or of several with the same protocol; of one also Delta_m.
+    A score of a single step is no curve."""
     from train.output.charts import Panel, save_curves
 
     tasks = dict.fromkeys(task for record in records.values() for task in record.tasks)
@@ -95,5 +96,5 @@ def draw_curves(path: Path, records: Mapping[str, Record], protocol: str) -> Non
         Panel(title_of(name, "↑↓"), "score", {run: record.scores_of(name) for run, record in records.items()})
         for name in names
     ]
-    known = [panel for panel in scores if any(panel.lines.values())]
-    save_curves(path, [losses, known] if known else [losses])
+    moving = [panel for panel in scores if any(len(line) > 1 for line in panel.lines.values())]
+    save_curves(path, [losses, moving] if moving else [losses])

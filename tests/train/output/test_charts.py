@@ -44,6 +44,11 @@ def test_a_run_is_drawn_with_its_losses_scores_and_delta_m(drawn, tmp_path):
     assert drawn["seg mIoU % ↑"] == [("run", [2, 3], [10.0, 20.0])] == drawn["Delta_m % ↑"] and not drawn["legend"]
 
 
+def test_a_score_of_one_step_is_no_curve(drawn, tmp_path):
+    draw_curves(tmp_path / "curves.png", {"run": record_of({1: (4.0, 0.5), 2: (3.0, 0.4)}, {2: 10.0})}, "scenes")
+    assert {"seg", "edge"} <= set(drawn) and "seg mIoU % ↑" not in drawn
+
+
 def test_several_runs_are_lines_with_a_legend_and_without_delta_m(drawn, tmp_path):
     runs = {name: record_of({1: (loss, 1.0)}, {1: loss, 2: 1.0}) for name, loss in (("one", 2.0), ("other", 3.0))}
     draw_curves(tmp_path / "curves.png", runs, "scenes")
