@@ -5,9 +5,9 @@ new row for the GPU at hand. An architecture without a row uses the default and 
 come from what the compilers report and a model of latency, not from a clock.
 
 Tile sizes depend on Pool.tile_columns, the columns that a kernel keeps in registers per token. Every entry compiles
-without spills and fits shared memory on sm_80, sm_89 and sm_90 with Triton 3.9 and on sm_90 with 3.6 (bench/results/aot.json and
-aot-3.6.json); on sm_100 three rows spill 8 bytes, and gfx942 is compiled by ``pytest -m long``. On sm_90 half-precision
-products have at least 64 rows, which wgmma needs.
+without spills and fits shared memory on sm_80, sm_89 and sm_90 with Triton 3.9 and on sm_90 with 3.6
+(bench/results/aot.json and aot-3.6.json); on sm_100 three rows spill 8 bytes, and ``pytest -m long`` compiles for
+gfx942. On sm_90 half-precision products have at least 64 rows, which wgmma needs.
 """
 
 import json
