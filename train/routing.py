@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from kernels import UserError
+from model import MultiTaskViT
 from train.cli import Parser, guarded
 from train.datasets.base import open_dataset
 from train.datasets.batches import train_loader
@@ -68,7 +69,7 @@ def draw_experts(options: Namespace) -> None:
         raise UserError("--image draws no gradients: leave out --conflict")
     photo, folder = read_photo(Path(options.image)), Path(options.run)
     settings, model, state = load_checkpoint(checkpoint.find(folder))
-    if not (config := settings.moe_config) or model.routing is None:
+    if not (config := settings.moe_config) or not isinstance(model, MultiTaskViT) or model.routing is None:
         raise UserError(f"{folder} has no experts in its backbone: give a run with --moe N/k/S/r")
     tasks = parse_tasks(options.tasks) if options.tasks else model.tasks
     if lacking := [task for task in tasks if task not in model.tasks]:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoe_lora import RoutingStatistics
-from model import MultiTaskModel
+from kernels import UserError
+from model import MultiTaskViT
 
 
 class RecordedGates(RoutingStatistics):
@@ -23,10 +24,14 @@ class RecordedGates(RoutingStatistics):
 
 
 @torch.inference_mode()
-def gate_maps(model: MultiTaskModel, image: NDArray[np.uint8], tasks: Sequence[str]) -> Tensor:
+def gate_maps(model: MultiTaskViT, image: NDArray[np.uint8], tasks: Sequence[str]) -> Tensor:
     """``image`` (H, W, 3), the model's input -> gates (layers, tasks, rows, columns, N) of its patches, on the CPU. The
-    class token and registers, which come before them, are left out."""
+    class token and registers, which come before them, are left out. UserError for a hierarchical backbone, whose layers
+    have patches of several sizes."""
     assert model.routing is not None
+    if len(set(model.vit.levels)) > 1:
+        strides = ", ".join(str(level.stride) for level in model.vit.levels)
+        raise UserError(f"maps of experts are of a ViT: this backbone has patches of several sizes ({strides} pixels)")
     rows, columns = (side // model.patch for side in image.shape[:2])
     index = {task: torch.zeros(1, dtype=torch.int64, device=model.device) for task in tasks}
     model.routing.statistics = recorded = RecordedGates()

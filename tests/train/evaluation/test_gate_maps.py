@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fastmoe_lora import MoEConfig, adapt
+from kernels import UserError
 from kernels.reference import gates
 from model import MultiTaskViT, ViT, ViTConfig
+from model.backbone import Level
 from train.evaluation.gate_maps import gate_maps
 
 
@@ -38,3 +40,12 @@ def test_one_task_can_be_asked_for_alone():
     model = MultiTaskViT(vit, {"seg": 3, "edge": 1}, "light", adapt(vit, "4/1/0/2", tasks=2)).eval()
     image = np.zeros((16, 16, 3), np.uint8)
     torch.testing.assert_close(gate_maps(model, image, ["edge"])[:, 0], gate_maps(model, image, model.tasks)[:, 1])
+
+
+def test_a_hierarchical_backbone_is_refused():
+    """The last tokens of a finer layer would be taken for its whole map."""
+    vit = ViT(ViTConfig(width=24, depth=2, heads=2, patch=8), 16)
+    model = MultiTaskViT(vit, {"seg": 3}, "light", adapt(vit, "4/1/0/2")).eval()
+    vit.levels = Level(24, 4), Level(24, 8)
+    with pytest.raises(UserError, match=r"patches of several sizes \(4, 8 pixels\)"):
+        gate_maps(model, np.zeros((16, 16, 3), np.uint8), ["seg"])
